@@ -1,0 +1,20 @@
+"""fastweights: a Llama whose MLP weights change while it reads and writes."""
+
+from .episode import Episode
+from .plastic import attach, detach
+from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .update import token_ids
+from .weights import load, save
+
+__all__ = [
+    "Delta",
+    "Episode",
+    "GradientAscent",
+    "Hebbian",
+    "LocalLeastSquares",
+    "attach",
+    "detach",
+    "load",
+    "save",
+    "token_ids",
+]

@@ -1,0 +1,310 @@
+"""config.json → LlamaConfig: every key is handled, known to be harmless, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rope frequencies are stretched: "linear" uses `factor` alone, "llama3" all four numbers."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(
+                f"rope_type {self.rope_type!r} is not implemented, expected 'default', 'linear' or 'llama3'"
+            )
+        _check_positive_float("rope factor", self.factor)
+        if self.rope_type == "linear":
+            return
+        _check_positive_float("rope low_freq_factor", self.low_freq_factor)
+        _check_positive_float("rope high_freq_factor", self.high_freq_factor)
+        _check_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
+        if not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
+            raise ValueError(
+                f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama's shape, under Hugging Face's names; refuses values that no Llama can have.
+
+    `rope_scaling` is None for plain rope. `eos_token_ids` holds every id that ends a text (possibly none).
+    `dtype` is what config.json says; the tensors themselves decide what is loaded.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in _POSITIVE_INTS:
+            _check_positive_int(key, getattr(self, key))
+        for key in ("rms_norm_eps", "rope_theta"):
+            _check_positive_float(key, getattr(self, key))
+        for key in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} is {getattr(self, key)!r}, expected true or false")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number (rope turns pairs of channels)")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> LlamaConfig:
+        """Reads a config.json; ValueError names the file, the key, its value and what was expected."""
+        try:
+            hf = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} does not exist, expected a Llama's config.json there") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        return cls.from_dict(hf, path)
+
+    @classmethod
+    def from_dict(cls, hf: Mapping[str, Any], path: str | Path = "config.json") -> LlamaConfig:
+        """Reads the keys of any Llama generation's config.json; `path` is named in errors."""
+        if not isinstance(hf, Mapping):
+            raise ValueError(f"{path} holds a {type(hf).__name__}, expected an object of settings")
+        try:
+            return cls(**_read(hf))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json with the older rope keys, which every version of transformers reads."""
+        hf: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        hf |= asdict(self)
+        hf["rope_scaling"] = self.rope_scaling.to_dict() if self.rope_scaling else None
+        eos = hf.pop("eos_token_ids")
+        hf["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
+        hf["torch_dtype"] = hf.pop("dtype")
+        return hf
+
+
+_POSITIVE_INTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+_HANDLED = {
+    *LlamaConfig.__dataclass_fields__,
+    "eos_token_id",
+    "torch_dtype",
+    "max_sequence_length",  # the first Llama conversions' name for max_position_embeddings
+    "rope_parameters",
+    "original_max_position_embeddings",
+} - {"eos_token_ids"}
+
+# Keys that would change the numbers, and the only values that leave them alone.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "tie_encoder_decoder": (None, False),
+    "cross_attention_hidden_size": (None,),
+    "chunk_size_feed_forward": (None, 0),
+    "auto_map": (None, {}),  # the repository's own code would run in transformers: not a plain Llama
+}
+
+_HARMLESS = {
+    # about the file
+    *("architectures", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash"),
+    *("tokenizer_class", "prefix", "torchscript", "transformers.js_config", "custom_pipelines", "unsloth_version"),
+    *("unsloth_fixed", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset"),
+    *("_attn_implementation_internal", "_flash_attn_2_enabled", "experts_implementation"),
+    # about training and other heads
+    *("initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "id2label"),
+    *("label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "use_bfloat16"),
+    *("tf_legacy_loss", "gradient_checkpointing", "is_llama_config", "rope_interleaved"),
+    # about what the forward pass returns
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_decoder"),
+    *("tie_last_hidden_states", "use_return_dict", "keys_to_ignore_at_inference"),
+    # Splits a matrix product in pretraining_tp parts to repeat a training run's rounding: the mathematics is the
+    # same without, and transformers itself no longer does it.
+    "pretraining_tp",
+    # generation settings that older versions kept here
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    *("epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty", "num_assistant_tokens", "target_lookbehind"),
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
+    *("sep_token_id", "decoder_start_token_id"),
+}
+
+
+def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of LlamaConfig from a config.json's keys."""
+    if "model_type" not in hf:
+        raise ValueError("model_type is missing, expected 'llama'")
+    for key, allowed in _ONLY.items():
+        if key in hf and hf[key] not in allowed:
+            if key == "sliding_window" and hf.get("use_sliding_window") is False:
+                continue
+            raise ValueError(f"{key} is {_short(hf[key])}, and fastweights implements only {_list(allowed)}")
+    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
+        raise ValueError(f"layer_types is {_short(hf['layer_types'])}, and fastweights implements only 'full_attention'")
+    if hf.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is true, and fastweights implements only full attention")
+    known = _HANDLED | _ONLY.keys() | _HARMLESS | {"layer_types", "use_sliding_window"}
+    if unknown := sorted(hf.keys() - known):
+        raise ValueError(f"asks for {', '.join(unknown)}, which fastweights does not implement")
+
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in (*required, "rms_norm_eps"):
+        if hf.get(key) is None:
+            raise ValueError(f"{key} is missing, and there is no safe default for it")
+        if key in required:
+            _check_positive_int(key, hf[key])
+    # What follows may be absent: transformers' LlamaConfig fills in the same values.
+    heads = hf["num_attention_heads"]
+    head_dim = hf.get("head_dim")
+    if head_dim is None:
+        if hf["hidden_size"] % heads:
+            raise ValueError(
+                f"hidden_size {hf['hidden_size']} is not a multiple of num_attention_heads {heads}, and head_dim is missing"
+            )
+        head_dim = hf["hidden_size"] // heads
+    length = _first(hf.get("max_position_embeddings"), hf.get("max_sequence_length"), 2048)
+    theta, scaling = _rope(hf, length)
+    dtype = _first(hf.get("dtype"), hf.get("torch_dtype"))
+    return {
+        **{key: hf[key] for key in required},
+        "num_key_value_heads": _first(hf.get("num_key_value_heads"), heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": length,
+        "rms_norm_eps": hf["rms_norm_eps"],
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        **{key: _first(hf.get(key), False) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")},
+        "bos_token_id": _token_id("bos_token_id", hf.get("bos_token_id", 1)),
+        "eos_token_ids": eos_ids(hf.get("eos_token_id", 2)),
+        "pad_token_id": _token_id("pad_token_id", hf.get("pad_token_id")),
+        "dtype": dtype.removeprefix("torch.") if isinstance(dtype, str) and dtype != "auto" else None,
+    }
+
+
+def _rope(hf: Mapping[str, Any], length: int) -> tuple[float, RopeScaling | None]:
+    """rope_theta and scaling from `rope_theta`/`rope_scaling` or from the newer `rope_parameters`."""
+    old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
+    for key, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{key} is {_short(value)}, expected an object or null")
+    if old and new and {**new, **old} != dict(new):
+        raise ValueError(f"rope_scaling {_short(old)} and rope_parameters {_short(new)} contradict each other")
+    rope = dict(new or old or {})
+    thetas = [float(t) for t in (rope.pop("rope_theta", None), hf.get("rope_theta")) if _is_number(t)]
+    if len(set(thetas)) > 1:
+        raise ValueError(f"rope_theta is {thetas[1]:g}, but rope_parameters says {thetas[0]:g}")
+    if hf.get("rope_theta") is not None and not _is_number(hf["rope_theta"]):
+        raise ValueError(f"rope_theta is {hf['rope_theta']!r}, expected a positive number")
+    theta = thetas[0] if thetas else 10000.0  # Llama 1 and 2 leave it out
+    kinds = {rope.pop(key, None) for key in ("rope_type", "type")} - {None}
+    if len(kinds) > 1:
+        raise ValueError(f"rope type and rope_type contradict each other: {sorted(kinds)}")
+    kind = kinds.pop() if kinds else "default"
+    if rope.get("partial_rotary_factor", 1.0) in (None, 1.0):
+        rope.pop("partial_rotary_factor", None)
+    if kind == "llama3":
+        outer = hf.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = _first(outer, rope.get("original_max_position_embeddings"), length)
+    wanted = {"linear": {"factor"}, "llama3": set(RopeScaling.__dataclass_fields__) - {"rope_type"}}.get(kind, set())
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type {kind!r} is not implemented, expected 'default', 'linear' or 'llama3'")
+    if missing := sorted(key for key in wanted if rope.get(key) is None):
+        raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}, which is missing")
+    idle = {"original_max_position_embeddings"}  # says where the model came from; only llama3 computes with it
+    if unknown := sorted(key for key in rope.keys() - wanted - idle if rope[key] is not None):
+        raise ValueError(f"rope_type {kind!r} comes with {', '.join(unknown)}, which fastweights does not implement")
+    if kind == "default":
+        return theta, None
+    return theta, RopeScaling(kind, **{key: rope[key] for key in sorted(wanted)})
+
+
+def eos_ids(value: Any) -> tuple[int, ...]:
+    """Every id of an `eos_token_id` entry, which may be one id, a list or null."""
+    ids = [_token_id("eos_token_id", v) for v in (value if isinstance(value, list | tuple) else [value])]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _token_id(key: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"{key} is {value!r}, expected a token id or null")
+    return value if value is not None and value >= 0 else None  # -1 was the first Llamas' way to say null
+
+
+def _check_positive_int(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{key} is {value!r}, expected a positive whole number")
+
+
+def _check_positive_float(key: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{key} is {value!r}, expected a positive number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _list(values: tuple[Any, ...]) -> str:
+    return " or ".join(json.dumps(v) for v in values)

@@ -1,0 +1,454 @@
+"""An episode: one life of the fast weights, and everything that moves in it.
+
+KV cache, event logs, position, pending gradient events and the random generator live and are copied together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .model import Llama
+from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
+from .probes.capture import Trace, capture
+from .rules import event_value, key_scale
+from .sampling import Sampling
+from .state import EventLog, Events
+from .tokenizer import Tokenizer
+from .update import Update, written
+
+Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Gradient events of one token that wait for the next token of their rows. Holds a graph of its own."""
+
+    logprob_BV: Tensor  # log p(next token), with the graph of this one token
+    taped: dict[Site, tuple[Tensor, Tensor]]
+    rows_B: Tensor  # bool: rows that still wait
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that moves, copied. Made by `Episode.snapshot`."""
+
+    lengths: list[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+    logs: dict[Site, EventLog]
+    pending: list[Pending]
+    logits_BV: Tensor | None
+    seen: list[list[int]]
+    generator: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token of each row, already read by the model, and written if `update` says so.
+
+    token_ids: [B] int64; rows that had ended repeat their last token.
+    logits: [B, V], what the token was chosen from.
+    text: what each row's token adds to its text, when `generate` got a tokenizer.
+    ended: whether each row has ended.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+    text: list[str]
+    ended: list[bool]
+
+
+class Episode:
+    """One life of the fast weights of `model`, for `batch_size` rows that never see each other.
+
+    Args:
+        model: a Llama, plastic (`attach`) or not; attach before making the episode.
+        max_length: KV slots per row, allocated once; None grows up to `max_position_embeddings`.
+
+    Example:
+        fw.attach(model, layers=[11, 12, 13], rule=fw.Hebbian(rate=0.01))
+        episode = fw.Episode(model)
+        logits_BTV = episode.feed(tokenizer.encode("As of August 24, 2025, the president is"))
+    """
+
+    def __init__(self, model: Llama, batch_size: int = 1, max_length: int | None = None):
+        for name, number in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"Episode({name}={number!r}): expected a whole number, 1 or more")
+        longest = model.config.max_position_embeddings
+        if max_length is not None and max_length > longest:
+            raise ValueError(f"Episode(max_length={max_length}): this model has positions up to {longest}")
+        self.model, self.batch_size, self.max_length = model, batch_size, max_length
+        self._linears = plastic_linears(model)
+        self.generator = torch.Generator(model.device)
+        self.reset()
+        last_ran(model, self)
+
+    def __repr__(self) -> str:
+        return f"Episode(batch_size={self.batch_size}, length={self.length}, events={self.events})"
+
+    def reset(self) -> None:
+        """Begins a new life: empty KV cache, no events, position 0. The random generator runs on."""
+        self.cache = self.model.new_cache(self.batch_size, self.max_length)
+        self.logs = {site: linear.new_log(self.batch_size) for site, linear in self._linears.items()}
+        self.pending: list[Pending] = []
+        self.logits_BV: Tensor | None = None  # after the last token of each row
+        self.seen: list[list[int]] = [[] for _ in range(self.batch_size)]  # each row's tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, of the longest row; `lengths` has each row's."""
+        return max(self.cache.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.cache.lengths)
+
+    @property
+    def events(self) -> int:
+        """Events so far, of the row and linear with the most; `event_counts` has each."""
+        return max((max(log.events) for log in self.logs.values()), default=0)
+
+    @property
+    def event_counts(self) -> dict[Site, list[int]]:
+        """Events so far of each plastic linear, a number per row."""
+        return {site: list(log.events) for site, log in self.logs.items()}
+
+    # ---- reading and writing
+
+    @torch.no_grad()
+    def feed(
+        self,
+        input_ids: Ids,
+        update: Update = "all",
+        attention_mask: Tensor | Sequence | None = None,
+        logits: str = "all",
+    ) -> Tensor:
+        """Reads tokens: one pass over the model when every rule is neuron-local, token by token otherwise.
+
+        Args:
+            input_ids: [B, T] or [T], a tensor or lists; lists of different lengths are padded on the right.
+            update: which tokens are written, see `update.written`.
+            attention_mask: [B, T], 0 = padding: not read, not written, takes no position, counts nowhere.
+            logits: "all": [B, T, V]; "last": [B, 1, V], the last real token of each row.
+
+        Raises:
+            ValueError: for tokens, masks or updates that do not fit and for events with a non-finite factor;
+                the episode is as it was before.
+        """
+        ids_BT, mask_BT = self._tokens(input_ids, attention_mask, self.batch_size)
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
+        out_BTV = self._feed(ids_BT, mask_BT, update, generated=False, logits=logits)
+        return out_BTV
+
+    def _feed(self, ids_BT: Tensor, mask_BT: Tensor | None, update: Update, generated: bool, logits: str) -> Tensor:
+        if self._linears != plastic_linears(self.model):
+            raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")
+        span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, torch.device("cpu"))
+        real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if span.real_BT is None else span.real_BT
+        write_BT = written(update, ids_BT, span.position_BT, generated) & real_BT
+        check_targets(self._linears, self.batch_size, span.position_BT, write_BT)
+        step = self._check_room(real_BT, write_BT)
+        self.cache.reserve(span.end)
+        before = (self.lengths, {site: list(log.events) for site, log in self.logs.items()}, list(self.pending))
+        try:
+            first_B = real_BT.int().argmax(1, keepdim=True)
+            self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
+            if not step:
+                out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
+                last_BV = span.last(out_BTV)[:, 0]
+            else:
+                columns = []
+                for t in range(ids_BT.shape[1]):
+                    if t:
+                        self._settle(ids_BT[:, t], real_BT[:, t])
+                    column = slice(t, t + 1)
+                    columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
+                out_BTV = torch.cat(columns, dim=1)
+                last_B1V = span.last(out_BTV)
+                last_BV, out_BTV = last_B1V[:, 0], out_BTV if logits == "all" else last_B1V
+        except BaseException:
+            self.cache.lengths = before[0]
+            for site, log in self.logs.items():
+                log.rewind(before[1][site])
+            self.pending = before[2]
+            raise
+        moved_B1 = real_BT.any(1, keepdim=True).to(last_BV.device)
+        self.logits_BV = last_BV.clone() if self.logits_BV is None else torch.where(moved_B1, last_BV, self.logits_BV)
+        for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
+            seen.extend(i for i, r in zip(ids, real, strict=True) if r)
+        return out_BTV
+
+    def _check_room(self, real_BT: Tensor, write_BT: Tensor) -> bool:
+        """Refuses what the logs could not take; says whether the tokens must go through one by one."""
+        counts = write_BT.sum(1).tolist()
+        # a gradient event waits for the next token: the last token's is not written in this feed
+        followed_BT = real_BT.flip(1).cumsum(1).flip(1) > 1
+        waiting = [int(sum(bool(p.rows_B[b]) for p in self.pending) and real_BT[b].any()) for b in range(len(counts))]
+        later = [w + c for w, c in zip(waiting, (write_BT & followed_BT).sum(1).tolist(), strict=True)]
+        step = False
+        for site, linear in self._linears.items():
+            self.logs[site].check_room(counts if linear.rule.neuron_local else later)
+            step = step or (not linear.rule.neuron_local and any(counts))
+        return step
+
+    def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
+        """One forward pass over the model; its events are written only if all of it went well."""
+        device = self.model.device
+        span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
+        write = write_BT.to(device) if bool(write_BT.any()) else None
+        now = Pass(self.logs, span.position_BT, write)
+        taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
+        with bound(self.model, self, now), torch.set_grad_enabled(taping):
+            out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
+            if now.taped:
+                logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
+                self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0]))
+        self._commit(now.staged)
+        return out_BTV.detach()
+
+    def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
+        """Writes the gradient events whose next token is known now; next [B] ids, known [B] bool, on the CPU."""
+        still = []
+        for pending in self.pending:
+            rows_B = pending.rows_B & known_B
+            if rows_B.any():
+                row = rows_B.nonzero()[:, 0]
+                logprob = pending.logprob_BV[row.to(self.model.device), next_B[row].to(self.model.device)].sum()
+                tapes = list(pending.taped.values())
+                # kept, because a snapshot or fork may hold the same graph
+                grads = torch.autograd.grad(logprob, [a for a, _ in tapes], retain_graph=True)
+                write_B1 = rows_B[:, None].to(self.model.device)
+                events = {}
+                for site, (_, h_BTI), grad_BTO in zip(pending.taped, tapes, grads, strict=True):
+                    rule = self._linears[site].rule
+                    scale_BT = key_scale(rule, h_BTI)
+                    k_BTI = h_BTI * scale_BT[..., None]
+                    u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
+                    events[site] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+                self._commit(events)
+            if (pending.rows_B & ~known_B).any():
+                still.append(replace(pending, rows_B=pending.rows_B & ~known_B))
+        self.pending = still
+
+    def _commit(self, events: dict[Site, Events]) -> None:
+        for site, new in events.items():
+            finite_BT = new.U_BTO.isfinite().all(-1) & new.K_BTI.isfinite().all(-1)
+            bad = (new.write_BT & ~finite_BT).nonzero()
+            if len(bad):
+                row, token = bad[0].tolist()
+                number = self.logs[site].events[row] + int(new.write_BT[row, :token].sum())
+                raise ValueError(
+                    f"event {number} of {self.logs[site].name} (row {row}) has a non-finite factor; expected finite "
+                    f"values, nothing of this feed was written (a smaller rate, clip or mu > 0 may help)"
+                )
+        for site, new in events.items():
+            self.logs[site].append(new)
+
+    def generate(
+        self,
+        input_ids: Ids | None = None,
+        max_new_tokens: int = 64,
+        *,
+        update: Update = "generated",
+        attention_mask: Tensor | Sequence | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> Iterator[Step]:
+        """Reads a prompt, then chooses, reads and (as `update` says) writes one token after the other.
+
+        When a step is yielded its tokens have been read, so a probe sees the weights after them; a caller
+        may stop at any step.
+
+        Args:
+            input_ids: the prompt, as in `feed`; None goes on from the tokens read so far.
+            update: "generated" (default), "prompt", "all", "none", or as in `feed`.
+            temperature, top_k, top_p, min_p, repetition_penalty: see `sampling.Sampling`; 0 = greedy.
+            seed: seeds the episode's random generator first.
+            stop_token_ids: tokens that end a row; None = the model's eos_token_ids, () = none.
+            stop_strings: texts that end a row once its new text contains one; needs `tokenizer`.
+            tokenizer: fills `Step.text`.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        if stop_strings and tokenizer is None:
+            raise ValueError("generate(stop_strings=...) needs tokenizer= to know the text")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more")
+        if input_ids is None and self.logits_BV is None:
+            raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
+        stop = set(self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        prompt = None if input_ids is None else self._tokens(input_ids, attention_mask, self.batch_size)
+        longest = max(self.lengths) + max_new_tokens + (0 if prompt is None else prompt[0].shape[1])
+        if longest > self.cache.limit:
+            raise ValueError(
+                f"a prompt that ends at {longest - max_new_tokens} tokens and {max_new_tokens} new ones do not fit: "
+                f"the KV cache holds {self.cache.limit} per row"
+            )
+        return self._generate(prompt, max_new_tokens, update, sampling, stop, stop_strings, tokenizer)
+
+    def _generate(self, prompt, max_new_tokens, update, sampling, stop, stop_strings, tokenizer) -> Iterator[Step]:
+        if prompt is not None:
+            with torch.no_grad():
+                self._feed(*prompt, update, generated=False, logits="last")
+        ended = [False] * self.batch_size
+        streams = [tokenizer.stream() for _ in ended] if tokenizer else []
+        texts = [""] * self.batch_size
+        for _ in range(max_new_tokens):
+            assert self.logits_BV is not None
+            logits_BV = self.logits_BV
+            chosen_B = sampling.choose(logits_BV, self.seen, self.generator).cpu()
+            chosen = [s[-1] if done else c for s, done, c in zip(self.seen, ended, chosen_B.tolist(), strict=True)]
+            ids_B1 = torch.tensor(chosen)[:, None]
+            mask_B1 = ~torch.tensor(ended)[:, None] if any(ended) else None
+            with torch.no_grad():
+                self._feed(ids_B1, mask_B1, update, generated=True, logits="last")
+            pieces = ["" if done else s.push(c) for s, done, c in zip(streams, ended, chosen, strict=False)]
+            texts = [text + piece for text, piece in zip(texts, pieces or texts, strict=True)] if pieces else texts
+            ended = [
+                done or token in stop or any(s in text for s in stop_strings)
+                for done, token, text in zip(ended, chosen, texts, strict=True)
+            ]
+            yield Step(ids_B1[:, 0], logits_BV, pieces, ended)
+            if all(ended):
+                return
+
+    # ---- looking
+
+    @torch.no_grad()
+    def probe(
+        self,
+        input_ids: Ids,
+        sites: Sequence[str] = (),
+        at: str = "now",
+        attention_mask: Tensor | Sequence | None = None,
+        logits: str = "all",
+    ) -> Trace:
+        """Reads a prompt by itself, from position 0, with the fast weights as they are now; changes nothing.
+
+        Args:
+            input_ids: [B, T]; one row is asked of every row of the episode, and many rows of an episode of one.
+            sites: "resid_pre", "resid_mid", "resid_post".
+            at: "now".
+
+        Returns:
+            A trace: `logits` [B, T, V], `trace[site]` [L, B, T, D], `hidden_states` [L+1, B, T, D].
+        """
+        if at != "now":
+            raise ValueError(f"probe(at={at!r}): expected 'now'")
+        ids_BT, mask_BT = self._tokens(input_ids, attention_mask, None)
+        if len(ids_BT) == 1:
+            ids_BT = ids_BT.expand(self.batch_size, -1)
+        elif len(ids_BT) != self.batch_size and self.batch_size != 1:
+            raise ValueError(f"probe() got batch {len(ids_BT)}, but this episode has batch {self.batch_size}")
+        rows, tokens = ids_BT.shape
+        if mask_BT is not None:
+            mask_BT = mask_BT.expand(rows, tokens)
+        cache = self.model.new_cache(rows, tokens) if mask_BT is not None else None
+        now = Pass(self.logs, torch.empty(0))
+        with bound(self.model, self, now), capture(self.model, sites) as trace:
+            trace.logits = self.model(ids_BT.to(self.model.device), mask_BT, cache, logits)
+        return trace
+
+    # ---- moving through time
+
+    def snapshot(self) -> Snapshot:
+        """A copy of everything that moves."""
+        end = self.length
+        return Snapshot(
+            lengths=self.lengths,
+            keys=[k[:, :, :end].clone() for k in self.cache.keys],
+            values=[v[:, :, :end].clone() for v in self.cache.values],
+            logs={site: log.clone() for site, log in self.logs.items()},
+            pending=list(self.pending),
+            logits_BV=self.logits_BV,
+            seen=[list(ids) for ids in self.seen],
+            generator=self.generator.get_state(),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot, bit for bit. The snapshot stays good for another restore.
+
+        Raises:
+            ValueError: it has another batch size, model shape or set of plastic linears; nothing changes then.
+        """
+        if len(snapshot.lengths) != self.batch_size:
+            raise ValueError(
+                f"restore() got a snapshot of batch {len(snapshot.lengths)}, "
+                f"but this episode has batch {self.batch_size}"
+            )
+        if snapshot.logs.keys() != self.logs.keys():
+            raise ValueError(
+                f"restore() got a snapshot with plastic linears {sorted(snapshot.logs)}, "
+                f"but this episode has {sorted(self.logs)}"
+            )
+        end = max(snapshot.lengths)
+        self.cache.reserve(end)
+        self.cache.lengths = list(snapshot.lengths)
+        for buffers, saved in ((self.cache.keys, snapshot.keys), (self.cache.values, snapshot.values)):
+            for buffer, copy in zip(buffers, saved, strict=True):
+                buffer[:, :, :end] = copy
+        self.logs = {site: log.clone() for site, log in snapshot.logs.items()}
+        self.pending = list(snapshot.pending)
+        self.logits_BV = snapshot.logits_BV
+        self.seen = [list(ids) for ids in snapshot.seen]
+        self.generator.set_state(snapshot.generator)
+
+    def fork(self) -> Episode:
+        """An episode of its own with the same past; neither ever changes the other."""
+        child = Episode(self.model, self.batch_size, self.max_length)
+        child.restore(self.snapshot())
+        return child
+
+    def delta_weight(self, layer: int, linear: str, row: int = 0) -> Tensor:
+        """ΔW of one linear in one row, dense [O, I]."""
+        return self.logs[layer, linear].delta_weight(row)
+
+    # ---- at the door
+
+    def _tokens(self, input_ids: Ids, mask, rows: int | None) -> tuple[Tensor, Tensor | None]:
+        """(ids [B, T] int64, mask [B, T] bool or None), both on the CPU, or a one-line refusal."""
+        if not isinstance(input_ids, Tensor):
+            listed = [list(r) if isinstance(r, (Sequence, Tensor)) else r for r in input_ids]
+            if listed and isinstance(listed[0], list) and len({len(r) for r in listed}) > 1 and mask is None:
+                width = max(len(r) for r in listed)
+                mask = [[1] * len(r) + [0] * (width - len(r)) for r in listed]
+                listed = [r + [0] * (width - len(r)) for r in listed]
+            input_ids = torch.tensor(listed)
+        ids_BT = input_ids.detach().cpu()
+        ids_BT = ids_BT[None] if ids_BT.dim() == 1 else ids_BT
+        if ids_BT.dim() != 2 or ids_BT.numel() == 0:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}: expected [B, T] with at least one token")
+        if ids_BT.dtype.is_floating_point or ids_BT.dtype == torch.bool:
+            raise ValueError(f"input_ids is {ids_BT.dtype}: expected whole numbers")
+        if rows is not None and len(ids_BT) != rows:
+            raise ValueError(f"input_ids has batch {len(ids_BT)}, but this episode has batch {rows}")
+        vocabulary = self.model.config.vocab_size
+        for outside in ids_BT[(ids_BT < 0) | (ids_BT >= vocabulary)].tolist():
+            raise ValueError(f"token id {outside} is outside the vocabulary of {vocabulary}")
+        if mask is None:
+            return ids_BT.long(), None
+        mask_BT = torch.as_tensor(mask).cpu()
+        mask_BT = mask_BT[None] if mask_BT.dim() == 1 else mask_BT
+        if mask_BT.shape != ids_BT.shape:
+            raise ValueError(
+                f"attention_mask has shape {list(mask_BT.shape)}, but input_ids has {list(ids_BT.shape)}"
+            )
+        mask_BT = mask_BT != 0
+        if not mask_BT.any():
+            raise ValueError("attention_mask is all padding: expected at least one token")
+        return ids_BT.long(), mask_BT

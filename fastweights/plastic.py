@@ -1,0 +1,299 @@
+"""PlasticLinear: a frozen linear plus the fast weights of whichever episode is running; attach and detach."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels.read import read
+from .kernels.scan import Gram, scan
+from .model import Llama
+from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, key_scale
+from .state import OVERFLOW, EventLog, Events
+
+if TYPE_CHECKING:
+    from .episode import Episode
+
+ACTIVATIONS = {"gate_proj": SILU, "up_proj": IDENTITY, "down_proj": IDENTITY}
+Site = tuple[int, str]  # (layer, linear)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the events of one input have in common, whatever the linear."""
+
+    h_BTI: Tensor  # the input itself, before any cast: identity tells whether another linear may share
+    form: tuple  # (mu, bias, decay) of the rule
+    k_BTI: Tensor
+    bias_BT: Tensor | None
+    norm_BT: Tensor  # ‖k‖
+    gram: Gram
+
+
+@dataclass
+class Pass:
+    """One forward pass over all plastic linears: what they may read, and what they leave to be written.
+
+    Linears only stage; the episode commits when the whole pass has succeeded.
+    """
+
+    logs: Mapping[Site, EventLog]
+    position_BT: Tensor
+    write_BT: Tensor | None = None  # None: read only
+    staged: dict[Site, Events] = field(default_factory=dict)
+    # gradient rules: (a, h) of this token, a with its graph
+    taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
+
+
+class PlasticLinear(nn.Module):
+    """Stands in for an nn.Linear of the MLP: y = W h + b + ΔW h (+ Δb) while an episode runs, W h + b otherwise.
+
+    It registers the frozen linear's own parameters under their own names, so the model's state dict is
+    that of the frozen model and `base` can be put back as the same object.
+    """
+
+    active: Pass | None = None
+
+    def __init__(self, base: nn.Linear, site: Site, rule: Rule, rank: int, overflow: str, backend: str):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
+        self.site, self.rule, self.rank, self.overflow, self.backend = site, rule, rank, overflow, backend
+        self.activation: Activation = ACTIVATIONS[site[1]]
+
+    base: nn.Linear
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rule={self.rule}, rank={self.rank}"
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.site[0]}.mlp.{self.site[1]}"
+
+    def new_log(self, rows: int) -> EventLog:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        size = (rows, self.out_features, self.in_features, self.rank)
+        return EventLog(self.name, *size, self.overflow, self.rule.decay, dtype, self.weight.device)
+
+    def forward(self, h_BTI: Tensor) -> Tensor:
+        frozen_BTO = F.linear(h_BTI, self.weight, self.bias)
+        if self.active is None:
+            return frozen_BTO
+        now, log = self.active, self.active.logs[self.site]
+        if log.used == 0 and now.write_BT is None:
+            return frozen_BTO
+        # The fast read is added, and the rule applied, in the log's precision; only the sum is cast back.
+        a_BTO = frozen_BTO.to(log.dtype)
+        if log.used:
+            a_BTO = a_BTO + self._read(now, log, h_BTI.to(log.dtype))
+        if now.write_BT is not None and not self.rule.neuron_local:
+            if not a_BTO.requires_grad:
+                a_BTO = a_BTO.detach().requires_grad_()
+            now.taped[self.site] = (a_BTO, h_BTI.detach().to(log.dtype))
+        elif now.write_BT is not None:
+            a_BTO = self._stage(now, a_BTO, frozen_BTO.to(log.dtype), h_BTI)
+        return a_BTO.to(frozen_BTO.dtype)
+
+    def _read(self, now: Pass, log: EventLog, h_BTI: Tensor) -> Tensor:
+        U_BRO, K_BRI, bias_BR = log.factors()
+        events_BT = log.now()
+        if now.write_BT is not None and self.rule.neuron_local:
+            events_BT = events_BT + now.write_BT.cumsum(1) - now.write_BT.long()
+        if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
+            U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
+        return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, log.weights(events_BT))
+
+    def _stage(self, now: Pass, a_BTO: Tensor, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
+        assert now.write_BT is not None
+        keys = self._keys(now, h_BTI, a_BTO.dtype)
+
+        def value(a: Tensor, t0: int, t1: int) -> Tensor:
+            at = Local(frozen_BTO[:, t0:t1], self.activation, now.position_BT[:, t0:t1])
+            return event_value(self.rule, self.rule.value(a, self.activation(a), at), keys.norm_BT[:, t0:t1])
+
+        a_BTO, u_BTO = scan(a_BTO, keys.gram, value)
+        now.staged[self.site] = Events(u_BTO, keys.k_BTI, keys.bias_BT, now.write_BT)
+        return a_BTO
+
+    def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
+        rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay)
+        if now.keys is None or now.keys.h_BTI is not h_BTI or now.keys.form != form:
+            h = h_BTI.to(dtype)
+            scale_BT = key_scale(rule, h)
+            k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
+            gram = Gram(h, k_BTI, bias_BT, now.write_BT, rule.decay)
+            now.keys = Keys(h_BTI, form, k_BTI, bias_BT, k_BTI.norm(dim=-1), gram)
+        return now.keys
+
+
+class FastWeights:
+    """The plastic linears of one `attach` call.
+
+    `delta_weight` and the other questions about a state look at the episode given, or else at the one that
+    ran last on this model.
+    """
+
+    def __init__(self, model: Llama, linears: dict[Site, PlasticLinear]):
+        self.model, self.linears = model, linears
+
+    def __repr__(self) -> str:
+        return f"FastWeights({', '.join(p.name for p in self.linears.values())})"
+
+    def delta_weight(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
+        """ΔW of one linear in one row of an episode, dense [O, I], float32 (float64 for a float64 model)."""
+        return self._log(layer, linear, episode).delta_weight(row)
+
+    def delta_bias(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
+        """Δb of one linear in one row of an episode, [O]."""
+        return self._log(layer, linear, episode).delta_bias(row)
+
+    def _log(self, layer: int, linear: str, episode: Episode | None) -> EventLog:
+        if (layer, linear) not in self.linears:
+            raise ValueError(
+                f"layer {layer} {linear!r} is not plastic here; plastic are "
+                f"{', '.join(f'{site[0]} {site[1]}' for site in self.linears)}"
+            )
+        episode = episode or last_episode(self.model)
+        if episode is None:
+            raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
+        return episode.logs[layer, linear]
+
+
+_last_episode: weakref.WeakKeyDictionary[Llama, weakref.ref[Episode]] = weakref.WeakKeyDictionary()
+
+
+def last_ran(model: Llama, episode: Episode) -> None:
+    _last_episode[model] = weakref.ref(episode)
+
+
+def last_episode(model: Llama) -> Episode | None:
+    ref = _last_episode.get(model)
+    return ref() if ref else None
+
+
+def plastic_linears(model: Llama) -> dict[Site, PlasticLinear]:
+    """Every plastic linear of the model, in the order in which a forward pass meets them."""
+    return {
+        (layer, name): linear
+        for layer, block in enumerate(model.model.layers)
+        for name in ACTIVATIONS
+        if isinstance(linear := getattr(block.mlp, name), PlasticLinear)
+    }
+
+
+@contextlib.contextmanager
+def bound(model: Llama, episode: Episode, now: Pass) -> Iterator[None]:
+    """Runs the model with these fast weights, and unbinds them whatever happens."""
+    linears = plastic_linears(model).values()
+    last_ran(model, episode)
+    try:
+        for linear in linears:
+            linear.active = now
+        yield
+    finally:
+        for linear in linears:
+            linear.active = None
+
+
+def attach(
+    model: Llama,
+    layers: Sequence[int],
+    rule: Rule,
+    linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    rank: int = 64,
+    overflow: str = "grow",
+    backend: str = "auto",
+) -> FastWeights:
+    """Makes MLP linears of some layers plastic; may be called again for other linears with another rule.
+
+    Args:
+        layers: layer numbers from 0.
+        rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol.
+        linears: which of "gate_proj", "up_proj", "down_proj".
+        rank: R, events to allocate for, per linear and sequence.
+        overflow: what happens when they are full, see `state.EventLog`.
+        backend: "auto" | "torch" | "triton".
+
+    Raises:
+        ValueError: a layer, linear, rule or option that does not exist, or a linear that is already plastic;
+            the model is unchanged then.
+    """
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    linears = [linears] if isinstance(linears, str) else list(linears)
+    if not isinstance(model, Llama):
+        raise ValueError(f"attach() got a {type(model).__name__}, expected the fastweights model that fw.load returns")
+    depth = len(model.model.layers)
+    if not layers or not linears:
+        raise ValueError(f"attach(layers={layers}, linears={linears}) names no linear")
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
+            raise ValueError(f"layer {layer!r} does not exist: this model has layers 0 to {depth - 1}")
+    for name in linears:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(ACTIVATIONS)}")
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule={rule!r} is not a rule: expected an object with rate, mu, decay, clip, bias and value")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
+    if overflow not in OVERFLOW:
+        raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
+    chosen = _choose_backend(backend)
+    sites = sorted({(layer, name) for layer in layers for name in linears})
+    for layer, name in sites:
+        if isinstance(getattr(model.model.layers[layer].mlp, name), PlasticLinear):
+            raise ValueError(f"layers.{layer}.mlp.{name} is already plastic: fw.detach(model) first")
+    _check_target(model, rule, sites)
+    plastic = {}
+    for layer, name in sites:
+        mlp = model.model.layers[layer].mlp
+        plastic[layer, name] = PlasticLinear(getattr(mlp, name), (layer, name), rule, rank, overflow, chosen)
+        setattr(mlp, name, plastic[layer, name])
+    return FastWeights(model, plastic)
+
+
+def detach(model: Llama) -> None:
+    """Puts the original linears back, all of them, as the same objects."""
+    for (layer, name), linear in plastic_linears(model).items():
+        setattr(model.model.layers[layer].mlp, name, linear.base)
+
+
+def _choose_backend(backend: str) -> str:
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend={backend!r}: expected 'auto' or 'torch'")
+    return "torch"
+
+
+def _check_target(model: Llama, rule: Rule, sites: Sequence[Site]) -> None:
+    target = getattr(rule, "target", None)
+    if not isinstance(target, Tensor):
+        return
+    for layer, name in sites:
+        width = getattr(model.model.layers[layer].mlp, name).out_features
+        if target.shape[-1] != width:
+            raise ValueError(
+                f"{type(rule).__name__}(target=...) has shape {list(target.shape)}, "
+                f"but layers.{layer}.mlp.{name} needs a last dimension of {width}"
+            )
+
+
+def check_targets(linears: Mapping[Site, PlasticLinear], rows: int, position_BT: Tensor, write_BT: Tensor) -> None:
+    """Refuses written positions and rows that a rule's target does not reach."""
+    for linear in linears.values():
+        target = getattr(linear.rule, "target", None)
+        if not isinstance(target, Tensor) or target.dim() == 1 or not write_BT.any():
+            continue
+        last = int(position_BT[write_BT].max())
+        if last >= target.shape[-2] or (target.dim() == 3 and len(target) != rows):
+            raise ValueError(
+                f"{linear.name}: the rule's target has shape {list(target.shape)}, "
+                f"but position {last} of {rows} rows is to be written"
+            )

@@ -1,0 +1,250 @@
+"""The learning rules, as pure functions: the definition of what one token writes.
+
+For one linear `a = W h + b + ΔW h`, `z = φ(a)`, a written token makes one event:
+
+    key    k   = h / (‖h‖² + mu)
+    value  u   = rate · value(a, z)
+           u_i ← u_i · min(1, clip / (|u_i| ‖k‖))            with clip
+    write  ΔW  ← (1 − decay) ΔW + u kᵀ
+           Δb  ← (1 − decay) Δb + u / (‖h‖² + mu)             with bias=True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """φ of a linear and its derivative φ′, both elementwise."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+    def __call__(self, a: Tensor) -> Tensor:
+        return self.function(a)
+
+
+def _silu_derivative(a: Tensor) -> Tensor:
+    s = torch.sigmoid(a)
+    return s * (1 + a * (1 - s))
+
+
+SILU = Activation("silu", F.silu, _silu_derivative)
+IDENTITY = Activation("identity", lambda a: a, torch.ones_like)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a rule may look at besides a and z: everything that belongs to the same neuron and token."""
+
+    frozen_a: Tensor  # W h + b, like a: [..., O]
+    activation: Activation
+    position: Tensor  # absolute position of the token in its row: a without its last dimension
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """The protocol of a rule; any object with these attributes is one.
+
+    `value(a, z, at)` returns [..., O] like a. `neuron_local` promises that entry i of it depends on
+    entry i of its arguments alone; such rules run over a whole prompt in one pass.
+    `mu` None means the key is h itself.
+    """
+
+    @property
+    def rate(self) -> float: ...
+    @property
+    def mu(self) -> float | None: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def clip(self) -> float | None: ...
+    @property
+    def bias(self) -> bool: ...
+    @property
+    def neuron_local(self) -> bool: ...
+
+    def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor: ...
+
+
+def _check(rule: Rule) -> None:
+    name = type(rule).__name__
+    numbers = {"rate": rule.rate, "mu": rule.mu, "decay": rule.decay, "clip": rule.clip}
+    for key in ("gamma", "beta"):
+        if hasattr(rule, key):
+            numbers[key] = getattr(rule, key)
+    for key, value in numbers.items():
+        if value is None and key in ("mu", "clip"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+            raise ValueError(f"{name}({key}={value!r}): expected a finite number")
+    if rule.mu is not None and rule.mu < 0:
+        raise ValueError(f"{name}(mu={rule.mu!r}): expected a number >= 0")
+    if not 0 <= rule.decay <= 1:
+        raise ValueError(f"{name}(decay={rule.decay!r}): expected a number from 0 to 1")
+    if rule.clip is not None and rule.clip <= 0:
+        raise ValueError(f"{name}(clip={rule.clip!r}): expected a number > 0")
+
+
+def _choice(rule: Rule, key: str, choices: tuple[str, ...]) -> None:
+    if getattr(rule, key) not in choices:
+        raise ValueError(f"{type(rule).__name__}({key}={getattr(rule, key)!r}): expected one of {choices}")
+
+
+GATES = ("ones", "positive", "derivative")
+
+
+def gated(a: Tensor, z: Tensor, activation: Activation, gate: str) -> Tensor:
+    """m ⊙ z, m = 1, 1[z > 0] or φ′(a)."""
+    match gate:
+        case "positive":
+            return (z > 0) * z  # a product: NaN must stay NaN
+        case "derivative":
+            return activation.derivative(a) * z
+    return z
+
+
+@dataclass(frozen=True)
+class Hebbian:
+    """Amplify what just fired: value = m ⊙ z (seed rule A; normalised outer product).
+
+    Args:
+        rate: η, dimensionless.
+        mu: added to ‖h‖²; > 0 keeps the key of a vanishing input finite.
+        gate: m: "ones", "positive" = 1[z > 0], "derivative" = φ′(a).
+        decay: share of ΔW lost at each event, 0 to 1 (the anchor −λ(W − W₀)).
+        clip: largest norm of one row of one event's u kᵀ.
+        bias: also change the bias.
+    """
+
+    rate: float = 0.01
+    mu: float = 1e-6
+    gate: str = "ones"
+    decay: float = 0.0
+    clip: float | None = None
+    bias: bool = False
+    neuron_local = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _choice(self, "gate", GATES)
+
+    def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
+        return gated(a, z, at.activation, self.gate)
+
+
+@dataclass(frozen=True)
+class LocalLeastSquares:
+    """Ridge regression of a towards a* (seed rule B): value = a* − a.
+
+    target="self": a* = a + γ (m ⊙ z), so value = γ (m ⊙ z): Hebbian with rate γ.
+    target="slow": a* = a₀ + γ (m₀ ⊙ z₀) with a₀ = W h + b and m₀, z₀ from it: a repeated input converges
+    to the amplified response of the frozen weights instead of growing by 1 + γ each time.
+    """
+
+    gamma: float = 0.01
+    mu: float = 1e-6
+    gate: str = "ones"
+    target: str = "self"
+    decay: float = 0.0
+    clip: float | None = None
+    bias: bool = False
+    rate: float = 1.0
+    neuron_local = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+        _choice(self, "gate", GATES)
+        _choice(self, "target", ("self", "slow"))
+
+    def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
+        if self.target == "self":
+            return self.gamma * gated(a, z, at.activation, self.gate)
+        a0, phi = at.frozen_a, at.activation
+        return self.gamma * gated(a0, phi(a0), phi, self.gate) - (a - a0)
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """Move a towards a given v*: value = β (v* − a) (Widrow & Hoff 1960; Schlag et al. 2021, arXiv 2102.11174).
+
+    Args:
+        target: v*, [O], or [P, O] indexed by absolute position, or [B, P, O] with a row per sequence.
+    """
+
+    beta: float
+    target: Tensor
+    mu: float = 1e-6
+    decay: float = 0.0
+    clip: float | None = None
+    bias: bool = False
+    rate: float = 1.0
+    neuron_local = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not isinstance(self.target, Tensor) or not 1 <= self.target.dim() <= 3:
+            raise ValueError(
+                f"Delta(target={type(self.target).__name__}): expected a tensor [O], [P, O] or [B, P, O]"
+            )
+
+    def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
+        target = self.target.to(device=a.device, dtype=a.dtype)
+        position = at.position.clamp(max=target.shape[-2] - 1) if target.dim() > 1 else at.position
+        if target.dim() == 2:
+            target = target[position]
+        elif target.dim() == 3:
+            row = torch.arange(len(target), device=a.device).view(-1, *[1] * (position.dim() - 1))
+            target = target[row, position]
+        return self.beta * (target - a)
+
+
+@dataclass(frozen=True)
+class GradientAscent:
+    """Raise log p(next token): value = ∂ log p / ∂a, earlier keys and values held constant; k = h.
+
+    One event is exactly one step of gradient ascent on the dense weight: ∂ log p / ∂W = (∂ log p / ∂a) hᵀ.
+    Its event is written when the next token is known, before that token is processed.
+
+    Args:
+        mu: None: k = h, plain gradient ascent; a number: k = h / (‖h‖² + mu).
+    """
+
+    rate: float = 0.01
+    mu: float | None = None
+    decay: float = 0.0
+    clip: float | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def neuron_local(self) -> bool:
+        return self.rate == 0  # the event is zero whatever the next token: nothing to wait for
+
+    def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
+        return torch.zeros_like(a)
+
+
+def key_scale(rule: Rule, h: Tensor) -> Tensor:
+    """1 / (‖h‖² + mu), or 1 where the rule's key is h itself; [...] for h [..., I]."""
+    square = h.square().sum(-1)
+    return torch.ones_like(square) if rule.mu is None else 1 / (square + rule.mu)
+
+
+def event_value(rule: Rule, value: Tensor, key_norm: Tensor) -> Tensor:
+    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...]."""
+    u = rule.rate * value
+    if rule.clip is None:
+        return u
+    # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN
+    return u * (rule.clip / (u.abs() * key_norm[..., None])).clamp(max=1)
