@@ -145,6 +145,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "sliding_window": (None,),
     "partial_rotary_factor": (None, 1.0),
+    "rope_interleaved": (None, False),
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (None, False),
@@ -164,7 +165,7 @@ _HARMLESS = {
     # about training and other heads
     *("initializer_range", "attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "id2label"),
     *("label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "use_bfloat16"),
-    *("tf_legacy_loss", "gradient_checkpointing", "is_llama_config", "rope_interleaved"),
+    *("tf_legacy_loss", "gradient_checkpointing", "is_llama_config"),
     # about what the forward pass returns
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_decoder"),
     *("tie_last_hidden_states", "use_return_dict", "keys_to_ignore_at_inference"),
@@ -243,12 +244,12 @@ def _rope(hf: Mapping[str, Any], length: int) -> tuple[float, RopeScaling | None
     if old and new and {**new, **old} != dict(new):
         raise ValueError(f"rope_scaling {_short(old)} and rope_parameters {_short(new)} contradict each other")
     rope = dict(new or old or {})
-    thetas = [float(t) for t in (rope.pop("rope_theta", None), hf.get("rope_theta")) if _is_number(t)]
+    thetas = [t for t in (rope.pop("rope_theta", None), hf.get("rope_theta")) if t is not None]
+    for theta in thetas:
+        _check_positive_float("rope_theta", theta)
     if len(set(thetas)) > 1:
-        raise ValueError(f"rope_theta is {thetas[1]:g}, but rope_parameters says {thetas[0]:g}")
-    if hf.get("rope_theta") is not None and not _is_number(hf["rope_theta"]):
-        raise ValueError(f"rope_theta is {hf['rope_theta']!r}, expected a positive number")
-    theta = thetas[0] if thetas else 10000.0  # Llama 1 and 2 leave it out
+        raise ValueError(f"rope_theta is {thetas[1]}, but rope_parameters says {thetas[0]}")
+    theta = float(thetas[0]) if thetas else 10000.0  # Llama 1 and 2 leave it out
     kinds = {rope.pop(key, None) for key in ("rope_type", "type")} - {None}
     if len(kinds) > 1:
         raise ValueError(f"rope type and rope_type contradict each other: {sorted(kinds)}")

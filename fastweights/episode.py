@@ -219,7 +219,8 @@ class Episode:
             rows_B = pending.rows_B & known_B
             if rows_B.any():
                 row = rows_B.nonzero()[:, 0]
-                logprob = pending.logprob_BV[row.to(self.model.device), next_B[row].to(self.model.device)].sum()
+                with torch.enable_grad():
+                    logprob = pending.logprob_BV[row.to(self.model.device), next_B[row].to(self.model.device)].sum()
                 tapes = list(pending.taped.values())
                 # kept, because a snapshot or fork may hold the same graph
                 grads = torch.autograd.grad(logprob, [a for a, _ in tapes], retain_graph=True)

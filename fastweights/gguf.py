@@ -85,6 +85,10 @@ class GgufFile:
         except ValueError as error:
             raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
+    def __len__(self) -> int:
+        """How many tensors `tensors()` yields."""
+        return len(self._shapes.keys() - {"rope_freqs.weight"})
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Hugging Face name, dequantised to float32, q and k rows in Hugging Face order."""
         for tensor in self._reader.tensors:
@@ -292,7 +296,7 @@ def _sentencepiece_bpe(
         halves = [(token[:n], token[n:]) for n in range(1, len(token))]
         known = [(left, right) for left, right in halves if left in joinable and right in joinable]
         for left, right in sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])):
-            merges.append((-score, len(left), len(right), left, right))
+            merges.append((-score, -len(left), -len(right), left, right))
     merges.sort(key=lambda merge: merge[:3])
     backend = Backend(
         models.BPE(

@@ -100,7 +100,9 @@ class PlasticLinear(nn.Module):
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.site] = (a_BTO, h_BTI.detach().to(log.dtype))
         elif now.write_BT is not None:
-            a_BTO = self._stage(now, a_BTO, frozen_BTO.to(log.dtype), h_BTI)
+            staged_BTO = self._stage(now, a_BTO.detach(), frozen_BTO.detach().to(log.dtype), h_BTI.detach())
+            if not a_BTO.requires_grad:  # with a graph there is one token, whose own write it does not read
+                a_BTO = staged_BTO
         return a_BTO.to(frozen_BTO.dtype)
 
     def _read(self, now: Pass, log: EventLog, h_BTI: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class PlasticLinear(nn.Module):
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
         rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay)
-        if now.keys is None or now.keys.h_BTI is not h_BTI or now.keys.form != form:
+        if now.keys is None or now.keys.h_BTI.data_ptr() != h_BTI.data_ptr() or now.keys.form != form:
             h = h_BTI.to(dtype)
             scale_BT = key_scale(rule, h)
             k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
@@ -240,7 +242,7 @@ def attach(
     for name in linears:
         if name not in ACTIVATIONS:
             raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(ACTIVATIONS)}")
-    if not isinstance(rule, Rule):
+    if isinstance(rule, type) or not isinstance(rule, Rule):
         raise ValueError(f"rule={rule!r} is not a rule: expected an object with rate, mu, decay, clip, bias and value")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")

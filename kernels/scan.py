@@ -12,11 +12,14 @@ from collections.abc import Callable
 
 import torch
 
+from .values import Value as TwinValue
+from .values import clipped_triton, jit, per_row, tl, triton, twin
+
 # value(a_BCO, t0, t1) → u_BCO of tokens t0:t1, rate and clip included
 Value = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 OUTER = 128  # tokens whose earlier tokens enter as one GEMM
-INNER = 16  # tokens solved together inside
+INNER = 32  # tokens solved together inside
 KEEP = 1 << 26  # Gram entries kept for the next linear that shares h and k (256 MB in float32)
 
 
@@ -76,6 +79,8 @@ def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.T
     a_BTO = a_BTO.clone(memory_format=torch.contiguous_format)
     u_BTO = torch.empty_like(a_BTO)
     T = a_BTO.shape[1]
+    if T == 1:  # nothing came before: no Gram
+        return a_BTO, value(a_BTO, 0, 1).masked_fill(~gram.write[..., None], 0)
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G = gram.rows(t0, t1)
@@ -128,6 +133,110 @@ def _sweep(start, L, unwritten, value, t0, t1):
     return a, u
 
 
+# ---- Triton
+
+
+@jit
+def _block(
+    a_ptr, u_ptr, G_ptr, write_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, p0_ptr,
+    t0, t1, O, T_padded, G_rows, write_sb, frozen_sb, frozen_st, target_sb, target_st, norm_sb, rate_sb, p0_sb, clip,
+    RULE: tl.constexpr, PHI: tl.constexpr, FROZEN: tl.constexpr, TARGET: tl.constexpr, CLIP: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens t0:t1 of BN neurons of one row, C tokens at a time; a and u are [B, O, T_padded], G is Gᵀ [B, s, t].
+
+    A thread holds whole runs of tokens of its neurons, so that the row loop needs no barrier.
+    """
+    b = tl.program_id(1).to(tl.int64)  # before any multiply: offsets pass 2**31
+    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    lane = tl.arange(0, C)
+    alive = (n < O)[:, None]
+    row = (b * O + n)[:, None] * T_padded
+    rate, p0 = tl.load(rate_ptr + b * rate_sb), tl.load(p0_ptr + b * p0_sb)
+    for c0 in range(t0, t1, C):
+        t = c0 + lane
+        inside = alive & (t < t1)[None, :]
+        a = tl.load(a_ptr + row + t[None, :], mask=inside, other=0.0)
+        for s0 in range(t0, c0, C):  # the chunks of this block that are done
+            u = tl.load(u_ptr + row + (s0 + lane)[None, :], mask=alive, other=0.0)
+            G = tl.load(G_ptr + (b * G_rows + (s0 - t0 + lane)[:, None]) * G_rows + (t - t0)[None, :])
+            a = tl.dot(u, G, a, input_precision=PRECISION)
+        u = tl.full([BN, C], 0.0, tl.float32)
+        frozen, target = a, a
+        if FROZEN:
+            frozen = tl.load(frozen_ptr + b * frozen_sb + t[None, :] * frozen_st + n[:, None], mask=inside, other=0.0)
+            frozen = frozen.to(tl.float32)
+        if TARGET:
+            target = tl.load(target_ptr + b * target_sb + t[None, :] * target_st + n[:, None], mask=inside, other=0.0)
+            target = target.to(tl.float32)
+        for j in range(C):
+            here = (lane == j)[None, :]
+            a_j = tl.sum(tl.where(here, a, 0.0), 1)
+            frozen_j, target_j = a_j, a_j
+            if FROZEN:
+                frozen_j = tl.sum(tl.where(here, frozen, 0.0), 1)
+            if TARGET:
+                target_j = tl.sum(tl.where(here, target, 0.0), 1)
+            u_j = rate * RULE(a_j, frozen_j, target_j, p0, PHI)
+            if CLIP:
+                norm = tl.load(norm_ptr + b * norm_sb + c0 + j, mask=c0 + j < t1, other=0.0)
+                u_j = clipped_triton(u_j, clip, norm)
+            write = tl.load(write_ptr + b * write_sb + c0 + j, mask=c0 + j < t1, other=0)
+            u_j = tl.where(write != 0, u_j, 0.0)[:, None]
+            G_j = tl.load(G_ptr + (b * G_rows + c0 - t0 + j) * G_rows + c0 - t0 + lane)[None, :]
+            a = tl.where(lane[None, :] > j, a + u_j * G_j, a)  # where, not a zero in G: 0 · NaN is NaN
+            u = tl.where(here, u_j, u)
+        tl.store(a_ptr + row + t[None, :], a, mask=inside)
+        tl.store(u_ptr + row + t[None, :], u, mask=inside)
+        tl.debug_barrier()  # the next chunk loads u as other threads stored it
+
+
+def launch(
+    a_BTO: torch.Tensor, gram: Gram, value: TwinValue, BN: int = 32, C: int = 16, num_warps: int = 2,
+    precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The scan by Triton: blocks of OUTER tokens, earlier blocks as torch GEMMs, one launch per block.
+
+    Returns views [B, T, O] of tensors laid out [B, O, T].
+    """
+    rule = twin(value.rule)
+    B, T, O = a_BTO.shape
+    T_padded = triton.cdiv(T, C) * C
+    a_BOT = a_BTO.new_zeros(B, O, T_padded, dtype=torch.float32)
+    a_BOT[:, :, :T] = a_BTO.mT
+    u_BOT = torch.zeros_like(a_BOT)
+    write = gram.write.contiguous().view(torch.uint8)
+    rate, p0 = per_row(value.rate, B, a_BOT), per_row(value.p0, B, a_BOT)
+    empty = rate  # a pointer that is never read
+
+    def wide(x: torch.Tensor | None) -> torch.Tensor:
+        return empty.expand(1, 1, -1) if x is None else x.expand(B, T, O)
+
+    frozen, target = wide(value.frozen_BTO), wide(value.target)
+    norm = empty[None] if value.norm_BT is None else value.norm_BT.contiguous()
+    if (rule.reads_frozen and value.frozen_BTO is None) or (rule.reads_target and value.target is None):
+        raise ValueError(f"rule {value.rule!r} reads {'frozen_BTO' if rule.reads_frozen else 'target'}: got None")
+    if (value.clip is not None and value.norm_BT is None) or frozen.stride(2) != 1 or target.stride(2) != 1:
+        raise ValueError("clip needs norm_BT, and frozen_BTO and target must be contiguous in their last dimension")
+    for t0 in range(0, T, OUTER):
+        t1 = min(t0 + OUTER, T)
+        G_BCT = gram.rows(t0, t1)
+        if t0:
+            block = a_BOT[:, :, t0:t1]
+            torch.baddbmm(block, u_BOT[:, :, :t0], G_BCT[:, :, :t0].mT, out=block)
+        G_rows = triton.cdiv(t1 - t0, C) * C
+        G_Bst = a_BOT.new_zeros(B, G_rows, G_rows)
+        G_Bst[:, : t1 - t0, : t1 - t0] = G_BCT[:, :, t0:].mT
+        _block[(triton.cdiv(O, BN), B)](
+            a_BOT, u_BOT, G_Bst, write, frozen, target, norm, rate, p0,
+            t0, t1, O, T_padded, G_rows, write.stride(0), frozen.stride(0), frozen.stride(1), target.stride(0),
+            target.stride(1), norm.stride(0), rate.stride(0), p0.stride(0), float(value.clip or 0),
+            RULE=rule.triton, PHI=value.activation, FROZEN=rule.reads_frozen, TARGET=rule.reads_target,
+            CLIP=value.clip is not None, BN=BN, C=C, PRECISION=precision, num_warps=num_warps,
+        )  # fmt: skip
+    return a_BOT[:, :, :T].mT, u_BOT[:, :, :T].mT
+
+
 def scan(
     a_BTO: torch.Tensor, gram: Gram, value: Value, backend: str = "torch"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,5 +249,9 @@ def scan(
     match backend:
         case "torch":
             return scan_chunked(a_BTO, gram, value)
+        case "triton":
+            if not isinstance(value, TwinValue):
+                raise ValueError("this rule has no Triton twin (kernels.values.Value): it runs on backend='torch'")
+            return launch(a_BTO, gram, value)
         case _:
             raise ValueError(f'scan() got backend {backend!r}, expected "torch" or "triton"')

@@ -1,4 +1,4 @@
-"""The oracle is right: against transformers, against autograd on the dense weight, and against hand arithmetic.
+"""The oracle is right: against transformers, autograd on the dense weight, and arithmetic by hand.
 
 transformers runs in float64 with its RMSNorm put into float64 too (it computes that in float32 whatever the
 model's dtype), so everything here agrees to rounding.
@@ -47,7 +47,7 @@ def float64_norm(monkeypatch):
 
 def llama(seed=0, **changes):
     """A random transformers Llama in float64 and the config.json dict it came from."""
-    config = {**SMALL, **changes}
+    config = {key: value for key, value in {**SMALL, **changes}.items() if value is not None}
     # sdpa: transformers' eager attention takes its softmax in float32
     hf_config = transformers.LlamaConfig(**config, attn_implementation="sdpa")
     model = transformers.LlamaForCausalLM(hf_config).double().eval()
@@ -88,6 +88,7 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "head_dim explicit": {"head_dim": 10},
     "tied embeddings": {"tie_word_embeddings": True},
+    "no rope_theta": {"rope_theta": None},
     "linear rope, old key": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3 rope, old keys": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "head_dim": 16},
     "llama3 rope, rope_parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 300.0}, "head_dim": 16},
@@ -213,6 +214,19 @@ def test_a_probe_behind_the_context_is_the_next_step_without_its_write():
     oracle.feed(TOKENS)
     probe, _ = oracle.frozen_probe([8], fresh=False)
     assert torch.equal(probe[0], oracle.step(8))
+
+
+def test_a_waiting_gradient_event_is_in_no_probe_and_is_dropped_with_its_context():
+    model, config = llama()
+    oracle = oracle_of(model, config, {(0, "up_proj"): GRADIENT})
+    plain = oracle_of(model, config)
+    oracle.step(23)
+    plain.step(23)
+    for fresh in (True, False):
+        assert torch.equal(oracle.frozen_probe([17, 4], fresh)[0], plain.frozen_probe([17, 4], fresh)[0])
+    oracle.reset_context()
+    oracle.step(17)
+    assert oracle.events[0, "up_proj"] == 0
 
 
 def test_rate_zero_or_no_write_is_the_plain_model_bit_for_bit():

