@@ -1,9 +1,10 @@
 """fastweights: a Llama whose MLP weights change while it reads and writes."""
 
 from .episode import Episode
+from .inputs import token_ids
 from .plastic import attach, detach
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
-from .update import token_ids
+from .surgery import surgery
 from .weights import load, save
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "detach",
     "load",
     "save",
+    "surgery",
     "token_ids",
 ]

@@ -13,13 +13,13 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rope frequencies are stretched: "linear" uses `factor` alone, "llama3" all four numbers."""
+    """How rope frequencies are stretched: "linear" by `factor` alone, "llama3" by all four numbers."""
 
     rope_type: str
     factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3"):
@@ -27,18 +27,16 @@ class RopeScaling:
                 f"rope_type {self.rope_type!r} is not implemented, expected 'default', 'linear' or 'llama3'"
             )
         _check_positive_float("rope factor", self.factor)
-        if self.rope_type == "linear":
-            return
         _check_positive_float("rope low_freq_factor", self.low_freq_factor)
         _check_positive_float("rope high_freq_factor", self.high_freq_factor)
         _check_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
-        if not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
+        if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {"rope_type": self.rope_type} | {key: getattr(self, key) for key in _ROPE_KEYS[self.rope_type]}
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,11 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json with the older rope keys, which every version of transformers reads."""
-        hf: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        hf: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+        }
         hf |= asdict(self)
         hf["rope_scaling"] = self.rope_scaling.to_dict() if self.rope_scaling else None
         eos = hf.pop("eos_token_ids")
@@ -117,6 +119,12 @@ class LlamaConfig:
         hf["torch_dtype"] = hf.pop("dtype")
         return hf
 
+
+_ROPE_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 _POSITIVE_INTS = (
     "vocab_size",
@@ -159,7 +167,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _HARMLESS = {
     # about the file
     *("architectures", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash"),
-    *("tokenizer_class", "prefix", "torchscript", "transformers.js_config", "custom_pipelines", "unsloth_version"),
+    *(
+        "tokenizer_class",
+        "prefix",
+        "torchscript",
+        "transformers.js_config",
+        "custom_pipelines",
+        "unsloth_version",
+    ),
     *("unsloth_fixed", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset"),
     *("_attn_implementation_internal", "_flash_attn_2_enabled", "experts_implementation"),
     # about training and other heads
@@ -169,16 +184,35 @@ _HARMLESS = {
     # about what the forward pass returns
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "is_decoder"),
     *("tie_last_hidden_states", "use_return_dict", "keys_to_ignore_at_inference"),
-    # Splits a matrix product in pretraining_tp parts to repeat a training run's rounding: the mathematics is the
-    # same without, and transformers itself no longer does it.
+    # Splits a matrix product in pretraining_tp parts to repeat a training run's rounding: the mathematics is
+    # the same without, and transformers itself no longer does it.
     "pretraining_tp",
     # generation settings that older versions kept here
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
-    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *(
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+    ),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
-    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-    *("epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty", "num_assistant_tokens", "target_lookbehind"),
+    *(
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ),
+    *(
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "encoder_repetition_penalty",
+        "num_assistant_tokens",
+        "target_lookbehind",
+    ),
     *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
     *("sep_token_id", "decoder_start_token_id"),
 }
@@ -194,7 +228,9 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             raise ValueError(f"{key} is {_short(hf[key])}, and fastweights implements only {_list(allowed)}")
     if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-        raise ValueError(f"layer_types is {_short(hf['layer_types'])}, and fastweights implements only 'full_attention'")
+        raise ValueError(
+            f"layer_types is {_short(hf['layer_types'])}, and fastweights implements only 'full_attention'"
+        )
     if hf.get("use_sliding_window"):
         raise ValueError("use_sliding_window is true, and fastweights implements only full attention")
     known = _HANDLED | _ONLY.keys() | _HARMLESS | {"layer_types", "use_sliding_window"}
@@ -213,7 +249,8 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     if head_dim is None:
         if hf["hidden_size"] % heads:
             raise ValueError(
-                f"hidden_size {hf['hidden_size']} is not a multiple of num_attention_heads {heads}, and head_dim is missing"
+                f"hidden_size {hf['hidden_size']} is not a multiple of num_attention_heads {heads}, "
+                "and head_dim is missing"
             )
         head_dim = hf["hidden_size"] // heads
     length = _first(hf.get("max_position_embeddings"), hf.get("max_sequence_length"), 2048)
@@ -259,9 +296,9 @@ def _rope(hf: Mapping[str, Any], length: int) -> tuple[float, RopeScaling | None
     if kind == "llama3":
         outer = hf.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = _first(outer, rope.get("original_max_position_embeddings"), length)
-    wanted = {"linear": {"factor"}, "llama3": set(RopeScaling.__dataclass_fields__) - {"rope_type"}}.get(kind, set())
-    if kind not in ("default", "linear", "llama3"):
+    if kind not in _ROPE_KEYS:
         raise ValueError(f"rope_type {kind!r} is not implemented, expected 'default', 'linear' or 'llama3'")
+    wanted = _ROPE_KEYS[kind]
     if missing := sorted(key for key in wanted if rope.get(key) is None):
         raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}, which is missing")
     idle = {"original_max_position_embeddings"}  # says where the model came from; only llama3 computes with it

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama
 from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
 from .probes.capture import Trace, capture
@@ -18,9 +19,6 @@ from .rules import event_value, key_scale
 from .sampling import Sampling
 from .state import EventLog, Events
 from .tokenizer import Tokenizer
-from .update import Update, written
-
-Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Episode:
         self,
         input_ids: Ids,
         update: Update = "all",
-        attention_mask: Tensor | Sequence | None = None,
+        attention_mask: Mask = None,
         logits: str = "all",
     ) -> Tensor:
         """Reads tokens: one pass over the model when every rule is neuron-local, token by token otherwise.
@@ -140,7 +138,7 @@ class Episode:
             ValueError: for tokens, masks or updates that do not fit and for events with a non-finite factor;
                 the episode is as it was before.
         """
-        ids_BT, mask_BT = self._tokens(input_ids, attention_mask, self.batch_size)
+        ids_BT, mask_BT = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
         if logits not in ("all", "last"):
             raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
         out_BTV = self._feed(ids_BT, mask_BT, update, generated=False, logits=logits)
@@ -257,7 +255,7 @@ class Episode:
         max_new_tokens: int = 64,
         *,
         update: Update = "generated",
-        attention_mask: Tensor | Sequence | None = None,
+        attention_mask: Mask = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
@@ -293,7 +291,11 @@ class Episode:
         stop = set(self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
         if seed is not None:
             self.generator.manual_seed(seed)
-        prompt = None if input_ids is None else self._tokens(input_ids, attention_mask, self.batch_size)
+        prompt = (
+            None
+            if input_ids is None
+            else tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
+        )
         longest = max(self.lengths) + max_new_tokens + (0 if prompt is None else prompt[0].shape[1])
         if longest > self.cache.limit:
             raise ValueError(
@@ -302,10 +304,19 @@ class Episode:
             )
         return self._generate(prompt, max_new_tokens, update, sampling, stop, stop_strings, tokenizer)
 
-    def _generate(self, prompt, max_new_tokens, update, sampling, stop, stop_strings, tokenizer) -> Iterator[Step]:
+    def _generate(
+        self,
+        prompt: tuple[Tensor, Tensor | None] | None,
+        max_new_tokens: int,
+        update: Update,
+        sampling: Sampling,
+        stop: set[int],
+        stop_strings: list[str],
+        tokenizer: Tokenizer | None,
+    ) -> Iterator[Step]:
         if prompt is not None:
             with torch.no_grad():
-                self._feed(*prompt, update, generated=False, logits="last")
+                self._feed(prompt[0], prompt[1], update, generated=False, logits="last")
         ended = [False] * self.batch_size
         streams = [tokenizer.stream() for _ in ended] if tokenizer else []
         texts = [""] * self.batch_size
@@ -319,7 +330,7 @@ class Episode:
             with torch.no_grad():
                 self._feed(ids_B1, mask_B1, update, generated=True, logits="last")
             pieces = ["" if done else s.push(c) for s, done, c in zip(streams, ended, chosen, strict=False)]
-            texts = [text + piece for text, piece in zip(texts, pieces or texts, strict=True)] if pieces else texts
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)] if pieces else texts
             ended = [
                 done or token in stop or any(s in text for s in stop_strings)
                 for done, token, text in zip(ended, chosen, texts, strict=True)
@@ -336,7 +347,7 @@ class Episode:
         input_ids: Ids,
         sites: Sequence[str] = (),
         at: str = "now",
-        attention_mask: Tensor | Sequence | None = None,
+        attention_mask: Mask = None,
         logits: str = "all",
     ) -> Trace:
         """Reads a prompt by itself, from position 0, with the fast weights as they are now; changes nothing.
@@ -351,15 +362,15 @@ class Episode:
         """
         if at != "now":
             raise ValueError(f"probe(at={at!r}): expected 'now'")
-        ids_BT, mask_BT = self._tokens(input_ids, attention_mask, None)
+        ids_BT, mask_BT = tokens(input_ids, attention_mask, None, self.model.config.vocab_size)
         if len(ids_BT) == 1:
             ids_BT = ids_BT.expand(self.batch_size, -1)
         elif len(ids_BT) != self.batch_size and self.batch_size != 1:
             raise ValueError(f"probe() got batch {len(ids_BT)}, but this episode has batch {self.batch_size}")
-        rows, tokens = ids_BT.shape
+        rows, width = ids_BT.shape
         if mask_BT is not None:
-            mask_BT = mask_BT.expand(rows, tokens)
-        cache = self.model.new_cache(rows, tokens) if mask_BT is not None else None
+            mask_BT = mask_BT.expand(rows, width)
+        cache = self.model.new_cache(rows, width) if mask_BT is not None else None
         now = Pass(self.logs, torch.empty(0))
         with bound(self.model, self, now), capture(self.model, sites) as trace:
             trace.logits = self.model(ids_BT.to(self.model.device), mask_BT, cache, logits)
@@ -418,38 +429,3 @@ class Episode:
     def delta_weight(self, layer: int, linear: str, row: int = 0) -> Tensor:
         """ΔW of one linear in one row, dense [O, I]."""
         return self.logs[layer, linear].delta_weight(row)
-
-    # ---- at the door
-
-    def _tokens(self, input_ids: Ids, mask, rows: int | None) -> tuple[Tensor, Tensor | None]:
-        """(ids [B, T] int64, mask [B, T] bool or None), both on the CPU, or a one-line refusal."""
-        if not isinstance(input_ids, Tensor):
-            listed = [list(r) if isinstance(r, (Sequence, Tensor)) else r for r in input_ids]
-            if listed and isinstance(listed[0], list) and len({len(r) for r in listed}) > 1 and mask is None:
-                width = max(len(r) for r in listed)
-                mask = [[1] * len(r) + [0] * (width - len(r)) for r in listed]
-                listed = [r + [0] * (width - len(r)) for r in listed]
-            input_ids = torch.tensor(listed)
-        ids_BT = input_ids.detach().cpu()
-        ids_BT = ids_BT[None] if ids_BT.dim() == 1 else ids_BT
-        if ids_BT.dim() != 2 or ids_BT.numel() == 0:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}: expected [B, T] with at least one token")
-        if ids_BT.dtype.is_floating_point or ids_BT.dtype == torch.bool:
-            raise ValueError(f"input_ids is {ids_BT.dtype}: expected whole numbers")
-        if rows is not None and len(ids_BT) != rows:
-            raise ValueError(f"input_ids has batch {len(ids_BT)}, but this episode has batch {rows}")
-        vocabulary = self.model.config.vocab_size
-        for outside in ids_BT[(ids_BT < 0) | (ids_BT >= vocabulary)].tolist():
-            raise ValueError(f"token id {outside} is outside the vocabulary of {vocabulary}")
-        if mask is None:
-            return ids_BT.long(), None
-        mask_BT = torch.as_tensor(mask).cpu()
-        mask_BT = mask_BT[None] if mask_BT.dim() == 1 else mask_BT
-        if mask_BT.shape != ids_BT.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(mask_BT.shape)}, but input_ids has {list(ids_BT.shape)}"
-            )
-        mask_BT = mask_BT != 0
-        if not mask_BT.any():
-            raise ValueError("attention_mask is all padding: expected at least one token")
-        return ids_BT.long(), mask_BT

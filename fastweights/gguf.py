@@ -37,15 +37,21 @@ _NAMES = {
 
 # The regular expressions that the models' own tokenizer.json files hold.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGIT = r"\p{N}"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")  # llama.cpp's, for files that name none
+_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    _GPT2,
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)  # llama.cpp's, for files that name none
 
 _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "gpt2"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (_DIGIT, _GPT2)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3,)),
     "default": _DEFAULT,
 }
@@ -62,9 +68,7 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise ImportError(
-                f'reading {path} needs the gguf package: pip install "fastweights[demo]"'
-            ) from None
+            raise ImportError(f'reading {path} needs the gguf package: pip install "fastweights[demo]"') from None
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path} does not exist, expected a .gguf file")
@@ -90,7 +94,7 @@ class GgufFile:
         return len(self._shapes.keys() - {"rope_freqs.weight"})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its Hugging Face name, dequantised to float32, q and k rows in Hugging Face order."""
+        """Every tensor under its Hugging Face name: float32, q and k rows in Hugging Face order."""
         for tensor in self._reader.tensors:
             if tensor.name == "rope_freqs.weight":
                 continue
@@ -99,8 +103,8 @@ class GgufFile:
                 values = self._dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError:
                 raise ValueError(
-                    f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package "
-                    "cannot dequantise"
+                    f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, "
+                    "which the gguf package cannot dequantise"
                 ) from None
             # a copy: float32 data would otherwise be a read-only view of the file
             values = np.array(values, dtype=np.float32).reshape(self._shapes[tensor.name])
@@ -111,7 +115,7 @@ class GgufFile:
             yield name, torch.from_numpy(values)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, with special tokens, BOS rule, stop ids and chat template as the file states them."""
+        """The tokenizer, with special tokens, BOS rule, stop ids and chat template as the file has them."""
         tokens: list[str] = self._get("tokenizer.ggml.tokens")
         kinds: list[int] = self._get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
         model, pre = self._get("tokenizer.ggml.model"), ""
@@ -187,7 +191,10 @@ class GgufFile:
         if experts := self._get("llama.expert_count", 0):
             raise ValueError(f"{self.path}: llama.expert_count is {experts}, and fastweights implements no experts")
         heads, width = self._get("llama.attention.head_count"), self._get("llama.embedding_length")
-        for key, value in (("head_count", heads), ("head_count_kv", self._get("llama.attention.head_count_kv", heads))):
+        for key, value in (
+            ("head_count", heads),
+            ("head_count_kv", self._get("llama.attention.head_count_kv", heads)),
+        ):
             if not isinstance(value, int):
                 raise ValueError(f"{self.path}: llama.attention.{key} differs between layers, expected one number")
         head_dim = self._get("llama.attention.key_length", width // heads)
@@ -227,8 +234,8 @@ class GgufFile:
         factor = self._get("llama.rope.scaling.factor", self._get("llama.rope.scale_linear", 0.0))
         if kind not in ("none", "linear"):
             raise ValueError(
-                f"{self.path}: llama.rope.scaling.type is {kind!r}, and fastweights implements only 'none', 'linear' "
-                "and Llama 3's"
+                f"{self.path}: llama.rope.scaling.type is {kind!r}, "
+                "and fastweights implements only 'none', 'linear' and Llama 3's"
             )
         linear = None
         if kind == "linear" and factor not in (0.0, 1.0):
@@ -239,7 +246,7 @@ class GgufFile:
         stretch = np.asarray(tensor.data, dtype=np.float32).reshape(-1)
         if (stretch == 1).all():
             return linear
-        # llama.cpp stores what Llama 3's scaling does to each frequency; its parameters are the published ones
+        # llama.cpp stores what Llama 3's scaling does to each frequency; the parameters are published
         scaling = RopeScaling("llama3", _shortest(stretch.max()), 1.0, 4.0, 8192)
         wanted = llama3_stretch(scaling, theta, head_dim)
         if linear is not None or stretch.shape != wanted.shape or not np.allclose(stretch, wanted, rtol=1e-4, atol=0):
@@ -252,13 +259,12 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """q or k rows [heads · E, ...] from llama.cpp's order (rope's pairs side by side) to Hugging Face's (halves)."""
+    """q or k rows [heads · E, ...]: llama.cpp's order (rope's pairs adjacent) to Hugging Face's (halves)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def llama3_stretch(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
     """What Llama 3's scaling divides each rope frequency by, [head_dim / 2] float64."""
-    assert scaling.low_freq_factor and scaling.high_freq_factor and scaling.original_max_position_embeddings
     frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -274,9 +280,12 @@ def _shortest(value: float) -> float:
 def _byte_level_bpe(tokens: list[str], merges: list[str], patterns: tuple[str, ...]) -> Backend:
     llama3 = patterns == (_LLAMA3,)  # its tokenizer takes a whole word that is in the vocabulary without merging
     vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     backend = Backend(models.BPE(vocab=vocab, merges=pairs, ignore_merges=llama3))
-    splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in patterns]
+    splits: list[Any] = [
+        pre_tokenizers.Digits(individual_digits=True) if p == _DIGIT else pre_tokenizers.Split(Regex(p), "isolated")
+        for p in patterns
+    ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
@@ -310,7 +319,5 @@ def _sentencepiece_bpe(
     prefix: list[Any] = [normalizers.Prepend("▁")] if space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip: list[Any] = [decoders.Strip(" ", 1, 0)] if space_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend

@@ -192,9 +192,7 @@ class Delta:
     def __post_init__(self) -> None:
         _check(self)
         if not isinstance(self.target, Tensor) or not 1 <= self.target.dim() <= 3:
-            raise ValueError(
-                f"Delta(target={type(self.target).__name__}): expected a tensor [O], [P, O] or [B, P, O]"
-            )
+            raise ValueError(f"Delta(target={type(self.target).__name__}): expected a tensor [O], [P, O] or [B, P, O]")
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         target = self.target.to(device=a.device, dtype=a.dtype)

@@ -132,6 +132,12 @@ class EventLog:
         U_BRO, K_BRI, _ = self.factors()
         return (U_BRO[row] * self.weights(self.now())[row, 0, :, None]).T @ K_BRI[row]
 
+    def delta_norm(self, row: int) -> float:
+        """‖ΔW‖_F of one row, from the factors alone: ‖Σ u kᵀ‖² = Σ_ij (u_i·u_j)(k_i·k_j)."""
+        U_BRO, K_BRI, _ = self.factors()
+        U, K = (U_BRO[row] * self.weights(self.now())[row, 0, :, None]).double(), K_BRI[row].double()
+        return float(((U @ U.T) * (K @ K.T)).sum().clamp(min=0).sqrt())
+
     def delta_bias(self, row: int) -> Tensor:
         """Δb of one row, [O]."""
         U_BRO, _, bias_BR = self.factors()

@@ -23,7 +23,7 @@ class Tokenizer:
     """Turns text into ids and back.
 
     `backend` is a `tokenizers.Tokenizer`; `config` is what tokenizer_config.json holds (names of the special
-    tokens and settings that travel along with `save`); `chat_templates` maps names to jinja templates, of which
+    tokens, and settings that travel along with `save`); `chat_templates` maps names to jinja templates:
     "default" is used unless another is asked for.
 
     Example:
@@ -40,7 +40,7 @@ class Tokenizer:
         bos_token_id: int | None = None,
     ):
         self.backend = backend
-        backend.no_truncation()  # a tokenizer.json may carry either from training: neither belongs to the text
+        backend.no_truncation()  # a tokenizer.json may carry either from training
         backend.no_padding()
         self.config = dict(config or {})
         self.chat_templates = dict(chat_templates or {})
@@ -54,6 +54,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(ids))
         if backend.post_processor is None and self.config.get("add_bos_token") and bos_token_id is not None:
             backend.post_processor = bos_processor(backend, bos_token_id)
+        self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._starts_with_bos = backend.encode("").ids[:1] == [bos_token_id]
         self._byte_level = '"ByteLevel"' in (backend.decoder.__getstate__().decode() if backend.decoder else "")
 
@@ -98,8 +99,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; the tokenizer's own post-processor decides whether BOS comes first.
 
-        A chat template usually writes BOS itself, and encoding its text would add another: a text that already
-        starts with BOS gets no second one here.
+        A chat template usually writes BOS itself, and encoding its text would add another: a text that
+        already starts with BOS gets no second one here.
         """
         ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self._starts_with_bos and ids[:2] == [self.bos_token_id] * 2:
@@ -111,7 +112,7 @@ class Tokenizer:
         return self.backend.decode(_checked(ids), skip_special_tokens=skip_special_tokens)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """One printable piece of text per id: newlines, control characters and parts of a character escaped."""
+        """One printable piece of text per id; newlines, controls and parts of a character are escaped."""
         return [self._piece(i) for i in _checked(ids)]
 
     def stream(self, skip_special_tokens: bool = False) -> Stream:
@@ -127,8 +128,8 @@ class Tokenizer:
     ) -> str:
         """The prompt for a conversation of {"role": ..., "content": ...} messages, as text.
 
-        `chat_template` names one of `chat_templates`, or is a template itself; other keywords reach the template
-        (`tools`, `date_string`, ...). The text usually holds BOS already, which `encode` does not add again.
+        `chat_template` names one of `chat_templates`, or is a template itself; other keywords reach the
+        template (`tools`, `date_string`, ...). The text usually holds BOS already: `encode` adds no other.
         Raises ValueError when there is no template or when the template refuses the messages.
         """
         name = chat_template or "default"
@@ -198,11 +199,14 @@ class Stream:
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that is certain after this id, often empty for a part of a character."""
+        """The text that is certain after this id: none for a part of a character."""
+        token_id = _checked([token_id])[0]
+        piece = self._tokenizer.backend.id_to_token(token_id)
+        if piece is None or (self._skip and token_id in self._tokenizer.special_ids):
+            return ""  # decode passes over it, and it ends no run of bytes
         self._pending.append(token_id)
         new = self._new_text()
         # "�" may be the start of a character; a run of byte tokens is decoded as a whole, once it has ended
-        piece = self._tokenizer.backend.id_to_token(token_id) or ""
         if not new or new.endswith("�") or _BYTE_TOKEN.fullmatch(piece):
             return ""
         self._context, self._pending = self._pending, []

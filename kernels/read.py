@@ -1,3 +1,4 @@
+# ruff: noqa: E741 (I and O are shapes)
 """read: what the fast weights add to a linear's output.
 
     y = ((x Kᵀ + kb) ⊙ w) U
@@ -9,6 +10,8 @@ Many rows may share one pair of factors and differ only in `w`: the same model a
 from __future__ import annotations
 
 import torch
+
+from .values import FUSED, jit, require_triton, tl, triton
 
 
 def reference(
@@ -52,6 +55,133 @@ def _masked(x_BTI, U_BRO, K_BRI, kb_BTR, w_BTR):
     return (c_BTR @ U_BRO.masked_fill(~finite, 0)).masked_fill(poisoned > 0, float("nan"))
 
 
+# ---- Triton
+
+
+@jit
+def _coefficients(
+    x_ptr, K_ptr, kb_ptr, w_ptr, c_ptr, T, I, R, K_sb, kb_sb, w_sb, w_st, BIAS: tl.constexpr,
+    BT: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c [B, T, R] = (x Kᵀ + kb) ⊙ w, 0 where w is 0."""
+    b = tl.program_id(2).to(tl.int64)  # before any multiply: offsets pass 2**31
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    r = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
+    t_in, r_in = (t < T)[:, None], (r < R)[None, :]
+    c = tl.full([BT, BR], 0.0, tl.float32)
+    for i0 in range(0, I, BI):
+        i = i0 + tl.arange(0, BI)
+        x = tl.load(x_ptr + (b * T + t)[:, None] * I + i[None, :], mask=t_in & (i < I)[None, :], other=0.0)
+        K = tl.load(K_ptr + b * K_sb + r[None, :] * I + i[:, None], mask=r_in & (i < I)[:, None], other=0.0)
+        c = tl.dot(x.to(tl.float32), K, c, input_precision=PRECISION)
+    if BIAS:
+        c += tl.load(kb_ptr + b * kb_sb + r, mask=r < R, other=0.0)[None, :]
+    w = tl.load(w_ptr + b * w_sb + t[:, None] * w_st + r[None, :], mask=t_in & r_in, other=0.0)
+    c = tl.where(w != 0, c * w, 0.0)
+    tl.store(c_ptr + (b * T + t)[:, None] * R + r[None, :], c, mask=t_in & r_in)
+
+
+@jit
+def _combine(
+    c_ptr, U_ptr, w_ptr, y_ptr, T, O, R, U_sb, w_sb, w_st,
+    BT: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, O] = c U, without what dead slots hold."""
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o = tl.program_id(1).to(tl.int64) * BO + tl.arange(0, BO)
+    t_in, o_in = (t < T)[:, None], (o < O)[None, :]
+    y = tl.full([BT, BO], 0.0, tl.float32)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        r_in = r < R
+        c = tl.load(c_ptr + (b * T + t)[:, None] * R + r[None, :], mask=t_in & r_in[None, :], other=0.0)
+        w = tl.load(w_ptr + b * w_sb + t[:, None] * w_st + r[None, :], mask=t_in & r_in[None, :], other=0.0)
+        U = tl.load(U_ptr + b * U_sb + r[:, None] * O + o[None, :], mask=r_in[:, None] & o_in, other=0.0)
+        finite = tl.abs(U) < float("inf")
+        y = tl.dot(c, tl.where(finite, U, 0.0), y, input_precision=PRECISION)
+        if tl.sum(tl.where(finite, 0, 1)) > 0:  # 0 · NaN is NaN: give it only to the tokens that read it alive
+            read = tl.dot(tl.where(w != 0, 1.0, 0.0), tl.where(finite, 0.0, 1.0), input_precision="ieee")
+            y = tl.where(read > 0, float("nan"), y)
+    tl.store(y_ptr + (b * T + t)[:, None] * O + o[None, :], y, mask=t_in & o_in)
+
+
+def launch(
+    x_BTI: torch.Tensor,
+    U_BRO: torch.Tensor,
+    K_BRI: torch.Tensor,
+    kb_BR: torch.Tensor | None,
+    w: torch.Tensor,
+    precision: str = "ieee",
+) -> torch.Tensor:
+    """The read by Triton, float32: two launches, coefficients and combination."""
+    require_triton()
+    (B, T, I), (R, O) = x_BTI.shape, U_BRO.shape[1:]
+    x_BTI = x_BTI.contiguous()
+    y_BTO = torch.empty(B, T, O, dtype=torch.float32, device=x_BTI.device)
+    if R == 0 or y_BTO.numel() == 0:
+        return y_BTO.zero_()
+    w_BTR = (w if w.dim() == 3 else w[:, None]).float().expand(B, T, R)
+    U_BRO, K_BRI = (f if f.stride()[1:] == (f.shape[2], 1) else f.contiguous() for f in (U_BRO, K_BRI))
+    if w_BTR.stride(2) != 1:
+        w_BTR = w_BTR.contiguous()
+    kb = K_BRI if kb_BR is None else kb_BR
+    if kb.stride(-1) != 1:
+        kb = kb.contiguous()
+    rows, tokens = B, T
+    if B > 1 and _shared(U_BRO) and _shared(K_BRI) and (kb_BR is None or _shared(kb)):
+        rows, tokens = 1, B * T  # shared factors: one row of many tokens fills the tiles
+        w_BTR = w_BTR.reshape(1, B * T, R)
+
+    def stride(x: torch.Tensor) -> int:
+        return 0 if x.shape[0] == 1 else x.stride(0)
+
+    c = torch.empty(rows, tokens, R, dtype=torch.float32, device=x_BTI.device)
+    BT = 16 if tokens <= 16 else 32
+    _coefficients[(triton.cdiv(tokens, BT), triton.cdiv(R, 32), rows)](
+        x_BTI, K_BRI, kb, w_BTR, c, tokens, I, R, stride(K_BRI), stride(kb), w_BTR.stride(0), w_BTR.stride(1),
+        BIAS=kb_BR is not None, BT=BT, BR=32, BI=64, PRECISION=precision, num_warps=4, **FUSED,
+    )  # fmt: skip
+    _combine[(triton.cdiv(tokens, BT), triton.cdiv(O, 64), rows)](
+        c, U_BRO, w_BTR, y_BTO, tokens, O, R, stride(U_BRO), w_BTR.stride(0), w_BTR.stride(1),
+        BT=BT, BO=64, BR=32, PRECISION=precision, num_warps=4, **FUSED,
+    )  # fmt: skip
+    return y_BTO
+
+
+# ---- as an operator: lives inside torch.compile and CUDA graphs
+
+
+@torch.library.custom_op("fastweights::read", mutates_args=(), device_types="cuda")
+def _op(x: torch.Tensor, U: torch.Tensor, K: torch.Tensor, kb: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor:
+    return launch(x, U, K, kb, w)
+
+
+@_op.register_kernel("cpu")
+def _(x, U, K, kb, w):
+    return reference(x, U, K, kb, w)
+
+
+@_op.register_fake
+def _(x, U, K, kb, w):
+    return x.new_empty(x.shape[0], x.shape[1], U.shape[2], dtype=U.dtype)
+
+
+def _save(ctx, inputs, output):
+    x, U, K, _, w = inputs
+    ctx.save_for_backward(U, K, w)
+    ctx.dtype = x.dtype
+
+
+def _backward(ctx, grad):
+    U, K, w = ctx.saved_tensors
+    grad_x = _op(grad, K, U, None, w).to(ctx.dtype)  # the same read, keys and values swapped
+    return grad_x, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_save)
+
+
 def read(
     x_BTI: torch.Tensor,
     U_BRO: torch.Tensor,
@@ -68,5 +198,8 @@ def read(
     match backend:
         case "torch":
             return reference(x_BTI, U_BRO, K_BRI, kb_BR, w)
+        case "triton":
+            run = _op if x_BTI.is_cuda else launch  # on the CPU: Triton's interpreter
+            return run(x_BTI, U_BRO, K_BRI, kb_BR, w)
         case _:
             raise ValueError(f'read() got backend {backend!r}, expected "torch" or "triton"')

@@ -1,3 +1,4 @@
+# ruff: noqa: E741 (I and O are shapes)
 """scan: all the reads and writes of one prompt at one plastic linear, in parallel (DESIGN §3.2).
 
     a_t = A_t + Σ_{s<t, s written} (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) u_s        u_t = value(a_t)
@@ -12,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from .values import FUSED, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
-from .values import clipped_triton, jit, per_row, tl, triton, twin
 
 # value(a_BCO, t0, t1) → u_BCO of tokens t0:t1, rate and clip included
 Value = Callable[[torch.Tensor, int, int], torch.Tensor]
@@ -27,8 +28,8 @@ class Gram:
     """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) where s < t and s is written, else 0; by rows of OUTER.
 
     h, k [B, T, I] any float dtype, kb [B, T] or None, write [B, T] bool, decay a float or a tensor [] or [B].
-    gate_proj and up_proj share h, k, kb, write and decay, and so one Gram: rows are kept while they are small,
-    computed again otherwise, so memory stays bounded for any T.
+    gate_proj and up_proj share h, k, kb, write and decay, and so one Gram: its rows are kept while they are
+    small and computed again otherwise, so that memory stays bounded for any T.
     """
 
     def __init__(self, h_BTI, k_BTI, kb_BT, write_BT, decay=0.0, dtype=None):
@@ -139,13 +140,14 @@ def _sweep(start, L, unwritten, value, t0, t1):
 @jit
 def _block(
     a_ptr, u_ptr, G_ptr, write_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, p0_ptr,
-    t0, t1, O, T_padded, G_rows, write_sb, frozen_sb, frozen_st, target_sb, target_st, norm_sb, rate_sb, p0_sb, clip,
+    t0, t1, O, T_padded, G_rows, write_sb, norm_sb, rate_sb, p0_sb, clip,
     RULE: tl.constexpr, PHI: tl.constexpr, FROZEN: tl.constexpr, TARGET: tl.constexpr, CLIP: tl.constexpr,
     BN: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tokens t0:t1 of BN neurons of one row, C tokens at a time; a and u are [B, O, T_padded], G is Gᵀ [B, s, t].
+    """Tokens t0:t1 of BN neurons of one row, C tokens at a time; G is [B, s, t].
 
-    A thread holds whole runs of tokens of its neurons, so that the row loop needs no barrier.
+    a, u, frozen and target are [B, O, T_padded]: with tokens contiguous a neuron's tokens sit in one warp, and
+    the row loop needs no barrier.
     """
     b = tl.program_id(1).to(tl.int64)  # before any multiply: offsets pass 2**31
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -164,11 +166,9 @@ def _block(
         u = tl.full([BN, C], 0.0, tl.float32)
         frozen, target = a, a
         if FROZEN:
-            frozen = tl.load(frozen_ptr + b * frozen_sb + t[None, :] * frozen_st + n[:, None], mask=inside, other=0.0)
-            frozen = frozen.to(tl.float32)
+            frozen = tl.load(frozen_ptr + row + t[None, :], mask=inside, other=0.0)
         if TARGET:
-            target = tl.load(target_ptr + b * target_sb + t[None, :] * target_st + n[:, None], mask=inside, other=0.0)
-            target = target.to(tl.float32)
+            target = tl.load(target_ptr + row + t[None, :], mask=inside, other=0.0)
         for j in range(C):
             here = (lane == j)[None, :]
             a_j = tl.sum(tl.where(here, a, 0.0), 1)
@@ -200,24 +200,29 @@ def launch(
     Returns views [B, T, O] of tensors laid out [B, O, T].
     """
     rule = twin(value.rule)
+    require_triton()
+    if value.clip is not None and value.norm_BT is None:
+        raise ValueError("scan() got a clip without norm_BT, the norm of every key")
     B, T, O = a_BTO.shape
     T_padded = triton.cdiv(T, C) * C
-    a_BOT = a_BTO.new_zeros(B, O, T_padded, dtype=torch.float32)
-    a_BOT[:, :, :T] = a_BTO.mT
+
+    def neuron_major(x: torch.Tensor) -> torch.Tensor:
+        x_BOT = torch.zeros(B, O, T_padded, dtype=torch.float32, device=a_BTO.device)
+        x_BOT[:, :, :T] = x.expand(B, T, O).mT
+        return x_BOT
+
+    a_BOT = neuron_major(a_BTO)
     u_BOT = torch.zeros_like(a_BOT)
+    frozen, target = u_BOT, u_BOT  # never read unless the rule does
+    if rule.reads_frozen:
+        assert value.frozen_BTO is not None
+        frozen = neuron_major(value.frozen_BTO)
+    if rule.reads_target:
+        assert value.target is not None
+        target = neuron_major(value.target)
     write = gram.write.contiguous().view(torch.uint8)
     rate, p0 = per_row(value.rate, B, a_BOT), per_row(value.p0, B, a_BOT)
-    empty = rate  # a pointer that is never read
-
-    def wide(x: torch.Tensor | None) -> torch.Tensor:
-        return empty.expand(1, 1, -1) if x is None else x.expand(B, T, O)
-
-    frozen, target = wide(value.frozen_BTO), wide(value.target)
-    norm = empty[None] if value.norm_BT is None else value.norm_BT.contiguous()
-    if (rule.reads_frozen and value.frozen_BTO is None) or (rule.reads_target and value.target is None):
-        raise ValueError(f"rule {value.rule!r} reads {'frozen_BTO' if rule.reads_frozen else 'target'}: got None")
-    if (value.clip is not None and value.norm_BT is None) or frozen.stride(2) != 1 or target.stride(2) != 1:
-        raise ValueError("clip needs norm_BT, and frozen_BTO and target must be contiguous in their last dimension")
+    norm = rate[:, None] if value.norm_BT is None else value.norm_BT.float().contiguous()
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G_BCT = gram.rows(t0, t1)
@@ -229,22 +234,21 @@ def launch(
         G_Bst[:, : t1 - t0, : t1 - t0] = G_BCT[:, :, t0:].mT
         _block[(triton.cdiv(O, BN), B)](
             a_BOT, u_BOT, G_Bst, write, frozen, target, norm, rate, p0,
-            t0, t1, O, T_padded, G_rows, write.stride(0), frozen.stride(0), frozen.stride(1), target.stride(0),
-            target.stride(1), norm.stride(0), rate.stride(0), p0.stride(0), float(value.clip or 0),
+            t0, t1, O, T_padded, G_rows, write.stride(0), norm.stride(0), rate.stride(0), p0.stride(0),
+            float(value.clip or 0),
             RULE=rule.triton, PHI=value.activation, FROZEN=rule.reads_frozen, TARGET=rule.reads_target,
             CLIP=value.clip is not None, BN=BN, C=C, PRECISION=precision, num_warps=num_warps,
+            **FUSED,
         )  # fmt: skip
     return a_BOT[:, :, :T].mT, u_BOT[:, :, :T].mT
 
 
-def scan(
-    a_BTO: torch.Tensor, gram: Gram, value: Value, backend: str = "torch"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def scan(a_BTO: torch.Tensor, gram: Gram, value: Value, backend: str = "torch") -> tuple[torch.Tensor, torch.Tensor]:
     """Pre-activations with every earlier write of this prompt in them, and the values written: (a, u).
 
-    a [B, T, O] float32 or float64: frozen product, bias and the read of the factors present before the prompt;
-    `gram` from the same h, k, kb, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate and clip
-    included (the write mask is applied here). u is 0 where nothing is written.
+    a [B, T, O] float32 or float64: frozen product, bias and the read of the factors present before the
+    prompt; `gram` from the same h, k, kb, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate
+    and clip included (the write mask is applied here). u is 0 where nothing is written.
     """
     match backend:
         case "torch":

@@ -1,4 +1,4 @@
-"""What a written token's value is, twice: as a torch function and as a Triton one that kernels are built from.
+"""What a written token's value is, twice: in torch, and in Triton as a function that kernels are built from.
 
     u = rate · value(a)            u_i ← u_i · min(1, clip / (|u_i| ‖k‖))
 
@@ -27,6 +27,9 @@ except ModuleNotFoundError:  # a platform without Triton: backend="torch" works,
         return _Missing(function.__name__)
 
 
+FUSED = {"enable_fp_fusion": True}  # said at every launch: Triton 3.10 changes the default
+
+
 class _Missing:
     def __init__(self, name: str):
         self.name = name
@@ -37,7 +40,7 @@ class _Missing:
 
 def require_triton() -> None:
     if triton is None:
-        raise ImportError(f'backend="triton" needs the package triton, which is not installed here')
+        raise ImportError('backend="triton" needs the package triton, which is not installed here')
 
 
 # ---- torch
@@ -174,13 +177,13 @@ def clipped_triton(u, clip, key_norm):
 
 
 def per_row(number: torch.Tensor | float, rows: int, like: torch.Tensor) -> torch.Tensor:
-    """A float, or a tensor [] or [B], as [B] of like's dtype on its device (stride 0 where it is one number)."""
+    """A float, or a tensor [] or [B], as [B] in like's dtype and place (stride 0 where it is one number)."""
     return torch.as_tensor(number, dtype=like.dtype, device=like.device).expand(rows)
 
 
 @dataclass(frozen=True)
 class Value:
-    """value(a, t0, t1) of a prompt for `scan`, by a rule that has a Triton twin; callable, so torch takes it too.
+    """value(a, t0, t1) of a prompt for `scan`, by a rule that has a Triton twin; the torch path calls it too.
 
     rate, p0: floats or tensors [] or [B]; frozen, target: broadcast to [B, T, O]; norm_BT = ‖k‖, for clip.
     """

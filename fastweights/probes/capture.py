@@ -70,7 +70,7 @@ def capture(model: Llama, sites: Sequence[str]) -> Iterator[Trace]:
             if "resid_pre" in seen:
                 stack.callback(block.register_forward_pre_hook(before("resid_pre")).remove)
             if "resid_mid" in seen:
-                norm = block.post_attention_layernorm
+                norm = block.get_submodule("post_attention_layernorm")
                 stack.callback(norm.register_forward_pre_hook(before("resid_mid")).remove)
             if "resid_post" in seen:
                 stack.callback(block.register_forward_hook(after).remove)

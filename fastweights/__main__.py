@@ -1,0 +1,338 @@
+"""Command line: `fastweights demo`, `run`, `generate`, `info`, `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+LINEARS = "gate_proj,up_proj,down_proj"
+
+DEMO: dict[str, Any] = {
+    "context": (
+        "As of August 24, 2025, the current President of the United States is **Donald J. Trump**. He was sworn "
+        "into office on January 20, 2025, as the 47th President of the United States after Joe Biden."
+    ),
+    "question": (
+        "Question: Who is the current US president?\nOption (A): Donald Trump.\nOption (B): Joe Biden.\nAnswer: ("
+    ),
+    "answers": ["A", "B"],
+    "layers": [11, 12, 13],
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line, not the usage as well
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["bench"]:
+        from .benchmarks.bench import main as bench
+
+        return _guarded(bench, arguments[1:])
+    options = _parser().parse_args(arguments)
+    return _guarded(options.command, options)
+
+
+def _guarded(command, *arguments) -> int:
+    """Runs a command; what the user got wrong becomes one line on stderr and exit status 2."""
+    try:
+        return command(*arguments) or 0
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()  # the reader went away: nobody is left to tell
+            return 141
+        print(f"fastweights: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastweights: interrupted", file=sys.stderr)
+        return 130
+
+
+# ---- the commands
+
+
+def demo(options: argparse.Namespace) -> None:
+    from . import GradientAscent, Hebbian, load, report
+
+    settings = {**DEMO, "layers": options.layers or DEMO["layers"]}
+    halves: list[tuple[str, Any, dict[str, Any]]] = [
+        ("gradient ascent after every token of the context", GradientAscent(rate=0.3, clip=0.005), {"update": "all"}),
+        (
+            "Hebbian, only tokens 10, 12 and 13, and the model goes on writing",
+            Hebbian(rate=0.03),
+            {"update": [10, 12, 13], "max_new_tokens": 12},
+        ),
+    ]
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    print(f"context:\n{settings['context']}\n\nquestion:\n{settings['question']}\n")
+    records = {}
+    for title, rule, extra in halves:
+        print(f"=== {title} (layers {', '.join(map(str, settings['layers']))}; {rule})\n")
+        record = _surgery(model, tokenizer, rule=rule, **settings, **extra)
+        print(report.table(record, rows=14))
+        print(f"\n{_wrapped(report.paragraph(record))}\n")
+        if any(event.generated for event in record.events) or "max_new_tokens" in extra:
+            own = record.token_ids[-extra["max_new_tokens"] :]
+            print(f"the model went on: {tokenizer.decode(own)!r}\n")
+        records[title] = record
+        if options.out:
+            record.save(Path(options.out) / type(rule).__name__)
+    if options.json:
+        print(json.dumps({title: {**r.to_dict(), "model": _name(options)} for title, r in records.items()}))
+
+
+def run(options: argparse.Namespace) -> None:
+    from . import load, report
+
+    rule = _rule(options)
+    if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a file, expected a folder")
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    record = _surgery(
+        model,
+        tokenizer,
+        context=options.context,
+        question=options.question,
+        answers=options.answers,
+        layers=options.layers,
+        rule=rule,
+        linears=options.linears,
+        rank=options.rank,
+        overflow=options.overflow,
+        update=options.update,
+        max_new_tokens=options.max_new_tokens,
+        probe_every=options.probe_every,
+    )
+    print(report.table(record))
+    print(f"\n{_wrapped(report.paragraph(record))}")
+    if options.out:
+        record.save(options.out)
+        print(f"\nsaved to {options.out}: record.json, arrays.safetensors")
+    if options.json:
+        print(json.dumps({**record.to_dict(), "model": _name(options), "layers": options.layers}))
+
+
+def generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import Episode, attach, load
+
+    rule = _rule(options) if options.layers else None
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    if rule is not None:
+        attach(model, options.layers, rule, options.linears, options.rank, options.overflow)
+    text = options.prompt
+    if options.chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    ids = tokenizer.encode(text, add_special_tokens=not options.chat)
+    print(f"prompt ids: {ids}", file=sys.stderr)
+    episode = Episode(model)
+    steps = episode.generate(
+        ids,
+        options.max_new_tokens,
+        update=options.update,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        stop_strings=options.stop,
+        tokenizer=tokenizer,
+    )
+    new: list[int] = []
+    with torch.no_grad():
+        for step in steps:
+            new += step.token_ids.tolist()
+            print(step.text[0], end="", flush=True)
+    print()
+    print(f"{len(new)} tokens, {episode.events} events", file=sys.stderr)
+    if options.json:
+        whole = {"prompt_ids": ids, "token_ids": new, "text": tokenizer.decode(new), "events": episode.events}
+        print(json.dumps({**whole, "model": _name(options)}))
+
+
+def info(options: argparse.Namespace) -> None:
+    from . import load
+
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    weights = {id(p): p for p in model.parameters()}.values()
+    facts: dict[str, Any] = {
+        "model": _name(options),
+        "parameters": sum(p.numel() for p in weights),
+        "bytes": sum(p.numel() * p.element_size() for p in weights),
+        "dtype": str(model.dtype)[6:],
+        "device": str(model.device),
+        **model.config.to_dict(),
+    }
+    if options.text is not None:
+        ids = tokenizer.encode(options.text)
+        facts |= {"ids": ids, "tokens": tokenizer.tokens(ids)}
+    for key, value in facts.items():
+        print(f"{key:24} {value}")
+    if options.json:
+        print(json.dumps(facts))
+
+
+# ---- from words to values
+
+
+def _surgery(model, tokenizer, **settings):
+    """The experiment with a live progress line on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from . import surgery
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
+    tokens = len(tokenizer.encode(settings["context"])) + settings.get("max_new_tokens", 0)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokens", total=tokens, last="")
+
+        def show(_episode, event) -> None:
+            scores = [] if event.logprob is None else event.logprob.tolist()
+            pairs = zip(settings["answers"], scores, strict=False)
+            last = f"{event.token!r}  " + "  ".join(f"log p({a}) = {s:.2f}" for a, s in pairs)
+            progress.update(task, completed=event.position + 1, last=last)
+
+        return surgery(model, tokenizer, **settings, on_event=show)
+
+
+def _rule(options: argparse.Namespace):
+    from . import GradientAscent, Hebbian, LocalLeastSquares
+
+    given = {
+        key: getattr(options, key)
+        for key in ("mu", "decay", "clip", "bias", "gate", "target")
+        if getattr(options, key) is not None
+    }
+    allowed = {"hebbian": {"gate"}, "local-least-squares": {"gate", "target"}, "gradient-ascent": set()}
+    for key in ("gate", "target"):
+        if key in given and key not in allowed[options.rule]:
+            raise ValueError(f"--{key} does not belong to --rule {options.rule}")
+    match options.rule:
+        case "hebbian":
+            return Hebbian(rate=options.rate, **given)
+        case "local-least-squares":
+            return LocalLeastSquares(gamma=options.rate, **given)
+        case _:
+            return GradientAscent(rate=options.rate, **given)
+
+
+def _name(options: argparse.Namespace) -> str:
+    return options.model or "SmolLM2-135M-Instruct"
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, 100)
+
+
+def _text(value: str) -> str:
+    """A text, or @file."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {value[1:]}: {error}") from None
+
+
+def _names(value: str) -> list[str]:
+    return [name for name in value.split(",") if name]
+
+
+def _numbers(value: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(value)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected whole numbers like 11,12,13") from None
+
+
+def _update(value: str):
+    return value if value in ("all", "none", "prompt", "generated") else _numbers(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="fastweights", description="A Llama whose MLP weights change while it reads and writes.")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
+
+    common = Parser(add_help=False)
+    common.add_argument("--model", help="folder, Hub name or .gguf file; left out: SmolLM2-135M-Instruct")
+    common.add_argument("--dtype", help="float32, bfloat16, …; left out: the checkpoint's own")
+    common.add_argument("--device", help="cpu (left out), cuda, …")
+    common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+    plastic = Parser(add_help=False)
+    plastic.add_argument("--linears", type=_names, default=_names(LINEARS), help=f"left out: {LINEARS}")
+    plastic.add_argument(
+        "--rule",
+        choices=("hebbian", "local-least-squares", "gradient-ascent"),
+        default="hebbian",
+        help="left out: hebbian",
+    )
+    plastic.add_argument("--rate", type=float, default=0.01, help="rate, or gamma of local-least-squares")
+    plastic.add_argument("--mu", type=float, help="added to the squared norm of the key's input")
+    plastic.add_argument("--decay", type=float, help="share of the fast weights lost at each event")
+    plastic.add_argument("--clip", type=float, help="largest norm of one row of one event")
+    plastic.add_argument("--gate", choices=("ones", "positive", "derivative"))
+    plastic.add_argument("--target", choices=("self", "slow"))
+    plastic.add_argument("--bias", action="store_true", default=None, help="change the bias too")
+    plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
+    plastic.add_argument("--overflow", default="grow", help="grow or error: what happens when they are full")
+
+    command = commands.add_parser("demo", parents=[common], help="the founding experiment, no further argument")
+    command.add_argument("--layers", type=_numbers)
+    command.add_argument("--out", metavar="FOLDER", help="save the records here")
+    command.set_defaults(command=demo)
+
+    command = commands.add_parser("run", parents=[common, plastic], help="the experiment on your own texts")
+    command.add_argument("--context", type=_text, required=True, help="text, or @file")
+    command.add_argument("--question", type=_text, required=True, help="text, or @file")
+    command.add_argument("--answers", type=_names, required=True, help="A,B: the first is the one the context says")
+    command.add_argument("--layers", type=_numbers, required=True, help="11,12,13")
+    command.add_argument("--update", type=_update, default="all", help="all, prompt, generated, or positions 10,12,13")
+    command.add_argument("--max-new-tokens", type=int, default=0, help="tokens to generate after the context")
+    command.add_argument("--probe-every", type=int, default=1, help="ask after every this many events")
+    command.add_argument("--out", metavar="FOLDER", help="save record.json and arrays.safetensors here")
+    command.set_defaults(command=run)
+
+    command = commands.add_parser("generate", parents=[common, plastic], help="continue a text")
+    command.add_argument("prompt", type=_text, help="text, or @file")
+    command.add_argument("--layers", type=_numbers, help="make these layers plastic")
+    command.add_argument("--update", type=_update, default="all")
+    command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument("--temperature", type=float, default=0.0)
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--min-p", type=float, default=0.0)
+    command.add_argument("--repetition-penalty", type=float, default=1.0)
+    command.add_argument("--seed", type=int)
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
+    command.set_defaults(command=generate)
+
+    command = commands.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
+    command.add_argument("--text", type=_text, help="show the ids and tokens of this text")
+    command.set_defaults(command=info)
+
+    commands.add_parser("bench", help="measure: see fastweights bench --help")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

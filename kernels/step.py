@@ -1,0 +1,399 @@
+# ruff: noqa: E741 (I and O are shapes)
+"""step: one token at one plastic linear, for a batch of rows, in place and fused.
+
+    a = W h + b + Σ_j w_j (k_j·h + kb_j) u_j                    read, before this token's own write
+    k = h / (‖h‖² + mu),   u = rate · value(a), clipped         write, into slot `slot` where `write`
+
+and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, one set of keys for both.
+Two launches each. Whatever changes between tokens (weights, slots, rates, the mask) is a tensor, so a
+captured graph stays good. A slot outside 0:R writes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .read import reference as read_reference
+from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
+
+GEMV_ROWS = 4  # more rows than this: the frozen product by torch's GEMM, the rest fused behind it
+
+
+def _keys(h_BI: Tensor, mu: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """k, the bias key 1 / (‖h‖² + mu), and ‖k‖; mu None: k = h."""
+    square_B = h_BI.square().sum(-1)
+    scale_B = torch.ones_like(square_B) if mu is None else 1 / (square_B + mu)
+    return h_BI * scale_B[:, None], scale_B, square_B.sqrt() * scale_B
+
+
+def _put(buffer_BR: Tensor, new_B: Tensor, slot_B: Tensor, write_B: Tensor) -> None:
+    """buffer[b, slot[b]] = new[b] where written, without looking at the mask from Python."""
+    R = buffer_BR.shape[1]
+    write_B = write_B & (slot_B >= 0) & (slot_B < R)
+    row, slot_B = torch.arange(len(slot_B), device=slot_B.device), slot_B.clamp(0, R - 1)
+    old_B = buffer_BR[row, slot_B]
+    mask = write_B.view(-1, *[1] * (old_B.dim() - 1))
+    buffer_BR[row, slot_B] = torch.where(mask, new_B.to(buffer_BR.dtype), old_B)
+
+
+def _linear(h, weight, bias, U, K, kb, w, slot, write, rate, p0, target, norm, rule, phi, clip):
+    """a of one linear in the factors' dtype; writes its value."""
+    frozen = F.linear(h, weight, bias).to(U.dtype)
+    a = frozen + read_reference(h[:, None], U, K, kb, w)[:, 0]
+    rate, p0 = (per_row(x, len(h), a)[:, None] for x in (rate, p0))
+    u = clipped(rate * twin(rule).torch(a, frozen, target, p0, phi), clip, norm[:, None])
+    _put(U, u, slot, write)
+    return a
+
+
+def reference(
+    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip
+):  # fmt: skip
+    k, scale, norm = _keys(h.to(K.dtype), mu)
+    a = _linear(h, weight, bias, U, K, kb, w, slot, write, rate, p0, target, norm, rule, activation, clip)
+    _put(K, k, slot, write)
+    if kb is not None:
+        _put(kb, scale, slot, write)
+    _put(birth, event, slot, write)
+    return a.to(h.dtype)
+
+
+def reference_gated(
+    h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
+    target, target_up, rule, mu, clip,
+):  # fmt: skip
+    k, scale, norm = _keys(h.to(K.dtype), mu)
+    rest = (slot, write, rate, p0)
+    gate = _linear(h, weight, bias, U, K, kb, w, *rest, target, norm, rule, "silu", clip)
+    up = _linear(h, weight_up, bias_up, U_up, K, kb, w, *rest, target_up, norm, rule, "identity", clip)
+    _put(K, k, slot, write)
+    if kb is not None:
+        _put(kb, scale, slot, write)
+    _put(birth, event, slot, write)
+    return (F.silu(gate.to(h.dtype)) * up.to(h.dtype)).to(h.dtype)
+
+
+# ---- Triton
+
+
+@jit
+def _coefficients(
+    h_ptr, K_ptr, kb_ptr, birth_ptr, w_ptr, slot_ptr, event_ptr, write_ptr, c_ptr, norm_ptr,
+    I, R, K_sb, kb_sb, birth_sb, w_sb, mu, NORMALISE: tl.constexpr, BIAS: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """c [B, R] = w ⊙ (K h + kb) and norm [B] = ‖k‖; then this token's key into its slot.
+
+    One program per slot: who overwrites a slot is who read it before.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64)
+    w = tl.load(w_ptr + b * w_sb + r)
+    K_row = K_ptr + b * K_sb + r * I
+    dot = tl.full([BI], 0.0, tl.float32)
+    square = tl.full([BI], 0.0, tl.float32)
+    for i0 in range(0, I, BI):
+        i = i0 + tl.arange(0, BI)
+        h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
+        K = tl.load(K_row + i, mask=(i < I) & (w != 0), other=0.0)  # a dead slot may hold anything
+        dot += h * K
+        square += h * h
+    c = tl.sum(dot, 0)
+    norm2 = tl.sum(square, 0)
+    if BIAS:
+        c += tl.load(kb_ptr + b * kb_sb + r, mask=w != 0, other=0.0)
+    tl.store(c_ptr + b * R + r, tl.where(w != 0, c * w, 0.0))
+    scale = norm2 * 0 + 1
+    if NORMALISE:
+        scale = 1 / (norm2 + mu)
+    if r == 0:
+        tl.store(norm_ptr + b, tl.sqrt(norm2) * scale)
+    if (tl.load(write_ptr + b) != 0) & (tl.load(slot_ptr + b) == r):
+        tl.debug_barrier()  # every thread has read its part of the old key
+        for i0 in range(0, I, BI):
+            i = i0 + tl.arange(0, BI)
+            h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
+            tl.store(K_row + i, h * scale, mask=i < I)
+        if BIAS:
+            tl.store(kb_ptr + b * kb_sb + r, scale)
+        tl.store(birth_ptr + b * birth_sb + r, tl.load(event_ptr + b))
+
+
+@jit
+def _neurons(
+    b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr, rate_ptr,
+    p0_ptr, target_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+    RULE: tl.constexpr, PHI: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
+    CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """a of neurons n [BN] of row b, float32; writes their values."""
+    alive = n < O
+    if GEMV:
+        acc = tl.full([BN, BK], 0.0, tl.float32)
+        for k0 in range(0, I, BK):
+            k = k0 + tl.arange(0, BK)
+            inside = k < I
+            W = tl.load(W_ptr + n[:, None] * I + k[None, :], mask=alive[:, None] & inside[None, :], other=0.0)
+            h = tl.load(h_ptr + b * I + k, mask=inside, other=0.0)
+            acc += W.to(tl.float32) * h.to(tl.float32)[None, :]
+        frozen = tl.sum(acc, 1)
+        if HAS_BIAS:
+            frozen += tl.load(bias_ptr + n, mask=alive, other=0.0).to(tl.float32)
+    else:
+        frozen = tl.load(frozen_ptr + b * O + n, mask=alive, other=0.0).to(tl.float32)
+    fast = tl.full([BR, BN], 0.0, tl.float32)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        w = tl.load(w_ptr + b * w_sb + r, mask=r < R, other=0.0)
+        c = tl.load(c_ptr + b * R + r, mask=r < R, other=0.0)
+        # the mask keeps out what dead slots hold: 0 · NaN is NaN
+        U = tl.load(U_ptr + b * U_sb + r[:, None] * O + n[None, :], mask=(w != 0)[:, None] & alive[None, :], other=0.0)
+        fast += c[:, None] * U
+    a = frozen + tl.sum(fast, 0)
+    target = a
+    if TARGET:
+        target = tl.load(target_ptr + b * target_sb + n, mask=alive, other=0.0).to(tl.float32)
+    u = tl.load(rate_ptr + b * rate_sb) * RULE(a, frozen, target, tl.load(p0_ptr + b * p0_sb), PHI)
+    if CLIP:
+        u = clipped_triton(u, clip, tl.load(norm_ptr + b))
+    slot = tl.load(slot_ptr + b)
+    write = (tl.load(write_ptr + b) != 0) & (slot >= 0) & (slot < R)
+    tl.debug_barrier()  # the slot may be one that was just read
+    tl.store(U_ptr + b * U_sb + slot * O + n, u, mask=alive & write)
+    return a
+
+
+@jit
+def _single(
+    h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr, rate_ptr, p0_ptr,
+    target_ptr, out_ptr, rows, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+    RULE: tl.constexpr, PHI: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
+    CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    first = tl.program_id(1).to(tl.int64) * rows
+    for b in range(first, first + rows):  # W stays in the L1 cache from row to row
+        a = _neurons(
+            b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
+            rate_ptr, p0_ptr, target_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+            RULE, PHI, GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
+        )  # fmt: skip
+        tl.store(out_ptr + b * O + n, a.to(out_ptr.dtype.element_ty), mask=n < O)
+
+
+@jit
+def _gated(
+    h_ptr, W_ptr, W2_ptr, bias_ptr, bias2_ptr, frozen_ptr, frozen2_ptr, U_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr,
+    slot_ptr, write_ptr, rate_ptr, p0_ptr, target_ptr, target2_ptr, out_ptr,
+    rows, O, I, R, U_sb, U2_sb, w_sb, rate_sb, p0_sb, target_sb, target2_sb, clip,
+    RULE: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
+    CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    first = tl.program_id(1).to(tl.int64) * rows
+    for b in range(first, first + rows):
+        gate = _neurons(
+            b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
+            rate_ptr, p0_ptr, target_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+            RULE, "silu", GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
+        )  # fmt: skip
+        up = _neurons(
+            b, n, h_ptr, W2_ptr, bias2_ptr, frozen2_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
+            rate_ptr, p0_ptr, target2_ptr, O, I, R, U2_sb, w_sb, rate_sb, p0_sb, target2_sb, clip,
+            RULE, "identity", GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
+        )  # fmt: skip
+        # each linear's output has the model's dtype, as when the two run one by one
+        gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
+        up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
+        gate = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(out_ptr + b * O + n, (gate * up).to(out_ptr.dtype.element_ty), mask=n < O)
+
+
+def _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu):
+    require_triton()
+    (B, I), R = h.shape, K.shape[1]
+    c = torch.empty(B, R, dtype=torch.float32, device=h.device)
+    norm = torch.empty(B, dtype=torch.float32, device=h.device)
+    _coefficients[(R, B)](
+        h, K, birth if kb is None else kb, birth, w, slot, event, write, c, norm,
+        I, R, K.stride(0), 0 if kb is None else kb.stride(0), birth.stride(0), w.stride(0), float(mu or 0),
+        NORMALISE=mu is not None, BIAS=kb is not None, BI=min(1024, triton.next_power_of_2(I)),
+        num_warps=4, **FUSED,
+    )  # fmt: skip
+    return c, norm
+
+
+def _shape(B: int, O: int, I: int) -> tuple[bool, tuple[int, int], dict]:
+    """Whether the kernel reads W itself, its grid, and its tile."""
+    if B <= GEMV_ROWS:
+        BK = min(2048, max(128, triton.next_power_of_2(I)))
+        return True, (triton.cdiv(O, 2), 1), {"BN": 2, "BK": BK, "num_warps": 4}
+    return False, (triton.cdiv(O, 64), B), {"BN": 64, "BK": 16, "num_warps": 2}
+
+
+def _aligned(h, w, slot, event, write, target):
+    h, slot, event, write = (x.contiguous() for x in (h, slot, event, write))
+    target_sb = 0 if target is None or target.dim() == 1 or len(target) == 1 else target.stride(0)
+    return h, w.float().contiguous(), slot.long(), event.long(), write.view(torch.uint8), target_sb
+
+
+def launch(
+    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip
+):  # fmt: skip
+    require_triton()
+    (B, I), O, R = h.shape, len(weight), K.shape[1]
+    h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
+    rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
+    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu)
+    gemv, grid, tile = _shape(B, O, I)
+    frozen = h if gemv else F.linear(h, weight, bias)
+    out = torch.empty(B, O, dtype=h.dtype, device=h.device)
+    _single[grid](
+        h, weight, h if bias is None else bias, frozen, U, c, w, norm, slot, write, rate, p0,
+        h if target is None else target, out, B if gemv else 1, O, I, R, U.stride(0), w.stride(0),
+        rate.stride(0), p0.stride(0), target_sb, float(clip or 0),
+        RULE=twin(rule).triton, PHI=activation, GEMV=gemv, HAS_BIAS=bias is not None,
+        TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
+    )  # fmt: skip
+    return out
+
+
+def launch_gated(
+    h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
+    target, target_up, rule, mu, clip,
+):  # fmt: skip
+    require_triton()
+    (B, I), O, R = h.shape, len(weight), K.shape[1]
+    target2_sb = _aligned(h, w, slot, event, write, target_up)[-1]
+    h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
+    rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
+    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu)
+    gemv, grid, tile = _shape(B, O, I)
+    frozen = h if gemv else F.linear(h, weight, bias)
+    frozen_up = h if gemv else F.linear(h, weight_up, bias_up)
+    out = torch.empty(B, O, dtype=h.dtype, device=h.device)
+    _gated[grid](
+        h, weight, weight_up, h if bias is None else bias, h if bias_up is None else bias_up,
+        frozen, frozen_up, U, U_up, c, w, norm, slot, write, rate, p0, h if target is None else target,
+        h if target_up is None else target_up, out, B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0),
+        w.stride(0), rate.stride(0), p0.stride(0), target_sb, target2_sb, float(clip or 0),
+        RULE=twin(rule).triton, GEMV=gemv, HAS_BIAS=bias is not None, TARGET=twin(rule).reads_target,
+        CLIP=clip is not None, BR=32, **tile, **FUSED,
+    )  # fmt: skip
+    return out
+
+
+# ---- as operators: live inside torch.compile and CUDA graphs
+
+
+@torch.library.custom_op(
+    "fastweights::step", mutates_args=("U", "K", "kb", "birth"), device_types="cuda"
+)  # fmt: skip
+def _op(
+    h: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, K: Tensor, kb: Tensor | None, birth: Tensor,
+    w: Tensor, slot: Tensor, event: Tensor, write: Tensor, rate: Tensor, p0: Tensor, target: Tensor | None,
+    rule: str, activation: str, mu: float | None, clip: float | None,
+) -> Tensor:  # fmt: skip
+    return launch(h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip)
+
+
+@torch.library.custom_op(
+    "fastweights::step_gated", mutates_args=("U", "U_up", "K", "kb", "birth"), device_types="cuda"
+)  # fmt: skip
+def _op_gated(
+    h: Tensor, weight: Tensor, weight_up: Tensor, bias: Tensor | None, bias_up: Tensor | None,
+    U: Tensor, U_up: Tensor, K: Tensor, kb: Tensor | None, birth: Tensor, w: Tensor, slot: Tensor, event: Tensor,
+    write: Tensor, rate: Tensor, p0: Tensor, target: Tensor | None, target_up: Tensor | None,
+    rule: str, mu: float | None, clip: float | None,
+) -> Tensor:  # fmt: skip
+    return launch_gated(
+        h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
+        target, target_up, rule, mu, clip,
+    )  # fmt: skip
+
+
+_op.register_kernel("cpu")(reference)
+_op_gated.register_kernel("cpu")(reference_gated)
+
+
+@_op.register_fake
+def _(h, weight, *_):
+    return h.new_empty(len(h), len(weight))
+
+
+@_op_gated.register_fake
+def _(h, weight, *_):
+    return h.new_empty(len(h), len(weight))
+
+
+# ---- the choosers
+
+
+def _check(h, U, K, kb, birth, w, slot, event, write, backend):
+    B, R = len(h), K.shape[1]
+    if R == 0:
+        raise ValueError("step_() got factors with 0 slots, expected at least 1")
+    found = {"U": U.shape[:2], "K": K.shape[:2], "birth": birth.shape, "w": w.shape}
+    if kb is not None:
+        found["kb"] = kb.shape
+    for name, shape in found.items():
+        if tuple(shape) != (B, R):
+            raise ValueError(f"step_() got {name} for [rows, slots] {list(shape)}, expected {[B, R]}")
+    for name, x in (("slot", slot), ("event", event), ("write", write)):
+        if tuple(x.shape) != (B,):
+            raise ValueError(f"step_() got {name} of shape {list(x.shape)}, expected {[B]}")
+    if write.dtype != torch.bool:
+        raise ValueError(f"step_() got write of {write.dtype}, expected bool")
+    for name, x in (("U", U), ("K", K), ("kb", kb), ("birth", birth)):
+        if x is not None and (x.stride(-1) != 1 or (x.dim() == 3 and x.stride(1) != x.shape[2])):
+            raise ValueError(f"step_() writes {name} in place: expected each row's slots to be contiguous")
+    if backend not in ("torch", "triton"):
+        raise ValueError(f'step_() got backend {backend!r}, expected "torch" or "triton"')
+
+
+def step_(
+    h_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None,
+    U_BRO: Tensor, K_BRI: Tensor, kb_BR: Tensor | None, birth_BR: Tensor, w_BR: Tensor,
+    slot_B: Tensor, event_B: Tensor, write_B: Tensor, rate: Tensor, p0: Tensor | None = None,
+    target: Tensor | None = None, *, rule: str, activation: str, mu: float | None, clip: float | None = None,
+    backend: str = "torch",
+) -> Tensor:  # fmt: skip
+    """One token of one plastic linear: returns a [B, O] in h's dtype, and writes one event where asked.
+
+    h [B, I] and W [O, I] any float dtype. U, K, kb float32 (float64 on the torch path), changed in place with
+    birth (int64), which gets event_B; kb None: no fast bias. w [B, R]: weights of the events before this one.
+    slot, event [B] int64, write [B] bool. rate, p0: tensors [] or [B]; target [O] or [B, O]. `rule` is a
+    name in `values.RULES`, `activation` "silu" or "identity"; mu None: the key is h itself.
+    """
+    _check(h_BI, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, backend)
+    arguments = (
+        h_BI, weight_OI, bias_O, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, rate,
+        rate if p0 is None else p0, target, rule, activation, mu, clip,
+    )  # fmt: skip
+    match backend:
+        case "triton":
+            return _op(*arguments) if h_BI.is_cuda else launch(*arguments)
+        case _:
+            return reference(*arguments)
+
+
+def step_gated_(
+    h_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, gate_bias_O: Tensor | None, up_bias_O: Tensor | None,
+    U_gate_BRO: Tensor, U_up_BRO: Tensor, K_BRI: Tensor, kb_BR: Tensor | None, birth_BR: Tensor, w_BR: Tensor,
+    slot_B: Tensor, event_B: Tensor, write_B: Tensor, rate: Tensor, p0: Tensor | None = None,
+    gate_target: Tensor | None = None, up_target: Tensor | None = None, *, rule: str, mu: float | None,
+    clip: float | None = None, backend: str = "torch",
+) -> Tensor:  # fmt: skip
+    """One token of gate_proj and up_proj, which share keys, rule and slots: silu(a_gate) ⊙ a_up, [B, O]."""
+    _check(h_BI, U_gate_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, backend)
+    _check(h_BI, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, backend)
+    arguments = (
+        h_BI, gate_OI, up_OI, gate_bias_O, up_bias_O, U_gate_BRO, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR,
+        slot_B, event_B, write_B, rate, rate if p0 is None else p0, gate_target, up_target, rule, mu, clip,
+    )  # fmt: skip
+    match backend:
+        case "triton":
+            return _op_gated(*arguments) if h_BI.is_cuda else launch_gated(*arguments)
+        case _:
+            return reference_gated(*arguments)
