@@ -52,7 +52,7 @@ _DEFAULT = (
 _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "gpt2"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (_DIGIT, _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_LLAMA3,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3,)),
     "default": _DEFAULT,
 }
 
@@ -143,7 +143,7 @@ class GgufFile:
         )
         ids = {key: self._token_id(key, len(tokens)) for key in ("bos", "eos", "eot", "eom", "unknown", "padding")}
         bos, eos = ids["bos"], ids["eos"]
-        adds_bos = self._get("tokenizer.ggml.add_bos_token", model == "llama" or pre in _LLAMA3_NAMES)
+        adds_bos = self._get("tokenizer.ggml.add_bos_token", model == "llama" or _PRE_TOKENIZERS.get(pre) == (_LLAMA3,))
         adds_eos = self._get("tokenizer.ggml.add_eos_token", False)
         if adds_bos and bos is not None:
             backend.post_processor = bos_processor(backend, bos, eos if adds_eos else None)
@@ -255,7 +255,6 @@ class GgufFile:
 
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

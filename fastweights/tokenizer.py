@@ -139,6 +139,8 @@ class Tokenizer:
             raise ValueError(f"chat template {name!r} does not exist: this tokenizer {have}; pass chat_template=...")
         if isinstance(messages, str | Mapping):
             raise ValueError(f"messages is a {type(messages).__name__}, expected a list of role/content objects")
+        if wrong := [m for m in messages if not isinstance(m, Mapping)]:
+            raise ValueError(f"messages holds a {type(wrong[0]).__name__}, expected role/content objects")
         named = {k: self._named(k) for k in self.config if k.endswith("_token") and self._named(k) is not None}
         values = {"tools": None, "documents": None, **named, **kwargs}
         import jinja2

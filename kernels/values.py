@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:  # a platform without Triton: backend="torch" works, "triton" says what is missing
     triton = tl = None
 
-    def jit(function):  # type: ignore[misc]
+    def jit(function):
         return _Missing(function.__name__)
 
 

@@ -276,10 +276,12 @@ def test_sentencepiece_vocabulary_tokenizes_by_score_with_byte_fallback(tmp_path
     assert [tuple(m) for m in ours] == expected
 
 
-@pytest.mark.parametrize(("add_bos", "first"), [(True, 1), (False, None), (None, None)])
+@pytest.mark.parametrize(("add_bos", "first"), [(True, 1), (False, None), (None, None), ("llama-bpe", 1)])
 def test_add_bos_token_is_honoured(tmp_path, add_bos, first):
-    extra = {} if add_bos is None else {"tokenizer__ggml__add_bos_token": add_bos}
-    _, tokenizer = fw.load(write(tmp_path / "m.gguf", hf_model(), **GPT2, **extra))
+    extra = {} if not isinstance(add_bos, bool) else {"tokenizer__ggml__add_bos_token": add_bos}
+    if isinstance(add_bos, str):
+        extra = {"tokenizer__ggml__pre": add_bos}  # llama.cpp: Llama 3 takes BOS even where the file is silent
+    _, tokenizer = fw.load(write(tmp_path / "m.gguf", hf_model(), **GPT2 | extra))
     ids = tokenizer.encode("the dog")
     assert (ids[0] == 1) == (first == 1)
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the dog"

@@ -215,6 +215,8 @@ def test_a_chat_template_that_refuses_or_does_not_exist_is_one_line():
         tokenizer.apply_chat_template(CHATS[0], chat_template="rag")
     with pytest.raises(ValueError, match="messages is a str, expected a list of role/content objects"):
         tokenizer.apply_chat_template("hi")
+    with pytest.raises(ValueError, match="messages holds a str, expected role/content objects"):
+        tokenizer.apply_chat_template(["hi"])
     assert tokenizer.apply_chat_template(CHATS[0], chat_template="tool_use", tools=[1]) == "[1]"
     tokenizer.chat_templates = {}
     with pytest.raises(ValueError, match="chat template 'default' does not exist: this tokenizer has none"):

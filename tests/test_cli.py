@@ -1,0 +1,143 @@
+"""The command line: what it prints, and one line and status 2 for what a user gets wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+import fastweights as fw
+from fastweights.__main__ import main
+from fastweights.tokenizer import Tokenizer
+
+WORDS = "the sky is blue red question : who ? A B ( ) and so it goes".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    backend = Backend(models.WordLevel({word: n + 2 for n, word in enumerate(WORDS)} | {"?": 60}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(path / "tokenizer.json"))
+    fw.save(tiny(torch.float32), path, Tokenizer.from_folder(path))
+    return str(path)
+
+
+RUN = ["run", "--context", "the sky is red", "--question", "who ?", "--answers", "A,B", "--layers", "1,2"]
+
+
+def test_run_prints_a_table_a_paragraph_and_one_json_line(folder, capsys, tmp_path):
+    options = ["--rule", "local-least-squares", "--target", "slow", "--rate", "0.3", "--mu", "0.1", "--decay", "0.1"]
+    assert main([*RUN, "--model", folder, *options, "--out", str(tmp_path / "out"), "--json"]) == 0
+    out = capsys.readouterr().out
+    whole = json.loads(out.splitlines()[-1])
+    assert whole["tokens"] == ["the", "sky", "is", "red"]
+    assert whole["layers"] == [1, 2]
+    assert whole["answers"] == ["A", "B"]
+    assert whole["model"] == folder
+    assert len(whole["events"]) == 4
+    assert torch.tensor(whole["distance"]).shape == (5, 5)
+    assert torch.tensor(whole["logprob"]).shape == (5, 2)
+    assert "gamma=0.3, mu=0.1" in whole["settings"]["rule"]
+    assert "After 4 events" in " ".join(out.split())
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["logprob"] == whole["logprob"]
+
+
+def test_run_reads_texts_from_files_and_chooses_positions(folder, capsys, tmp_path):
+    (tmp_path / "context.txt").write_text("the sky is red and so it goes")
+    arguments = [*RUN, "--model", folder, "--update", "1,3", "--probe-every", "2", "--json"]
+    arguments[arguments.index("the sky is red")] = f"@{tmp_path / 'context.txt'}"
+    assert main(arguments) == 0
+    whole = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [event["position"] for event in whole["events"]] == [1, 3]
+    assert whole["probed"] == [0, 2]
+
+
+def test_demo_runs_both_halves_of_the_founding_experiment(folder, capsys, tmp_path):
+    assert main(["demo", "--model", folder, "--layers", "1,2", "--json", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "Donald J. Trump" in out
+    halves = list(json.loads(out.splitlines()[-1]).values())
+    assert "GradientAscent" in halves[0]["settings"]["rule"]
+    assert [event["position"] for event in halves[1]["events"]] == [10, 12, 13]
+    assert (tmp_path / "Hebbian" / "record.json").exists()
+
+
+def test_generate_streams_text_and_counts_events(folder, capsys):
+    options = ["--model", folder, "--layers", "1", "--max-new-tokens", "5", "--update", "all", "--json"]
+    assert main(["generate", "the sky is", *options]) == 0
+    captured = capsys.readouterr()
+    whole = json.loads(captured.out.splitlines()[-1])
+    assert captured.err.splitlines()[0] == "prompt ids: [2, 3, 4]"
+    assert whole["events"] == 3 + len(whole["token_ids"])
+    model, tokenizer = fw.load(folder)
+    fw.attach(model, [1], fw.Hebbian(rate=0.01))
+    steps = fw.Episode(model).generate(tokenizer.encode("the sky is"), 5, update="all")
+    assert whole["token_ids"] == [int(step.token_ids) for step in steps]
+
+
+def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
+    assert main(["info", "--model", folder, "--text", "who ?", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["ids"] == [9, 60]
+    assert facts["parameters"] == sum(p.numel() for p in tiny().parameters())
+    assert facts["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (RUN[:-1] + ["9"], "layer 9 does not exist: this model has layers 0 to 3"),
+        (RUN[:-1] + ["one"], "'one': expected whole numbers"),
+        ([*RUN, "--linears", "q_proj"], "linear 'q_proj' does not exist"),
+        ([*RUN, "--rule", "oja"], "invalid choice: 'oja'"),
+        ([*RUN, "--rate", "nan"], "Hebbian(rate=nan): expected a finite number"),
+        ([*RUN, "--decay", "2"], "Hebbian(decay=2.0): expected a number from 0 to 1"),
+        ([*RUN, "--rule", "gradient-ascent", "--gate", "ones"], "--gate does not belong to --rule gradient-ascent"),
+        ([*RUN, "--rank", "0"], "rank=0"),
+        ([*RUN, "--overflow", "error", "--rank", "2"], "3 events do not fit its rank of 2"),
+        ([*RUN, "--dtype", "int4"], "int4"),
+        ([*RUN, "--context", ""], "empty context"),
+        ([*RUN, "--context", "@/no/such/file"], "cannot read /no/such/file"),
+        ([*RUN, "--update", "5"], "writes none of the context's 4 tokens"),
+        (["run"], "the following arguments are required"),
+        (["rum"], "invalid choice: 'rum'"),
+        (["generate", "", "--max-new-tokens", "3"], "at least one token"),
+        (["generate", "the", "--chat"], "chat template"),
+        (["generate", "the", "--top-p", "7"], "generate(top_p=7.0)"),
+        (["generate", "the", "--max-new-tokens", "999"], "the KV cache holds 256"),
+    ],
+)
+def test_a_users_mistake_is_one_line_on_stderr_and_status_2(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(main([*arguments, *(["--model", folder] if arguments[0] in ("run", "generate") else [])]))
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if not line.startswith("prompt ids")]
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("fastweights")
+    assert message in lines[0]
+    assert captured.out.strip() == ""
+
+
+def test_a_model_that_does_not_exist_is_one_line(capsys):
+    assert main(["info", "--model", "/no/such/folder"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_full_run_never_imports_transformers(folder):
+    code = f"""
+import sys
+import fastweights as fw
+assert "jinja2" not in sys.modules and "rich" not in sys.modules and "matplotlib" not in sys.modules, "heavy import"
+from fastweights.__main__ import main
+assert main({RUN!r} + ["--model", {folder!r}]) == 0
+assert main(["generate", "the sky", "--layers", "1", "--max-new-tokens", "3", "--model", {folder!r}]) == 0
+assert "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,555 @@
+"""The kernels against a float64 reference written here on its own: token by token, dense ΔW.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before the kernels are
+imported: `test_triton_interpreted` runs this file once more in a process of its own. With a GPU they run on it.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastweights.kernels import read, scan, step, values
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+BACKENDS = ["torch", "triton"] if INTERPRETED or ON_GPU else ["torch"]
+SHAPES = [(1, 64, 32, 4), (2, 100, 60, 8), (3, 257, 129, 16)]  # B, O, I, R: odd, so that grids have ragged ends
+RULES = ["ones", "positive", "derivative", "slow_ones", "slow_positive", "slow_derivative", "delta"]
+NAN = float("nan")
+
+warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")
+def test_triton_interpreted():
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_outputs():
+    """torch.empty gives NaN, so that what a kernel forgets to write is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and fill_uninitialized_memory is on by default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def close(found, wanted, tolerance):
+    found, wanted = found.double().cpu(), wanted.double().cpu()
+    assert found.shape == wanted.shape
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert (found - wanted).nan_to_num().abs().max() <= tolerance * max(1, wanted.nan_to_num().abs().max())
+
+
+# ---- the oracle
+
+
+def phi(a, activation):
+    return a / (1 + torch.exp(-a)) if activation == "silu" else a
+
+
+def slope(a, activation):
+    s = 1 / (1 + torch.exp(-a))
+    return s + a * s * (1 - s) if activation == "silu" else torch.ones_like(a)
+
+
+def rule_value(rule, a, frozen, target, p0, activation):
+    if rule == "delta":
+        return target - a
+    at = frozen if rule.startswith("slow") else a
+    z = phi(at, activation)
+    m = {"ones": 1.0, "positive": (z > 0).double(), "derivative": slope(at, activation)}[rule.split("_")[-1]]
+    return p0 * m * z - (a - frozen) if rule.startswith("slow") else m * z
+
+
+def oracle(h, W, bias, events, n, slots, write, rate, p0, target, rule, activation, mu, decay, clip, fast_bias):
+    """One row. events: list of (birth, u, k, kb); h [T, I], target [T, O]. Returns a [T, O] and u [T, O]."""
+    h, W, target = h.double().cpu(), W.double().cpu(), target.double().cpu()
+    a_TO, u_TO = [], []
+    for t in range(len(h)):
+        frozen = W @ h[t] + (0 if bias is None else bias.double().cpu())
+        dW, db = torch.zeros_like(W), torch.zeros(len(W), dtype=torch.float64)
+        for birth, u, k, kb in events:
+            dW += (1 - decay) ** (n - 1 - birth) * torch.outer(u, k)
+            db += (1 - decay) ** (n - 1 - birth) * kb * u
+        a = frozen + dW @ h[t] + db
+        a_TO.append(a)
+        u = torch.zeros_like(a)
+        if write[t]:
+            scale = 1.0 if mu is None else 1 / (h[t] @ h[t] + mu)
+            k = h[t] * scale
+            u = rate * rule_value(rule, a, frozen, target[t], p0, activation)
+            if clip is not None:
+                u = torch.where(u.abs() * k.norm() > clip, u.sign() * clip / k.norm(), u)
+            events.append((n, u, k, scale if fast_bias else 0.0))
+            del events[:-slots]
+            n += 1
+        u_TO.append(u)
+    return torch.stack(a_TO), torch.stack(u_TO)
+
+
+def variant(number):
+    """Rule options that together, over consecutive numbers, meet each other."""
+    decay = [0.0, 0.1, 0.01][number % 3]
+    clip = [None, 0.05][number // 2 % 2]
+    mu = [1e-6, 0.5, None][number // 3 % 3]
+    return decay, clip, mu, [False, True][number % 2], ["silu", "identity"][number // 2 % 2]
+
+
+def inputs(B, T, I, O, dtype):
+    h = (torch.randn(B, T, I) / I**0.5 + 0.1).to(DEVICE, dtype)
+    W = torch.randn(O, I).to(DEVICE, dtype)
+    return h, W, torch.randn(O).to(DEVICE, dtype), torch.randn(B, T, O).to(DEVICE, dtype)
+
+
+# ---- read
+
+
+def factors(B, R, I, O, dtype=torch.float32, batch=None):
+    batch = batch or B
+    U, K, kb = torch.randn(batch, R, O), torch.randn(batch, R, I) / I**0.5, torch.rand(batch, R)
+    return U.to(DEVICE, dtype), K.to(DEVICE, dtype), kb.to(DEVICE, dtype)
+
+
+def dense_read(x, U, K, kb, w):
+    x, U, K, kb, w = (v.double().cpu() for v in (x, U, K, kb, w))
+    y = torch.zeros(*x.shape[:2], U.shape[2], dtype=torch.float64)
+    for b, t in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        f = b if len(U) > 1 else 0
+        for r in range(U.shape[1]):
+            weight = w[b, r] if w.dim() == 2 else w[b, t, r]
+            if weight != 0:
+                y[b, t] += weight * (x[b, t] @ K[f, r] + kb[f, r]) * U[f, r]
+    return y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_read(backend, dtype, B, O, I, R, shared, per_token):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton computes in float32")
+    T = 1 if R == 4 else 5
+    x = torch.randn(B, T, I).to(DEVICE, dtype)
+    U, K, kb = factors(B, R, I, O, torch.float64 if dtype == torch.float64 else torch.float32, 1 if shared else B)
+    w = torch.rand(B, T, R) if per_token else torch.rand(B, R)
+    w = (w * (torch.rand_like(w) > 0.3)).to(DEVICE)
+    w[..., -1] = 0
+    U[:, -1], K[:, -1], kb[:, -1] = NAN, NAN, NAN  # a dead slot may hold anything
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    found = read.read(x, U, K, kb, w, backend)
+    assert found.dtype == U.dtype
+    close(found, dense_read(x, U, K, kb, w), tolerance)
+    close(read.read(x, U, K, None, w, backend), dense_read(x, U, K, torch.zeros_like(kb), w), tolerance)
+    if shared:  # as a view of stride 0
+        expanded = (f.expand(B, *f.shape[1:]) for f in (U, K, kb))
+        close(read.read(x, *expanded, w, backend), dense_read(x, U, K, kb, w), tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_read_gives_nan_only_to_who_reads_it(backend, bad):
+    x, (U, K, kb) = torch.randn(2, 3, 20, device=DEVICE), factors(1, 4, 20, 30)
+    w = torch.rand(2, 3, 4, device=DEVICE) + 0.1
+    w[0, :, 1] = 0
+    w[1, 1:, 1] = 0
+    U[0, 1, 7] = bad
+    y = read.read(x, U, K, kb, w, backend)
+    wanted = torch.zeros(2, 3, 30, dtype=torch.bool)
+    wanted[1, 0, 7] = True
+    assert torch.equal((~y.isfinite()).cpu(), wanted)
+    clean = dense_read(x, U.nan_to_num(0, 0, 0), K, kb, w)
+    close(y.cpu()[~wanted], clean[~wanted], 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_read_without_slots_and_of_part_of_a_buffer(backend):
+    x, (U, K, kb) = torch.randn(2, 3, 20, device=DEVICE), factors(2, 9, 20, 30)
+    w = torch.rand(2, 9, device=DEVICE)
+    assert torch.equal(read.read(x, U[:, :0], K[:, :0], kb[:, :0], w[:, :0], backend).cpu(), torch.zeros(2, 3, 30))
+    part = [f[:, :5] for f in (U, K, kb, w)]
+    close(read.read(x, *part, backend), dense_read(x, *part), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_read_beyond_two_billion_elements(backend):
+    torch.use_deterministic_algorithms(False)  # or 8 GB would be filled; so only a few pages are touched
+    stride = 2**31 + 64
+    U = torch.empty(stride + 400, device=DEVICE).as_strided((2, 4, 30), (stride, 30, 1))
+    small = torch.randn(2, 4, 30)
+    U.copy_(small)
+    x, (_, K, kb) = torch.randn(2, 3, 20, device=DEVICE), factors(2, 4, 20, 30)
+    w = torch.rand(2, 4, device=DEVICE)
+    close(read.read(x, U, K, kb, w, backend), dense_read(x, small, K, kb, w), 1e-5)
+
+
+def test_read_names_a_backend_that_does_not_exist():
+    with pytest.raises(ValueError, match="backend 'cuda', expected"):
+        read.read(torch.ones(1, 1, 2), *factors(1, 2, 2, 2), torch.ones(1, 2), "cuda")
+
+
+def test_read_operator():
+    x, (U, K, kb) = torch.randn(2, 3, 20, device=DEVICE), factors(2, 4, 20, 30)
+    w = torch.rand(2, 4, device=DEVICE)
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(torch.ops.fastweights.read.default, (x.requires_grad_(), U, K, kb, w))
+    found = torch.autograd.grad(torch.ops.fastweights.read(x, U, K, kb, w).square().sum(), x)[0]
+    wanted = torch.autograd.grad(read.reference(x, U, K, kb, w).square().sum(), x)[0]
+    close(found, wanted, 1e-5)
+
+
+# ---- scan
+
+
+def scan_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance):
+    decay, clip, mu, fast_bias, activation = variant(number)
+    rate, p0 = 0.3, 0.2
+    h, W, bias, target = inputs(B, T, I, O, dtype)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    U0, K0, kb0 = factors(B, R, I, O, work)
+    kb0 = kb0 if fast_bias else torch.zeros_like(kb0)
+    births = range(R)
+    rows = [
+        oracle(
+            h[b],
+            W,
+            bias[:O],
+            [(j, U0[b, j].double().cpu(), K0[b, j].double().cpu(), float(kb0[b, j])) for j in births],
+            R,
+            10**6,
+            write[b],
+            rate,
+            p0,
+            target[b],
+            rule,
+            activation,
+            mu,
+            decay,
+            clip,
+            fast_bias,
+        )
+        for b in range(B)
+    ]
+    square = h.to(work).square().sum(-1)
+    scale = torch.ones_like(square) if mu is None else 1 / (square + mu)
+    write = write.to(DEVICE)
+    n = R + write.long().cumsum(1) - write.long()
+    w = (1 - decay) ** (n[..., None] - 1 - torch.arange(R, device=DEVICE)).to(work)
+    frozen = h.to(work) @ W.to(work).T + bias.to(work)
+    a = frozen + read.read(h, U0, K0, kb0 if fast_bias else None, w, backend)
+    k = h.to(work) * scale[..., None]
+    gram = scan.Gram(h, k, scale if fast_bias else None, write, decay)
+    value = values.Value(
+        rule, activation, rate, p0, clip, k.norm(dim=-1), frozen, target.to(work)
+    )  # fmt: skip
+    a, u = scan.scan(a, gram, value, backend)
+    close(a, torch.stack([r[0] for r in rows]), tolerance)
+    close(u, torch.stack([r[1] for r in rows]), tolerance)
+    return a, u
+
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
+@pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES)))
+def test_scan(backend, rule, number, B, O, I, R):
+    T = {1: 37, 2: 5, 3: 16}[B]
+    if B == 3:
+        O = 65
+    write = torch.rand(B, T) > 0.3
+    scan_case(backend, torch.float32, B, T, O, I, R, rule, number + B, write, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES * 3)))
+def test_scan_options(dtype, rule, number):
+    number += number // len(RULES)
+    scan_case("torch", dtype, 2, 41, 10, 12, 4, rule, number, torch.rand(2, 41) > 0.3, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33, 128, 150])
+def test_scan_lengths(backend, T):
+    write = torch.rand(2, T) > 0.3
+    write[1, T // 2 :] = False  # a shorter row of a padded batch
+    scan_case(backend, torch.float32, 2, T, 6, 12, 2, "derivative", 1, write, 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scan_that_writes_nothing_is_the_identity(backend):
+    write = torch.zeros(2, 20, dtype=torch.bool)
+    _, u = scan_case(backend, torch.float32, 2, 20, 6, 12, 2, "slow_ones", 1, write, 2e-5)
+    assert torch.equal(u, torch.zeros_like(u))
+
+
+def keys(B, T, I, dtype=torch.float64):
+    h = torch.randn(B, T, I, dtype=dtype, device=DEVICE)
+    return h, h / h.square().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scan_padding_holds_anything(backend):
+    h, k = keys(2, 20, 12, torch.float32)
+    a = torch.randn(2, 20, 6, device=DEVICE)
+    write = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+    write[1, 9:] = False
+    value = values.Value("ones", "silu", 0.3)
+    wanted = scan.scan(a, scan.Gram(h, k, None, write), value, backend)
+    h[1, 9:], k[1, 9:], a[1, 9:] = NAN, NAN, NAN
+    found = scan.scan(a, scan.Gram(h, k, None, write), value, backend)
+    for f, w in zip(found, wanted, strict=True):
+        close(f[0], w[0], 0)
+        close(f[1, :9], w[1, :9], 0)
+    assert not found[1][1, 9:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scan_nan_goes_forward_in_its_own_neuron_only(backend):
+    h, k = keys(1, 40, 12, torch.float32)
+    a = torch.randn(1, 40, 6, device=DEVICE)
+    gram = scan.Gram(h, k, None, torch.ones(1, 40, dtype=torch.bool, device=DEVICE))
+    value = values.Value("ones", "silu", 0.3)
+    clean = scan.scan(a, gram, value, backend)
+    a[0, 21, 3] = NAN
+    wanted = torch.zeros(1, 40, 6, dtype=torch.bool)
+    wanted[0, 21:, 3] = True
+    for found, before in zip(scan.scan(a, gram, value, backend), clean, strict=True):
+        assert torch.equal(found.isnan().cpu(), wanted)
+        close(found.cpu()[~wanted], before.cpu()[~wanted], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda a, t0, t1: 0.9 * a.sign(),  # jumps
+        lambda a, t0, t1: 0.5 * (a > 0.3) * a,
+        lambda a, t0, t1: 3.0 * a,  # grows by a factor of up to 4 a token
+        lambda a, t0, t1: 1.0 - a,  # sweeps grow before they are exact
+        lambda a, t0, t1: 1.9 * (0.5 - a),
+    ],
+)
+@pytest.mark.parametrize("repeated", [False, True])
+def test_scan_sweeps_are_exact_for_any_rule(value, repeated, dtype):
+    h, k = keys(2, 150, 24)
+    if repeated:  # every token has nearly the same key
+        h = h[:, :1] + 1e-3 * h
+        k = h / h.square().sum(-1, keepdim=True)
+    gram = scan.Gram(h.to(dtype), k.to(dtype), None, torch.rand(2, 150, device=DEVICE) > 0.2)
+    a = torch.randn(2, 150, 5, dtype=torch.float64, device=DEVICE).to(dtype)
+    found, wanted = scan.scan_chunked(a, gram, value), scan.scan_sequential(a, gram, value)
+    for f, w in zip(found, wanted, strict=True):
+        # a sign near 0 may differ where rounding does; it must be the same in at least nearly every neuron
+        scale = w.abs().cummax(1).values.clamp(min=1)
+        wrong = ((f - w).abs() / scale).amax(1) > (1e-4 if dtype == torch.float32 else 1e-11)
+        assert wrong.sum() <= (1 if dtype == torch.float32 else 0)
+
+
+def test_gram_is_the_same_kept_or_not(monkeypatch):
+    h, k = keys(2, 300, 8)
+    write = torch.rand(2, 300, device=DEVICE) > 0.3
+    kept = scan.Gram(h, k, k[..., 0], write, torch.tensor([0.1, 0.0], dtype=torch.float64))
+    monkeypatch.setattr(scan, "KEEP", 0)
+    again = scan.Gram(h, k, k[..., 0], write, torch.tensor([0.1, 0.0], dtype=torch.float64))
+    assert kept.rows(128, 256) is kept.rows(128, 256)
+    assert again.rows(128, 256) is not again.rows(128, 256)
+    close(kept.rows(128, 256), again.rows(128, 256), 1e-14)
+    one = scan.Gram(h[:1], k[:1], k[:1, :, 0], write[:1], 0.1)
+    close(kept.rows(128, 256)[:1], one.rows(128, 256), 1e-14)
+
+
+def test_scan_of_a_rule_without_twin_says_so():
+    h, k = keys(1, 4, 3)
+    gram = scan.Gram(h, k, None, torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no Triton twin"):
+        scan.scan(torch.ones(1, 4, 2), gram, lambda a, t0, t1: a, "triton")
+    with pytest.raises(ValueError, match="rule 'mine' has no Triton twin; there are ones"):
+        values.twin("mine")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scan_drift_over_512_tokens(backend, dtype):
+    """Half-precision weights and inputs; what is computed from them stays in float32, so nothing drifts."""
+    write = torch.rand(1, 512) > 0.1
+    scan_case(backend, dtype, 1, 512, 5, 16, 2, "slow_derivative", 1, write, 1e-4)
+
+
+# ---- step
+
+
+def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gated=False, last=None):
+    decay, clip, mu, fast_bias, activation = variant(number)
+    activation = "silu" if gated else activation
+    rate, p0 = torch.rand(B, device=DEVICE) * 0.5, torch.tensor(0.2, device=DEVICE)
+    h, W, bias, target = inputs(B, T, I, O, dtype)
+    W2, target2 = torch.randn_like(W), torch.randn_like(target)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    U, U2 = (torch.full((B, R, O), NAN, dtype=work, device=DEVICE) for _ in range(2))
+    K = torch.full((B, R, I), NAN, dtype=work, device=DEVICE)
+    kb = torch.full((B, R), NAN, dtype=work, device=DEVICE) if fast_bias else None
+    birth = torch.full((B, R), -1, device=DEVICE)
+    n = torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    out = []
+    for t in range(T):
+        age = n[:, None] - 1 - birth
+        w = torch.where(birth >= 0, (1 - decay) ** age.to(work), 0)
+        common = dict(rule=rule, mu=mu, clip=clip, backend=backend)
+        state = (K, kb, birth, w, n % R, n, write[:, t].to(DEVICE), rate.to(work), p0.to(work))
+        if gated:
+            y = step.step_gated_(h[:, t], W, W2, bias, None, U, U2, *state, target[:, t], target2[:, t], **common)
+        else:
+            y = step.step_(h[:, t], W, bias, U, *state, target[:, t], activation=activation, **common)
+        assert y.dtype == dtype
+        out.append(y)
+        n += write[:, t].to(DEVICE)
+    out = torch.stack(out, 1)
+    for b in range(B):
+        rest = (float(rate[b]), 0.2)
+        events, events2 = [], []
+        options = (mu, decay, clip, fast_bias)
+        a, _ = oracle(h[b], W, bias, events, 0, R, write[b], *rest, target[b], rule, activation, *options)
+        if gated:
+            a2, _ = oracle(h[b], W2, None, events2, 0, R, write[b], *rest, target2[b], rule, "identity", *options)
+            a = phi(a, "silu") * a2
+        close(out[b], a, tolerance)
+        for (born, u, k, s), (_, u2, _, _) in zip(events, events2 or events, strict=True):
+            slot = born % R
+            assert birth[b, slot] == born
+            close(U[b, slot], u, tolerance)
+            close(K[b, slot], k, tolerance)
+            if gated:
+                close(U2[b, slot], u2, tolerance)
+            if fast_bias:
+                close(kb[b, slot], torch.tensor(s), tolerance)
+        unwritten = birth[b] < 0
+        assert unwritten.sum() == R - len(events)
+        assert U[b, unwritten].isnan().all()
+        assert K[b, unwritten].isnan().all()
+    return out
+
+
+# float16 outputs are rounded once; with torch, float16 frozen products are rounded too
+STEP_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES)))
+def test_step(backend, rule, number, gated):
+    B, O, I, R = [(1, 64, 32, 4), (2, 50, 60, 8), (3, 37, 129, 16), (5, 37, 20, 3)][number % 4]
+    T = 6 if R > 4 else 8  # the small ones go around their ring
+    write = torch.rand(B, T) > 0.25
+    dtype = [torch.float32, torch.float16][number % 2]
+    step_case(backend, dtype, B, T, O, I, R, rule, number, write, STEP_TOLERANCE[dtype], gated)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
+def test_step_shapes(backend, B, O, I, R):
+    write = torch.ones(B, 2, dtype=torch.bool)
+    step_case(backend, torch.float32, B, 2, O, I, R, "derivative", B, write, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES * 3)))
+def test_step_options(dtype, rule, number, gated):
+    number += number // len(RULES)
+    write = torch.rand(2, 12) > 0.25
+    step_case("torch", dtype, 2, 12, 10, 12, 5, rule, number, write, STEP_TOLERANCE[dtype], gated)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_that_writes_nothing_changes_nothing(backend):
+    step_case(backend, torch.float32, 2, 2, 10, 12, 3, "ones", 1, torch.zeros(2, 2, dtype=torch.bool), 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_step_drift(backend, dtype):
+    """The factors are float32, so after hundreds of events the error is still that of one product's rounding."""
+    T = 512 if backend == "torch" or ON_GPU else 48
+    # bfloat16 has 8 bits: 2⁻⁸ for the product and 2⁻⁸ for the output
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    step_case(
+        backend,
+        dtype,
+        1,
+        T,
+        5,
+        16,
+        512,
+        "slow_derivative" if T == 512 else "ones",
+        2,
+        torch.rand(1, T) > 0.1,
+        tolerance,
+    )
+
+
+def test_step_refuses_what_does_not_fit():
+    h, W, _, _ = inputs(2, 1, 6, 5, torch.float32)
+    U, K, _ = factors(2, 3, 6, 5)
+    birth, w = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
+    slot, write = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
+    rate = torch.tensor(0.1)
+    common = dict(rule="ones", activation="silu", mu=0.0)
+    with pytest.raises(ValueError, match=r"got w for \[rows, slots\] \[2, 2\], expected \[2, 3\]"):
+        step.step_(h[:, 0], W, None, U, K, None, birth, w[:, :2], slot, slot, write, rate, **common)
+    with pytest.raises(ValueError, match=r"write of torch.int64, expected bool"):
+        step.step_(h[:, 0], W, None, U, K, None, birth, w, slot, slot, slot, rate, **common)
+
+
+def test_step_operators():
+    torch.use_deterministic_algorithms(False)
+    h, W, bias, target = inputs(2, 1, 20, 30, torch.float32)
+    U, K, kb = factors(2, 4, 20, 30)
+    slot, write = torch.tensor([1, 3], device=DEVICE), torch.tensor([True, False], device=DEVICE)
+    birth, w = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE), torch.rand(2, 4, device=DEVICE)
+    rate = torch.tensor(0.1, device=DEVICE)
+    rest = (K, kb, birth, w, slot, slot, write, rate, rate, target[:, 0])
+    op, gated = torch.ops.fastweights.step.default, torch.ops.fastweights.step_gated.default
+    torch.library.opcheck(op, (h[:, 0], W, bias, U, *rest, "delta", "silu", 0.1, 0.5))
+    torch.library.opcheck(op, (h[:, 0], W, None, U, K, None, *rest[2:-1], None, "ones", "silu", None, None))
+    torch.library.opcheck(
+        gated, (h[:, 0], W, W + 1, bias, None, U, U + 1, *rest, target[:, 0], "delta", 0.1, 0.5)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rule_of_ones_own(backend, monkeypatch):
+    twin = values.Twin(lambda a, frozen, target, p0, phi: p0 - a * a, _square_triton)
+    monkeypatch.setitem(values.RULES, "square", twin)
+    h, k = keys(1, 20, 12, torch.float32)
+    gram = scan.Gram(h, k, None, torch.ones(1, 20, dtype=torch.bool, device=DEVICE))
+    a = torch.randn(1, 20, 6, device=DEVICE)
+    value = values.Value("square", "silu", 0.1, 0.7)
+    for found, wanted in zip(
+        scan.scan(a, gram, value, backend),
+        scan.scan_sequential(a, gram, lambda a, t0, t1: 0.1 * (0.7 - a * a)),
+        strict=True,
+    ):
+        close(found, wanted, 1e-6)
+
+
+@values.jit
+def _square_triton(a, frozen_a, target, p0, PHI):
+    return p0 - a * a
