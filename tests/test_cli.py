@@ -14,7 +14,7 @@ import fastweights as fw
 from fastweights.__main__ import main
 from fastweights.tokenizer import Tokenizer
 
-WORDS = "the sky is blue red question : who ? A B ( ) and so it goes".split()
+WORDS = ["the", "sky", "is", "blue", "red", "question", ":", "who", "?", "A", "B", "(", ")", "and", "so", "it", "goes"]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (RUN[:-1] + ["9"], "layer 9 does not exist: this model has layers 0 to 3"),
-        (RUN[:-1] + ["one"], "'one': expected whole numbers"),
+        ([*RUN[:-1], "9"], "layer 9 does not exist: this model has layers 0 to 3"),
+        ([*RUN[:-1], "one"], "'one': expected whole numbers"),
         ([*RUN, "--linears", "q_proj"], "linear 'q_proj' does not exist"),
         ([*RUN, "--rule", "oja"], "invalid choice: 'oja'"),
         ([*RUN, "--rate", "nan"], "Hebbian(rate=nan): expected a finite number"),

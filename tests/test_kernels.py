@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
 
 from fastweights.kernels import read, scan, step, values
 
@@ -423,7 +424,7 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gat
         n += write[:, t].to(DEVICE)
     out = torch.stack(out, 1)
     for b in range(B):
-        rest = (float(rate[b]), 0.2)
+        rest = (float(rate[b]), float(p0))
         events, events2 = [], []
         options = (mu, decay, clip, fast_bias)
         a, _ = oracle(h[b], W, bias, events, 0, R, write[b], *rest, target[b], rule, activation, *options)
@@ -439,7 +440,7 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gat
             if gated:
                 close(U2[b, slot], u2, tolerance)
             if fast_bias:
-                close(kb[b, slot], torch.tensor(s), tolerance)
+                close(kb[b, slot], torch.as_tensor(s), tolerance)
         unwritten = birth[b] < 0
         assert unwritten.sum() == R - len(events)
         assert U[b, unwritten].isnan().all()

@@ -92,9 +92,7 @@ VARIANTS = {
     "linear rope, old key": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3 rope, old keys": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "head_dim": 16},
     "llama3 rope, rope_parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 300.0}, "head_dim": 16},
-    "linear rope, rope_parameters": {
-        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}
-    },
+    "linear rope, rope_parameters": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}},
 }
 
 
@@ -116,9 +114,7 @@ def test_without_plastic_linears_it_is_transformers_llama(changes):
 
 def test_rope_frequencies_are_the_same_float32_bits_as_transformers_at_a_real_llama_3_1_shape():
     rope = {**LLAMA3, "original_max_position_embeddings": 8192}
-    model, config = llama(
-        head_dim=128, rope_theta=500000.0, rope_scaling=rope, max_position_embeddings=131072
-    )
+    model, config = llama(head_dim=128, rope_theta=500000.0, rope_scaling=rope, max_position_embeddings=131072)
     oracle = oracle_of(model, config)
     assert torch.equal(oracle.inv_freq, model.model.rotary_emb.original_inv_freq.float())
     for position in (0, 1, 777, 131071):
@@ -407,9 +403,7 @@ def model_before_the_last_token(config_changes=None):
     return oracle, model
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}]
-)
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}])
 def test_the_gradient_event_is_autograds_gradient_of_the_dense_weight(changes):
     oracle, model = model_before_the_last_token(changes)
     weights = {key: hf_linear(model, key).weight for key in ALL}
@@ -466,9 +460,7 @@ def test_the_gradient_event_is_written_when_the_next_token_is_known_and_before_i
         hf_linear(model, key).weight.add_(oracle.dW[key])
         cache = transformers.DynamicCache()
         for layer in range(oracle.L):
-            cache.update(
-                oracle.cache_k[layer][0][None, :, None], oracle.cache_v[layer][0][None, :, None], layer
-            )
+            cache.update(oracle.cache_k[layer][0][None, :, None], oracle.cache_v[layer][0][None, :, None], layer)
         model(torch.tensor([[17]]), past_key_values=cache)
     for layer in range(oracle.L):
         close(oracle.cache_k[layer][1], cache.layers[layer].keys[0, :, 1])

@@ -196,7 +196,7 @@ def test_attach_refuses_by_name_and_changes_nothing(arguments, message):
 def test_attach_twice_to_one_linear_is_refused_and_the_second_changes_nothing():
     model = tiny()
     fw.attach(model, [1], fw.Hebbian(), ["up_proj"])
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj is already plastic"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj is already plastic"):
         fw.attach(model, [0, 1], fw.Hebbian(), ["up_proj"])
     assert not isinstance(model.model.layers[0].mlp.up_proj, PlasticLinear)
 

@@ -65,7 +65,10 @@ def test_every_rule_at_once_equals_the_dense_oracle(smollm2, smollm2_folder, dty
     logits_TV = episode.feed(ids, update=torch.tensor([write]))[0]
     assert relative(logits_TV, oracle.feed(ids, write)) <= tolerance
     for site, dW in oracle.dW.items():
-        assert relative(episode.delta_weight(*site), dW) <= tolerance
+        # float32 gradients of this model are no better: plain autograd on the dense weight of layer 20 is
+        # 6e-5 (token 0) to 1e-3 (token 8, all but certain of its successor) from its own float64 result
+        slack = 10 if isinstance(RULES.get(site[0]), fw.GradientAscent) and dtype == torch.float32 else 1
+        assert relative(episode.delta_weight(*site), dW) <= tolerance * slack
     question = tokenizer.encode("Who is the president?")
     trace = episode.probe(question, sites=["resid_post"])
     logits, hidden_TLD = oracle.frozen_probe(question)

@@ -15,7 +15,7 @@ from fastweights.plastic import plastic_linears
 from fastweights.report import paragraph, table
 from fastweights.tokenizer import Tokenizer
 
-WORDS = "the sky is blue red question : who ? A B ( ) and so it goes".split()
+WORDS = ["the", "sky", "is", "blue", "red", "question", ":", "who", "?", "A", "B", "(", ")", "and", "so", "it", "goes"]
 TEXTS = {"context": "the sky is red and so it goes", "question": "question : who ? (", "answers": ["A", "B goes so"]}
 
 
@@ -32,7 +32,9 @@ def test_tokenizer_of_these_tests_joins_answers_by_themselves(tokenizer):
     assert tokenizer.encode("who ?") == [9, 60]
 
 
-@pytest.mark.parametrize("rule", [fw.Hebbian(rate=0.2, decay=0.05), fw.GradientAscent(rate=0.3)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule", [fw.Hebbian(rate=0.2, decay=0.05), fw.GradientAscent(rate=0.3)], ids=lambda r: type(r).__name__
+)
 def test_every_number_of_the_record_equals_the_oracles_loop(tokenizer, rule):
     model = tiny()
     record = fw.surgery(model, tokenizer, layers=[1, 2], rule=rule, linears=["up_proj", "down_proj"], **TEXTS)
@@ -128,7 +130,7 @@ def test_saved_files_hold_the_record(tokenizer, tmp_path):
     for name in ("logprob", "distance", "cosine", "relative", "target_logprob", "delta_norm"):
         assert torch.equal(arrays[name], getattr(record, name))
         assert whole[name] == getattr(record, name).tolist()
-    assert whole["tokens"] == WORDS[0:3] + ["red", "and", "so", "it", "goes"]
+    assert whole["tokens"] == [*WORDS[0:3], "red", "and", "so", "it", "goes"]
     assert len(whole["events"]) + 1 == len(whole["distance"]) == 9
     assert whole["settings"]["layers"] == [1]
 

