@@ -106,7 +106,7 @@ def sample(trial: Trial, device: torch.device, seconds: float = 0.25) -> Sample:
     wall = time.perf_counter() - begin
     busy_after, own_after = _cpu_seconds()
     others = (busy_after - busy - (own_after - own)) / (wall * (os.cpu_count() or 1))
-    return Sample(timed / runs / trial.units, max(others, 0.0))
+    return Sample(timed / runs / trial.units, max(others, 0.0) if others == others else 0.0)
 
 
 def alternate(
@@ -115,31 +115,35 @@ def alternate(
     repeats: int,
     seconds: float = 0.25,
     quiet: float = 0.1,
-    patience: float = 3.0,
+    patience: int = 8,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, float]], float]:
     """`repeats` rounds of all trials, A B A B, every other round backwards; (seconds per unit by name, noise).
 
-    A round in which other processes took more than `quiet` of the CPU is set aside and run again, at most
-    `patience` × `repeats` rounds in all; if quiet ones are still too few, the least disturbed count. Noise is
-    the largest share that others had in a round that counts.
+    A sample during which other processes took more than `quiet` of the CPU is taken again, up to `patience`
+    times, and the least disturbed one counts. Rounds that stay disturbed are dropped as long as there are
+    quiet ones. Noise is the largest share that others had in a round that counts.
     """
     for trial in trials:
         trial.prepare()
         trial.run()  # warm
     rounds: list[tuple[float, dict[str, float]]] = []
-    while len([r for r in rounds if r[0] <= quiet]) < repeats and len(rounds) < max(patience, 1) * repeats:
-        calm = len([r for r in rounds if r[0] <= quiet])
-        progress(f"quiet round {calm + 1} of {repeats} (round {len(rounds) + 1})")
-        order = trials if len(rounds) % 2 == 0 else list(reversed(trials))
-        samples = {trial.name: sample(trial, device, seconds) for trial in order}
-        noise = max(s.others for s in samples.values())
-        noise = 0.0 if noise != noise else noise
-        rounds.append((noise, {name: s.seconds for name, s in samples.items()}))
-        if device.type == "cpu" and noise > 4 * quiet:
-            time.sleep(0.5)
-    best = sorted(rounds, key=lambda r: r[0])[:repeats]
-    return [seconds for _, seconds in best], max(noise for noise, _ in best)
+    for number in range(repeats):
+        order = trials if number % 2 == 0 else trials[::-1]
+        best: dict[str, Sample] = {}
+        for trial in order:
+            for attempt in range(max(patience, 1)):
+                again = f", disturbed, again ({attempt})" if attempt else ""
+                progress(f"round {number + 1} of {repeats}: {trial.name}{again}")
+                taken = sample(trial, device, seconds)
+                if trial.name not in best or taken.others < best[trial.name].others:
+                    best[trial.name] = taken
+                if taken.others <= quiet:
+                    break
+                time.sleep(min(0.1 * attempt, 1.0))
+        rounds.append((max(s.others for s in best.values()), {name: s.seconds for name, s in best.items()}))
+    calm = [r for r in rounds if r[0] <= quiet] or rounds
+    return [seconds for _, seconds in calm], max(noise for noise, _ in calm)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -212,24 +212,39 @@ def _surgery(model, tokenizer, **settings):
 
 
 def _rule(options: argparse.Namespace):
-    from . import GradientAscent, Hebbian, LocalLeastSquares
+    from . import Delta, GradientAscent, Hebbian, LocalLeastSquares
 
-    given = {
-        key: getattr(options, key)
-        for key in ("mu", "decay", "clip", "bias", "gate", "target")
-        if getattr(options, key) is not None
-    }
-    allowed = {"hebbian": {"gate"}, "local-least-squares": {"gate", "target"}, "gradient-ascent": set()}
+    takes = {"hebbian": {"gate"}, "local-least-squares": {"gate", "target"}, "delta": {"target"}}
+    given = {key: getattr(options, key) for key in ("mu", "decay", "clip", "bias", "gate", "target")}
+    given = {key: value for key, value in given.items() if value is not None}
     for key in ("gate", "target"):
-        if key in given and key not in allowed[options.rule]:
+        if key in given and key not in takes.get(options.rule, ()):
             raise ValueError(f"--{key} does not belong to --rule {options.rule}")
     match options.rule:
         case "hebbian":
             return Hebbian(rate=options.rate, **given)
         case "local-least-squares":
             return LocalLeastSquares(gamma=options.rate, **given)
+        case "delta":
+            return Delta(beta=options.rate, **{**given, "target": _target(given.get("target"))})
         case _:
             return GradientAscent(rate=options.rate, **given)
+
+
+def _target(path: str | None):
+    """The v* of a delta rule: the one tensor of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path is None:
+        raise ValueError("--rule delta needs --target FILE.safetensors with one tensor, v*: [O], [P, O] or [B, P, O]")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--target {path} is not a safetensors file: {error}") from None
+    if len(tensors) != 1:
+        raise ValueError(f"--target {path} holds {len(tensors)} tensors, expected one")
+    return next(iter(tensors.values()))
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -279,18 +294,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plastic = Parser(add_help=False)
     plastic.add_argument("--linears", type=_names, default=_names(LINEARS), help=f"left out: {LINEARS}")
-    plastic.add_argument(
-        "--rule",
-        choices=("hebbian", "local-least-squares", "gradient-ascent"),
-        default="hebbian",
-        help="left out: hebbian",
-    )
-    plastic.add_argument("--rate", type=float, default=0.01, help="rate, or gamma of local-least-squares")
+    rules = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
+    plastic.add_argument("--rule", choices=rules, default="hebbian", help="left out: hebbian")
+    plastic.add_argument("--rate", type=float, default=0.01, help="rate; gamma of local-least-squares, beta of delta")
     plastic.add_argument("--mu", type=float, help="added to the squared norm of the key's input")
     plastic.add_argument("--decay", type=float, help="share of the fast weights lost at each event")
     plastic.add_argument("--clip", type=float, help="largest norm of one row of one event")
     plastic.add_argument("--gate", choices=("ones", "positive", "derivative"))
-    plastic.add_argument("--target", choices=("self", "slow"))
+    plastic.add_argument("--target", help="self or slow (local-least-squares), or v* as a safetensors file (delta)")
     plastic.add_argument("--bias", action="store_true", default=None, help="change the bias too")
     plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
     plastic.add_argument("--overflow", default="grow", help="grow or error: what happens when they are full")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ def table(record: Record, rows: int = 24, width: int | None = None) -> str:
 
     Args:
         rows: at most this many lines, evenly chosen, first and last always among them.
-        width: of the text, in columns; None = the terminal's.
+        width: of the text, in columns; None = the terminal's, 100 where there is none.
     """
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("event", "position"):
@@ -52,6 +53,7 @@ def table(record: Record, rows: int = 24, width: int | None = None) -> str:
         style="italic",
     )
     text = io.StringIO()
+    width = width or max(80, shutil.get_terminal_size((100, 24)).columns)
     Console(file=text, width=width, highlight=False, markup=False).print(grid)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     return "\n".join([*lines, "distance and cosine: last layer, hidden state at the answer position to the target's"])

@@ -91,17 +91,20 @@ def _combine(
     o = tl.program_id(1).to(tl.int64) * BO + tl.arange(0, BO)
     t_in, o_in = (t < T)[:, None], (o < O)[None, :]
     y = tl.full([BT, BO], 0.0, tl.float32)
+    bad = 0  # values that are not finite
     for r0 in range(0, R, BR):
         r = r0 + tl.arange(0, BR)
-        r_in = r < R
-        c = tl.load(c_ptr + (b * T + t)[:, None] * R + r[None, :], mask=t_in & r_in[None, :], other=0.0)
-        w = tl.load(w_ptr + b * w_sb + t[:, None] * w_st + r[None, :], mask=t_in & r_in[None, :], other=0.0)
-        U = tl.load(U_ptr + b * U_sb + r[:, None] * O + o[None, :], mask=r_in[:, None] & o_in, other=0.0)
+        c = tl.load(c_ptr + (b * T + t)[:, None] * R + r[None, :], mask=t_in & (r < R)[None, :], other=0.0)
+        U = tl.load(U_ptr + b * U_sb + r[:, None] * O + o[None, :], mask=(r < R)[:, None] & o_in, other=0.0)
         finite = tl.abs(U) < float("inf")
+        bad += tl.sum(tl.where(finite, 0, 1))
         y = tl.dot(c, tl.where(finite, U, 0.0), y, input_precision=PRECISION)
-        if tl.sum(tl.where(finite, 0, 1)) > 0:  # 0 · NaN is NaN: give it only to the tokens that read it alive
-            read = tl.dot(tl.where(w != 0, 1.0, 0.0), tl.where(finite, 0.0, 1.0), input_precision="ieee")
-            y = tl.where(read > 0, float("nan"), y)
+    if bad > 0:  # 0 · NaN is NaN, so they were left out: now NaN for those who read them alive
+        for r in tl.range(0, R):
+            w = tl.load(w_ptr + b * w_sb + t * w_st + r, mask=t < T, other=0.0)
+            U_r = tl.load(U_ptr + b * U_sb + r * O + o, mask=o < O, other=0.0)
+            poisoned = (w != 0)[:, None] & ~(tl.abs(U_r) < float("inf"))[None, :]
+            y = tl.where(poisoned, float("nan"), y)
     tl.store(y_ptr + (b * T + t)[:, None] * O + o[None, :], y, mask=t_in & o_in)
 
 
@@ -139,11 +142,11 @@ def launch(
     BT = 16 if tokens <= 16 else 32
     _coefficients[(triton.cdiv(tokens, BT), triton.cdiv(R, 32), rows)](
         x_BTI, K_BRI, kb, w_BTR, c, tokens, I, R, stride(K_BRI), stride(kb), w_BTR.stride(0), w_BTR.stride(1),
-        BIAS=kb_BR is not None, BT=BT, BR=32, BI=64, PRECISION=precision, num_warps=4, **FUSED,
+        BIAS=kb_BR is not None, BT=BT, BR=32, BI=32, PRECISION=precision, num_warps=4, **FUSED,
     )  # fmt: skip
     _combine[(triton.cdiv(tokens, BT), triton.cdiv(O, 64), rows)](
         c, U_BRO, w_BTR, y_BTO, tokens, O, R, stride(U_BRO), w_BTR.stride(0), w_BTR.stride(1),
-        BT=BT, BO=64, BR=32, PRECISION=precision, num_warps=4, **FUSED,
+        BT=BT, BO=64, BR=16, PRECISION=precision, num_warps=4, **FUSED,
     )  # fmt: skip
     return y_BTO
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from .values import FUSED, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
@@ -151,13 +152,12 @@ def _block(
     b = tl.program_id(1).to(tl.int64)  # before any multiply: offsets pass 2**31
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     lane = tl.arange(0, C)
-    alive = (n < O)[:, None]
+    alive = (n < O)[:, None]  # tokens need no mask: everything is padded to whole chunks
     row = (b * O + n)[:, None] * T_padded
     rate, p0 = tl.load(rate_ptr + b * rate_sb), tl.load(p0_ptr + b * p0_sb)
     for c0 in range(t0, t1, C):
         t = c0 + lane
-        inside = alive & (t < t1)[None, :]
-        a = tl.load(a_ptr + row + t[None, :], mask=inside, other=0.0)
+        a = tl.load(a_ptr + row + t[None, :], mask=alive, other=0.0)
         for s0 in range(t0, c0, C):  # the chunks of this block that are done
             u = tl.load(u_ptr + row + (s0 + lane)[None, :], mask=alive, other=0.0)
             G = tl.load(G_ptr + (b * G_rows + (s0 - t0 + lane)[:, None]) * G_rows + (t - t0)[None, :])
@@ -165,9 +165,9 @@ def _block(
         u = tl.full([BN, C], 0.0, tl.float32)
         frozen, target = a, a
         if FROZEN:
-            frozen = tl.load(frozen_ptr + row + t[None, :], mask=inside, other=0.0)
+            frozen = tl.load(frozen_ptr + row + t[None, :], mask=alive, other=0.0)
         if TARGET:
-            target = tl.load(target_ptr + row + t[None, :], mask=inside, other=0.0)
+            target = tl.load(target_ptr + row + t[None, :], mask=alive, other=0.0)
         for j in range(C):
             here = (lane == j)[None, :]
             a_j = tl.sum(tl.where(here, a, 0.0), 1)
@@ -178,15 +178,15 @@ def _block(
                 target_j = tl.sum(tl.where(here, target, 0.0), 1)
             u_j = rate * RULE(a_j, frozen_j, target_j, p0, PHI)
             if CLIP:
-                norm = tl.load(norm_ptr + b * norm_sb + c0 + j, mask=c0 + j < t1, other=0.0)
+                norm = tl.load(norm_ptr + b * norm_sb + c0 + j)
                 u_j = clipped_triton(u_j, clip, norm)
-            write = tl.load(write_ptr + b * write_sb + c0 + j, mask=c0 + j < t1, other=0)
+            write = tl.load(write_ptr + b * write_sb + c0 + j)
             u_j = tl.where(write != 0, u_j, 0.0)[:, None]
             G_j = tl.load(G_ptr + (b * G_rows + c0 - t0 + j) * G_rows + c0 - t0 + lane)[None, :]
             a = tl.where(lane[None, :] > j, a + u_j * G_j, a)  # where, not a zero in G: 0 · NaN is NaN
             u = tl.where(here, u_j, u)
-        tl.store(a_ptr + row + t[None, :], a, mask=inside)
-        tl.store(u_ptr + row + t[None, :], u, mask=inside)
+        tl.store(a_ptr + row + t[None, :], a, mask=alive)
+        tl.store(u_ptr + row + t[None, :], u, mask=alive)
         tl.debug_barrier()  # the next chunk loads u as other threads stored it
 
 
@@ -219,9 +219,9 @@ def launch(
     if rule.reads_target:
         assert value.target is not None
         target = neuron_major(value.target)
-    write = gram.write.contiguous().view(torch.uint8)
+    write = F.pad(gram.write.to(torch.uint8), (0, T_padded - T))
     rate, p0 = per_row(value.rate, B, a_BOT), per_row(value.p0, B, a_BOT)
-    norm = rate[:, None] if value.norm_BT is None else value.norm_BT.float().contiguous()
+    norm = rate[:, None] if value.norm_BT is None else F.pad(value.norm_BT.float(), (0, T_padded - T))
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G_BCT = gram.rows(t0, t1)
@@ -233,7 +233,7 @@ def launch(
         G_Bst[:, : t1 - t0, : t1 - t0] = G_BCT[:, :, t0:].mT
         _block[(triton.cdiv(O, BN), B)](
             a_BOT, u_BOT, G_Bst, write, frozen, target, norm, rate, p0,
-            t0, t1, O, T_padded, G_rows, write.stride(0), norm.stride(0), rate.stride(0), p0.stride(0),
+            t0, t0 + G_rows, O, T_padded, G_rows, write.stride(0), norm.stride(0), rate.stride(0), p0.stride(0),
             float(value.clip or 0),
             RULE=rule.triton, PHI=value.activation, FROZEN=rule.reads_frozen, TARGET=rule.reads_target,
             CLIP=value.clip is not None, BN=BN, C=C, PRECISION=precision, num_warps=num_warps,

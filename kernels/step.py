@@ -187,7 +187,7 @@ def _gated(
     h_ptr, W_ptr, W2_ptr, bias_ptr, bias2_ptr, frozen_ptr, frozen2_ptr, U_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr,
     slot_ptr, write_ptr, rate_ptr, p0_ptr, target_ptr, target2_ptr, out_ptr,
     rows, O, I, R, U_sb, U2_sb, w_sb, rate_sb, p0_sb, target_sb, target2_sb, clip,
-    RULE: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
+    RULE: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIAS2: tl.constexpr, TARGET: tl.constexpr,
     CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -201,7 +201,7 @@ def _gated(
         up = _neurons(
             b, n, h_ptr, W2_ptr, bias2_ptr, frozen2_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
             rate_ptr, p0_ptr, target2_ptr, O, I, R, U2_sb, w_sb, rate_sb, p0_sb, target2_sb, clip,
-            RULE, "identity", GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
+            RULE, "identity", GEMV, HAS_BIAS2, TARGET, CLIP, BN, BK, BR,
         )  # fmt: skip
         # each linear's output has the model's dtype, as when the two run one by one
         gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -278,8 +278,8 @@ def launch_gated(
         frozen, frozen_up, U, U_up, c, w, norm, slot, write, rate, p0, h if target is None else target,
         h if target_up is None else target_up, out, B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0),
         w.stride(0), rate.stride(0), p0.stride(0), target_sb, target2_sb, float(clip or 0),
-        RULE=twin(rule).triton, GEMV=gemv, HAS_BIAS=bias is not None, TARGET=twin(rule).reads_target,
-        CLIP=clip is not None, BR=32, **tile, **FUSED,
+        RULE=twin(rule).triton, GEMV=gemv, HAS_BIAS=bias is not None, HAS_BIAS2=bias_up is not None,
+        TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
     )  # fmt: skip
     return out
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
@@ -57,6 +58,24 @@ def test_run_reads_texts_from_files_and_chooses_positions(folder, capsys, tmp_pa
     assert whole["probed"] == [0, 2]
 
 
+def test_run_takes_the_target_of_a_delta_rule_from_a_file(folder, capsys, tmp_path):
+    save_file({"target": torch.linspace(-1, 1, 24)}, tmp_path / "target.safetensors")
+    options = ["--rule", "delta", "--rate", "0.5", "--linears", "down_proj", "--json"]
+    assert main([*RUN, *options, "--target", str(tmp_path / "target.safetensors"), "--model", folder]) == 0
+    model, tokenizer = fw.load(folder)
+    record = fw.surgery(
+        model,
+        tokenizer,
+        context="the sky is red",
+        question="who ?",
+        answers=["A", "B"],
+        layers=[1, 2],
+        linears=["down_proj"],
+        rule=fw.Delta(0.5, torch.linspace(-1, 1, 24)),
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["logprob"] == record.logprob.tolist()
+
+
 def test_demo_runs_both_halves_of_the_founding_experiment(folder, capsys, tmp_path):
     assert main(["demo", "--model", folder, "--layers", "1,2", "--json", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -98,6 +117,9 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
         ([*RUN, "--rate", "nan"], "Hebbian(rate=nan): expected a finite number"),
         ([*RUN, "--decay", "2"], "Hebbian(decay=2.0): expected a number from 0 to 1"),
         ([*RUN, "--rule", "gradient-ascent", "--gate", "ones"], "--gate does not belong to --rule gradient-ascent"),
+        ([*RUN, "--rule", "delta"], "--rule delta needs --target FILE.safetensors"),
+        ([*RUN, "--rule", "delta", "--target", "/no/such"], "No such file or directory: /no/such"),
+        ([*RUN, "--rule", "local-least-squares", "--target", "fast"], "LocalLeastSquares(target='fast')"),
         ([*RUN, "--rank", "0"], "rank=0"),
         ([*RUN, "--overflow", "error", "--rank", "2"], "3 events do not fit its rank of 2"),
         ([*RUN, "--dtype", "int4"], "int4"),

@@ -456,8 +456,8 @@ STEP_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.float64: 1e-12
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES)))
 def test_step(backend, rule, number, gated):
-    B, O, I, R = [(1, 64, 32, 4), (2, 50, 60, 8), (3, 37, 129, 16), (5, 37, 20, 3)][number % 4]
-    T = 6 if R > 4 else 8  # the small ones go around their ring
+    B, O, I, R = [(1, 21, 32, 2), (2, 17, 60, 8), (3, 9, 129, 16), (5, 37, 20, 3)][number % 4]
+    T = 5 if R < 4 else 3  # the small ones go around their ring
     write = torch.rand(B, T) > 0.25
     dtype = [torch.float32, torch.float16][number % 2]
     step_case(backend, dtype, B, T, O, I, R, rule, number, write, STEP_TOLERANCE[dtype], gated)
@@ -466,8 +466,8 @@ def test_step(backend, rule, number, gated):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
 def test_step_shapes(backend, B, O, I, R):
-    write = torch.ones(B, 2, dtype=torch.bool)
-    step_case(backend, torch.float32, B, 2, O, I, R, "derivative", B, write, 2e-5)
+    write = torch.ones(B, 1, dtype=torch.bool)
+    step_case(backend, torch.float32, B, 1, O, I, R, "derivative", B, write, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -488,22 +488,10 @@ def test_step_that_writes_nothing_changes_nothing(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_step_drift(backend, dtype):
     """The factors are float32, so after hundreds of events the error is still that of one product's rounding."""
-    T = 512 if backend == "torch" or ON_GPU else 48
+    T, R, O = (512, 512, 5) if backend == "torch" or ON_GPU else (32, 4, 3)  # the interpreter is slow
     # bfloat16 has 8 bits: 2⁻⁸ for the product and 2⁻⁸ for the output
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3
-    step_case(
-        backend,
-        dtype,
-        1,
-        T,
-        5,
-        16,
-        512,
-        "slow_derivative" if T == 512 else "ones",
-        2,
-        torch.rand(1, T) > 0.1,
-        tolerance,
-    )
+    step_case(backend, dtype, 1, T, O, 16, R, "slow_derivative", 2, torch.rand(1, T) > 0.1, tolerance)
 
 
 def test_step_refuses_what_does_not_fit():

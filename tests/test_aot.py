@@ -1,0 +1,179 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, and what its machine code must look like.
+
+No spills and no local memory; 128-bit weight loads in step; no barrier in the scan's row loop.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastweights.kernels import read, scan, step, values
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+REGISTERS = 168  # 128-thread programs: at least 3 of them, 384 threads, on every SM
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel cannot be compiled"
+)
+
+
+def compiled(kernel, constants, target, num_warps, types=None, odd=()):
+    """Machine code as text, and its resources. Pointers and whole numbers divide by 16 unless in `odd`."""
+    names, signature, aligned = kernel.arg_names, {}, {}
+    for i, name in enumerate(names):
+        pointer = "*fp32" if name.endswith("_ptr") else "fp32" if name in ("clip", "mu") else "i32"
+        signature[name] = "constexpr" if name in constants else (types or {}).get(name, pointer)
+        if signature[name] not in ("constexpr", "fp32") and name not in odd:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **values.FUSED})
+
+
+def cuda_listing(binary, tmp_path):
+    tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
+    (tmp_path / "kernel.cubin").write_bytes(binary.asm["cubin"])
+
+    def run(flag):
+        command = [tool, flag, tmp_path / "kernel.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return run("-res-usage"), run("--dump-sass")
+
+
+def check_resources(binary, target, tmp_path):
+    """Fails on spills, local memory or too many registers; returns the listing."""
+    if target == "gfx942":
+        listing = binary.asm["amdgcn"]
+        used = {k: int(v) for k, v in re.findall(r"\.(\w+(?:_count|_size)):\s+(\d+)", listing)}
+        assert used["vgpr_spill_count"] == used["sgpr_spill_count"] == used["private_segment_fixed_size"] == 0
+        registers = used["vgpr_count"]
+    else:
+        usage, listing = cuda_listing(binary, tmp_path)
+        assert "STACK:0" in usage, usage
+        assert not re.search(r"\b(LDL|STL)\b", listing)
+        registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    print(f"{binary.metadata.name} {target}: {registers} registers, {binary.metadata.shared} bytes shared")
+    assert registers <= REGISTERS
+    return listing
+
+
+def innermost_loops(listing):
+    """The instructions of every innermost loop, found by its backward branch."""
+    lines, at, spans = listing.splitlines(), {}, []
+    label = r"\s*(\.?LBB\w+):" if "s_endpgm" in listing else r"\s*/\*([0-9a-f]{4,})\*/\s+\S"
+    branch = r"s_c?branch\w*\s+(\.?LBB\w+)" if "s_endpgm" in listing else r"\bBRA\b.*?0x([0-9a-f]+)"
+    key = str if "s_endpgm" in listing else lambda text: int(text, 16)
+    for i, line in enumerate(lines):
+        if found := re.match(label, line):
+            at[key(found.group(1))] = i
+    for i, line in enumerate(lines):
+        if (found := re.search(branch, line)) and at.get(key(found.group(1)), i) < i:
+            spans.append((at[key(found.group(1))], i))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return ["\n".join(lines[start : end + 1]) for start, end in inner]
+
+
+def scan_constants(rule, **more):
+    twin = values.RULES[rule]
+    return {
+        "RULE": twin.triton,
+        "PHI": "silu",
+        "FROZEN": twin.reads_frozen,
+        "TARGET": twin.reads_target,
+        "CLIP": True,
+        "BN": 32,
+        "C": 16,
+        "PRECISION": "ieee",
+    } | more
+
+
+STEP_TYPES = {"slot_ptr": "*i64", "event_ptr": "*i64", "birth_ptr": "*i64", "write_ptr": "*u8"}
+HALF = {f"{name}_ptr": "*bf16" for name in ("h", "W", "W2", "bias", "bias2", "frozen", "frozen2", "out")}
+ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "p0_sb", "kb_sb", "birth_sb", "w_sb", "w_st")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rule", ["ones", "slow_derivative", "delta"])
+def test_scan(rule, target, tmp_path):
+    binary = compiled(scan._block, scan_constants(rule), target, 2, {"write_ptr": "*u8"}, ODD)
+    loops = innermost_loops(check_resources(binary, target, tmp_path))
+    rows = [loop for loop in loops if re.search(r"MUFU\.EX2|v_exp_f32", loop)]
+    if rule == "delta":  # no exponential: the loop that shuffles
+        rows = [loop for loop in loops if re.search(r"SHFL|_dpp|ds_bpermute|ds_swizzle", loop)]
+    assert len(rows) == 1
+    assert not re.search(r"BAR\.SYNC|s_barrier|\bSTS\b|\bLDS\b|ds_write|ds_read", rows[0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("gemv", [True, False])
+@pytest.mark.parametrize("kernel", ["single", "gated"])
+def test_step(kernel, gemv, target, tmp_path):
+    constants = {
+        "RULE": values.RULES["derivative"].triton,
+        "GEMV": gemv,
+        "HAS_BIAS": False,
+        "TARGET": False,
+        "CLIP": True,
+        "BN": 2 if gemv else 64,
+        "BK": 2048 if gemv else 16,
+        "BR": 32,
+    }
+    constants |= {"PHI": "silu"} if kernel == "single" else {"HAS_BIAS2": False}
+    jitted = step._single if kernel == "single" else step._gated
+    binary = compiled(jitted, constants, target, 4 if gemv else 2, STEP_TYPES | HALF, ODD)
+    listing = check_resources(binary, target, tmp_path)
+    if gemv:
+        wide = r"global_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
+        enough = 2 if target == "gfx942" else 4  # 64 bytes a thread in flight, at 64 and 32 threads a warp
+        assert max(len(re.findall(wide, loop)) for loop in innermost_loops(listing)) >= enough
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_step_coefficients(target, tmp_path):
+    constants = {"NORMALISE": True, "BIAS": True, "BI": 1024}
+    binary = compiled(step._coefficients, constants, target, 4, STEP_TYPES | {"h_ptr": "*bf16"}, ODD)
+    listing = check_resources(binary, target, tmp_path)
+    assert re.search(r"dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128", listing)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("per_token", [True, False])
+def test_read(per_token, target, tmp_path):
+    tile = {"BT": 32 if per_token else 16, "PRECISION": "ieee"}
+    types = {"x_ptr": "*bf16"}
+    for kernel, constants in (
+        (read._coefficients, tile | {"BIAS": per_token, "BR": 32, "BI": 32}),
+        (read._combine, tile | {"BO": 64, "BR": 16}),
+    ):
+        check_resources(compiled(kernel, constants, target, 4, types, ODD), target, tmp_path)
+
+
+def test_the_gates_can_fail(tmp_path):
+    """A row loop with [tokens, neurons] reduced across warps has barriers; the gate must see them."""
+    binary = compiled(_crossing, {"N": 256}, "sm_90", 4)
+    loops = innermost_loops(cuda_listing(binary, tmp_path)[1])
+    assert any("BAR.SYNC" in loop and "MUFU.EX2" in loop for loop in loops)
+
+
+if "triton" in sys.modules:
+    import triton.language as tl
+
+    @triton.jit
+    def _crossing(a_ptr, n, N: tl.constexpr):
+        a = tl.load(a_ptr + tl.arange(0, N))
+        for j in range(n):
+            a += tl.exp(tl.sum(a, 0)) * j
+        tl.store(a_ptr + tl.arange(0, N), a)
