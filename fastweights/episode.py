@@ -5,7 +5,7 @@ KV cache, event logs, position, pending gradient events and the random generator
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama
+from .moments import At, moments
 from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
-from .probes.capture import Trace, capture
+from .probes.capture import check_sites
+from .probing import Trace, run
 from .rules import event_value, key_scale
 from .sampling import Sampling
 from .state import EventLog, Events
@@ -346,35 +348,52 @@ class Episode:
         self,
         input_ids: Ids,
         sites: Sequence[str] = (),
-        at: str = "now",
+        at: At = "now",
         attention_mask: Mask = None,
         logits: str = "all",
+        positions: Sequence[int] | None = None,
+        budget_bytes: int = 1 << 28,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Trace:
-        """Reads a prompt by itself, from position 0, with the fast weights as they are now; changes nothing.
+        """Reads a prompt by itself, from position 0, under one or many moments of the fast weights; writes nothing.
 
         Args:
             input_ids: [B, T]; one row is asked of every row of the episode, and many rows of an episode of one.
             sites: "resid_pre", "resid_mid", "resid_post".
-            at: "now".
+            at: "now"; "every" (after 0, 1, … events); or a list of event numbers and `Moment`s.
+            logits: "all", or "last": only the last real token of each row.
+            positions: columns of the prompt to keep in logits and sites; None = all.
+            budget_bytes: about how much memory one batch of moments may take; at least one runs at a time.
+            progress: called as (moments done, moments) after every batch.
 
         Returns:
-            A trace: `logits` [B, T, V], `trace[site]` [L, B, T, D], `hidden_states` [L+1, B, T, D].
+            A trace: `logits` [B, T, V], `trace[site]` [L, B, T, D], `hidden_states` [L+1, B, T, D]; each with
+            the moments in front, [M, …], unless `at` is "now".
+
+        Raises:
+            ValueError: tokens, sites, columns or events that do not exist.
         """
-        if at != "now":
-            raise ValueError(f"probe(at={at!r}): expected 'now'")
+        if self._linears != plastic_linears(self.model):
+            raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
         ids_BT, mask_BT = tokens(input_ids, attention_mask, None, self.model.config.vocab_size)
+        width = ids_BT.shape[1]
+        if width > self.model.config.max_position_embeddings:
+            raise ValueError(
+                f"a probe of {width} tokens does not fit: this model has positions up to "
+                f"{self.model.config.max_position_embeddings}"
+            )
         if len(ids_BT) == 1:
             ids_BT = ids_BT.expand(self.batch_size, -1)
+            mask_BT = None if mask_BT is None else mask_BT.expand(self.batch_size, -1)
         elif len(ids_BT) != self.batch_size and self.batch_size != 1:
             raise ValueError(f"probe() got batch {len(ids_BT)}, but this episode has batch {self.batch_size}")
-        rows, width = ids_BT.shape
-        if mask_BT is not None:
-            mask_BT = mask_BT.expand(rows, width)
-        cache = self.model.new_cache(rows, width) if mask_BT is not None else None
-        now = Pass(self.logs, torch.empty(0))
-        with bound(self.model, self, now), capture(self.model, sites) as trace:
-            trace.logits = self.model(ids_BT.to(self.model.device), mask_BT, cache, logits)
-        return trace
+        columns = None if positions is None else torch.tensor(list(positions), dtype=torch.int64)
+        if columns is not None and (not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width):
+            raise ValueError(f"probe(positions={list(positions or [])}): expected columns from 0 to {width - 1}")
+        wanted = None if at == "now" else moments(at, self.events)
+        return run(self, ids_BT, mask_BT, check_sites(sites), wanted, columns, logits == "last", budget_bytes, progress)
 
     # ---- moving through time
 

@@ -7,7 +7,8 @@ E head width, V vocabulary, L layers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,29 @@ class Span:
     start: int | None  # the slot of the first token when all rows agree; None = rows differ
     end: int  # slots in use after this pass, longest row
     visible: Tensor | None  # [B or 1, 1, T, S] True where a query may look; None: causal, or everything
+
+    @staticmethod
+    def fresh(shape: tuple[int, int], attention_mask: Tensor | None, device) -> Span:
+        """Tokens by themselves, from position 0, without a cache."""
+        rows, tokens = shape
+        if attention_mask is None or bool(attention_mask.all()):
+            return Span(torch.arange(tokens, device=device).expand(rows, tokens), None, 0, tokens, None)
+        real_BT = attention_mask.to(device=device, dtype=torch.bool)
+        position_BT = (real_BT.cumsum(1) - 1) * real_BT
+        causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        itself_TT = torch.eye(tokens, dtype=torch.bool, device=device)  # padding must look somewhere
+        visible = (causal_TT & real_BT[:, None, None]) | itself_TT
+        return Span(position_BT, real_BT, None, tokens, visible)
+
+    def repeat(self, times: int) -> Span:
+        """The same rows over and over: row r stands at r + n · B for every n."""
+        tile = [times, *[1] * 3]
+        return replace(
+            self,
+            position_BT=self.position_BT.repeat(times, 1),
+            real_BT=None if self.real_BT is None else self.real_BT.repeat(times, 1),
+            visible=None if self.visible is None or len(self.visible) == 1 else self.visible.repeat(tile),
+        )
 
     def last(self, x_BTD: Tensor) -> Tensor:
         """The last real token of each row, [B, 1, D]."""
@@ -281,22 +305,27 @@ class Llama(nn.Module):
             cache: from `new_cache`; None runs the tokens by themselves from position 0.
             logits: "all": [B, T, V]; "last": [B, 1, V], the last real token of each row.
         """
-        rows, tokens = input_ids.shape
-        if cache is None and attention_mask is not None:
-            cache = self.new_cache(rows, tokens)
-        if cache is not None:
-            span = cache.span((rows, tokens), attention_mask, self.device)
-            cache.reserve(span.end)
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        if cache is None:
+            span = Span.fresh(shape, attention_mask, self.device)
         else:
-            position_BT = torch.arange(tokens, device=self.device).expand(rows, tokens)
-            span = Span(position_BT, None, 0, tokens, None)
-        x_BTD = self.model.embed_tokens(input_ids)
-        rope = self.rope(span.position_BT)
-        for block in self.model.layers:
-            x_BTD = block(x_BTD, rope, span, cache)
-        if logits == "last":
-            x_BTD = span.last(x_BTD)
-        logits_BTV = self.lm_head(self.model.norm(x_BTD))
+            span = cache.span(shape, attention_mask, self.device)
+            cache.reserve(span.end)
+        x_BTD = self.blocks(self.model.embed_tokens(input_ids), span, cache)
+        logits_BTV = self.unembed(span.last(x_BTD) if logits == "last" else x_BTD)
         if cache is not None:
             cache.advance(span)
         return logits_BTV
+
+    def blocks(
+        self, x_BTD: Tensor, span: Span, cache: KVCache | None = None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The residual stream after blocks `start` to `stop`."""
+        rope = self.rope(span.position_BT)
+        for block in islice(self.model.layers, start, stop):
+            x_BTD = block(x_BTD, rope, span, cache)
+        return x_BTD
+
+    def unembed(self, x_BTD: Tensor) -> Tensor:
+        """Logits of a residual stream."""
+        return self.lm_head(self.model.norm(x_BTD))

@@ -47,6 +47,7 @@ class Pass:
     logs: Mapping[Site, EventLog]
     position_BT: Tensor
     write_BT: Tensor | None = None  # None: read only
+    weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per episode row, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
     # gradient rules: (a, h) of this token, a with its graph
     taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -106,6 +107,8 @@ class PlasticLinear(nn.Module):
         return a_BTO.to(frozen_BTO.dtype)
 
     def _read(self, now: Pass, log: EventLog, h_BTI: Tensor) -> Tensor:
+        if now.weights is not None:
+            return self._read_moments(now.weights[self.site], log, h_BTI)
         U_BRO, K_BRI, bias_BR = log.factors()
         events_BT = log.now()
         if now.write_BT is not None and self.rule.neuron_local:
@@ -113,6 +116,16 @@ class PlasticLinear(nn.Module):
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
         return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, log.weights(events_BT))
+
+    def _read_moments(self, w_EMR: Tensor, log: EventLog, h_BTI: Tensor) -> Tensor:
+        """Rows that share one episode row's factors and differ in w; they stand E apart."""
+        U_ERO, K_ERI, bias_ER, _ = log.moment_factors()
+        rows = len(w_EMR)
+        y_BTO = h_BTI.new_empty(*h_BTI.shape[:2], self.out_features)
+        for row in range(rows):
+            one, bias = slice(row, row + 1), bias_ER[row : row + 1] if self.rule.bias else None
+            y_BTO[row::rows] = read(h_BTI[row::rows], U_ERO[one], K_ERI[one], bias, w_EMR[row][:, None])
+        return y_BTO
 
     def _stage(self, now: Pass, a_BTO: Tensor, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
         assert now.write_BT is not None

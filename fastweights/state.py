@@ -3,19 +3,23 @@
     ΔW_n = Σ_j w_j u_j k_jᵀ      w_j = (1 − decay)^(n − 1 − birth_j), 0 for an empty slot
     Δb_n = Σ_j w_j s_j u_j       s_j = the bias key of event j (0 for rules without bias)
 
-Decay lives in the weights alone: nothing that was written is ever rewritten. Knows nothing of modules.
-Shape suffixes: B rows, T tokens, R slots, O out, I in.
+Decay lives in the weights alone: nothing that was written is rewritten, except by a fold. `slots` says where an event
+lies, `compress` how slots are folded. Knows nothing of modules. Shape suffixes: B rows, T tokens, R slots, O out, I in, M moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-OVERFLOW = ("grow", "error")
+from .compress import effective_rank, fold
+from .slots import OVERFLOW, Slots
+
+__all__ = ["OVERFLOW", "EventLog", "Events"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,33 @@ class Events:
     bias_BT: Tensor | None
     write_BT: Tensor  # bool: which of them are written
 
+    def part(self, start: int, end: int) -> Events:
+        """The events of tokens start to end."""
+        bias_BT = None if self.bias_BT is None else self.bias_BT[:, start:end]
+        return Events(self.U_BTO[:, start:end], self.K_BTI[:, start:end], bias_BT, self.write_BT[:, start:end])
+
+    def to(self, device: torch.device) -> Events:
+        bias_BT = None if self.bias_BT is None else self.bias_BT.to(device)
+        return Events(self.U_BTO.to(device), self.K_BTI.to(device), bias_BT, self.write_BT.to(device))
+
 
 class EventLog:
     """Factors of B rows, slot-major, in float32 for their whole life (float64 for a float64 model).
 
     Args:
         rank: slots allocated at the start.
-        overflow: "grow" doubles the buffers when they are full; "error" refuses the write that does not fit.
+        overflow: what happens when the slots of a row are full:
+            "compress" keeps the best `rank` rank-1 terms of `rank` + max(8, `rank` / 2) slots and bounds what was
+            lost (`certificate`); exact until they are full;
+            "evict" forgets the oldest event: ΔW is exactly the sum over the last `rank` events;
+            "grow" doubles the buffers;
+            "error" refuses the write that does not fit.
         decay: share of ΔW lost at each event.
+        archive: with "compress" and "evict", keep every event on the CPU as well, so that any moment can be read
+            exactly and any number of events undone. "grow" and "error" keep every event anyway.
+
+    Raises:
+        ValueError: an overflow or dtype that does not exist.
     """
 
     def __init__(
@@ -48,13 +71,25 @@ class EventLog:
         decay: float,
         dtype: torch.dtype,
         device: torch.device,
+        archive: bool = False,
     ):
+        if overflow not in OVERFLOW:
+            raise ValueError(f"{name}: overflow={overflow!r}, expected one of {', '.join(map(repr, OVERFLOW))}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}: factors in {dtype} would stop moving, expected torch.float32 or torch.float64")
         self.name, self.rank, self.overflow, self.decay = name, rank, overflow, decay
-        self.U_BRO = torch.zeros(rows, rank, out_features, dtype=dtype, device=device)
-        self.K_BRI = torch.zeros(rows, rank, in_features, dtype=dtype, device=device)
-        self.bias_BR = torch.zeros(rows, rank, dtype=dtype, device=device)
-        self.birth_BR = torch.full((rows, rank), -1, dtype=torch.int64, device=device)  # -1: empty
+        self.slots = Slots.of(overflow, rank, out_features, in_features)
+        slots = self.slots.capacity
+        self.U_BRO = torch.zeros(rows, slots, out_features, dtype=dtype, device=device)
+        self.K_BRI = torch.zeros(rows, slots, in_features, dtype=dtype, device=device)
+        self.bias_BR = torch.zeros(rows, slots, dtype=dtype, device=device)
+        self.birth_BR = torch.full((rows, slots), -1, dtype=torch.int64, device=device)  # -1: empty
         self.events = [0] * rows  # events so far, per row
+        self.errors = [(0.0, 0.0)] * rows  # (error_2, error_F) as of each row's last fold
+        self.archive: EventLog | None = None
+        if archive and overflow in ("compress", "evict"):
+            size = (rows, out_features, in_features, rank)
+            self.archive = EventLog(name, *size, "grow", decay, dtype, torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +102,13 @@ class EventLog:
     @property
     def used(self) -> int:
         """Slots that hold anything, longest row."""
-        return min(max(self.events), self.capacity)
+        return max(self.slots.filled(n) for n in self.events)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers, the archive's included."""
+        own = sum(t.nbytes for t in (self.U_BRO, self.K_BRI, self.bias_BR, self.birth_BR))
+        return own + (self.archive.bytes if self.archive else 0)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """U [B, used, O], K [B, used, I], bias keys [B, used]: views."""
@@ -75,19 +116,22 @@ class EventLog:
         return self.U_BRO[:, :n], self.K_BRI[:, :n], self.bias_BR[:, :n]
 
     def weights(self, events_BT: Tensor) -> Tensor:
-        """w [B, T, used] as seen after `events_BT` events of each row (int64)."""
-        birth_B1R = self.birth_BR[:, None, : self.used]
-        age_BTR = events_BT[..., None] - 1 - birth_B1R
-        alive = (birth_B1R >= 0) & (age_BTR >= 0)
-        if self.decay == 0:
-            return alive.to(self.U_BRO.dtype)
-        # float64: a power with thousands of events in the exponent
-        weight = torch.pow(1.0 - self.decay, age_BTR.clamp(min=0).double())
-        return (alive * weight).to(self.U_BRO.dtype)
+        """w [B, T, used] as seen after `events_BT` events of each row (int64), the last fold or later."""
+        return self._weigh(self.birth_BR[:, None, : self.used], events_BT[..., None], self.dtype)
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `weights`."""
         return torch.tensor(self.events, device=self.U_BRO.device)[:, None]
+
+    # ---- writing
+
+    def segments(self, write_BT: Tensor) -> list[tuple[int, int]]:
+        """Token ranges to read and append one after the other, so that one pass is what token by token is: see `Slots.segments`."""
+        return self.slots.segments(self.events, write_BT)
+
+    def fits(self, counts: Sequence[int]) -> bool:
+        """Whether appending so many events [B] leaves what is written as it is, so that `rewind` takes them back."""
+        return self.slots.fits(self.events, counts)
 
     def check_room(self, counts: Sequence[int]) -> None:
         """Refuses, before anything has changed, what `append` could not take; counts [B] events to come."""
@@ -99,49 +143,56 @@ class EventLog:
             )
 
     def append(self, new: Events) -> None:
-        """Writes the events of one pass, in token order; rows may write different numbers of them."""
+        """Writes the events of one pass, in token order; rows may write different numbers of them.
+
+        Raises:
+            ValueError: for events that do not fit ("error") or cannot be folded ("compress"); nothing is written then.
+        """
+        self.check_room(new.write_BT.sum(1).tolist())
+        if self.overflow == "compress":
+            finite_BT = new.U_BTO.isfinite().all(-1) & new.K_BTI.isfinite().all(-1)
+            bad = (new.write_BT & ~finite_BT).nonzero()
+            if len(bad):
+                row, token = bad[0].tolist()
+                number = self.events[row] + int(new.write_BT[row, :token].sum())
+                raise ValueError(f"{self.name}: event {number} of row {row} is not finite, expected finite factors")
+        if self.archive is not None:
+            self.archive.append(new.to(torch.device("cpu")))
+        self._append(new)
+
+    def _append(self, new: Events) -> None:
+        for start, end in self.segments(new.write_BT):
+            before = self.events
+            self._write(new.part(start, end))
+            for row, (n, was) in enumerate(zip(self.events, before, strict=True)):
+                if n != was and self.slots.last_fold(n) == n:
+                    self._fold(row)
+
+    def _write(self, new: Events) -> None:
+        """The events of one segment."""
         counts = new.write_BT.sum(1).tolist()
-        self.check_room(counts)
-        self._reserve(max(n + c for n, c in zip(self.events, counts, strict=True)))
         row, token = new.write_BT.nonzero(as_tuple=True)
-        before = torch.tensor(self.events, device=row.device)[row]
-        slot = before + (new.write_BT.cumsum(1) - 1)[row, token]
-        self.U_BRO[row, slot] = new.U_BTO[row, token].to(self.U_BRO.dtype)
-        self.K_BRI[row, slot] = new.K_BTI[row, token].to(self.K_BRI.dtype)
-        if new.bias_BT is not None:
-            self.bias_BR[row, slot] = new.bias_BT[row, token].to(self.bias_BR.dtype)
-        self.birth_BR[row, slot] = slot
+        event = torch.tensor(self.events, device=row.device)[row] + (new.write_BT.cumsum(1) - 1)[row, token]
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
+        if self.overflow == "grow":
+            self._reserve(max(self.events))
+        slot = self.slots.slot(event)
+        self.U_BRO[row, slot] = new.U_BTO[row, token].to(self.dtype)
+        self.K_BRI[row, slot] = new.K_BTI[row, token].to(self.dtype)
+        if new.bias_BT is not None:
+            self.bias_BR[row, slot] = new.bias_BT[row, token].to(self.dtype)
+        self.birth_BR[row, slot] = event
 
-    def rewind(self, events: Sequence[int]) -> None:
-        """Forgets the events after `events` [B]: the log as it was then."""
-        keep = torch.tensor(list(events), device=self.birth_BR.device)[:, None]
-        self.birth_BR[self.birth_BR >= keep] = -1
-        self.events = list(events)
-
-    def clone(self) -> EventLog:
-        other = object.__new__(EventLog)
-        other.__dict__.update(
-            {key: value.clone() if isinstance(value, Tensor) else value for key, value in self.__dict__.items()}
-        )
-        other.events = list(self.events)
-        return other
-
-    def delta_weight(self, row: int) -> Tensor:
-        """ΔW of one row, dense [O, I]."""
-        U_BRO, K_BRI, _ = self.factors()
-        return (U_BRO[row] * self.weights(self.now())[row, 0, :, None]).T @ K_BRI[row]
-
-    def delta_norm(self, row: int) -> float:
-        """‖ΔW‖_F of one row, from the factors alone: ‖Σ u kᵀ‖² = Σ_ij (u_i·u_j)(k_i·k_j)."""
-        U_BRO, K_BRI, _ = self.factors()
-        U, K = (U_BRO[row] * self.weights(self.now())[row, 0, :, None]).double(), K_BRI[row].double()
-        return float(((U @ U.T) * (K @ K.T)).sum().clamp(min=0).sqrt())
-
-    def delta_bias(self, row: int) -> Tensor:
-        """Δb of one row, [O]."""
-        U_BRO, _, bias_BR = self.factors()
-        return (self.weights(self.now())[row, 0] * bias_BR[row]) @ U_BRO[row]
+    def _fold(self, row: int) -> None:
+        """Keeps the best of a row whose slots are full: E ← (1 − decay)^(events since the last fold) E + what is lost."""
+        n, kept = self.events[row], self.slots.kept
+        w_R = self._weigh(self.birth_BR[row], n, torch.float64)
+        best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
+        fade = (1.0 - self.decay) ** (n - self.slots.last_fold(n - 1))
+        self.errors[row] = (fade * self.errors[row][0] + best.error_2, fade * self.errors[row][1] + best.error_F)
+        self.U_BRO[row, :kept], self.K_BRI[row, :kept], self.bias_BR[row, :kept] = best.U_RO, best.K_RI, best.bias_R
+        self.birth_BR[row] = -1
+        self.birth_BR[row, :kept] = n - 1  # weight 1 now; later decay applies to the sum as a whole
 
     def _reserve(self, slots: int) -> None:
         if slots <= self.capacity:
@@ -150,3 +201,211 @@ class EventLog:
         for name, fill in (("U_BRO", 0), ("K_BRI", 0), ("bias_BR", 0), ("birth_BR", -1)):
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_full((old.shape[0], extra, *old.shape[2:]), fill)], dim=1))
+
+    # ---- other moments
+
+    def oldest_exact_moment(self, row: int) -> int:
+        """The earliest event count n whose ΔW_n can be formed exactly from what is kept: see `Slots.oldest_moment`.
+
+        Under "compress" that is ΔW_n as the log held it then; with an archive any n is, and without folding error.
+        """
+        return 0 if self.archive is not None else self.slots.oldest_moment(self.events[row])
+
+    def oldest_event(self, row: int) -> int:
+        """The oldest event (from 0) whose own u and k are kept; older ones cannot be looked at or left out."""
+        return 0 if self.archive is not None else self.slots.oldest_event(self.events[row])
+
+    def moment_factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """U [B, slots, O], K [B, slots, I], bias keys and birth [B, slots]: what `weights_at` weighs; views.
+
+        Of the archive (on the CPU) where there is one, of the log itself otherwise.
+        """
+        known = self.archive or self
+        return *known.factors(), known.birth_BR[:, : known.used]
+
+    def weights_at(self, moments: Sequence[int], row: int = 0) -> Tensor:
+        """w [M, slots] that give one row's ΔW after each of `moments` events from `moment_factors`.
+
+        Raises:
+            ValueError: a moment that is no longer exact, or that has not come yet.
+        """
+        oldest, newest = self.oldest_exact_moment(row), self.events[row]
+        for moment in moments:
+            if not oldest <= moment <= newest:
+                raise ValueError(
+                    f"{self.name}: ΔW of row {row} after event {moment} is not kept, expected a moment from "
+                    f"{oldest} (the oldest that is exact) to {newest}"
+                )
+        known = self.archive or self
+        birth_R = known.birth_BR[row, : known.used]
+        return self._weigh(birth_R, torch.tensor(list(moments), device=birth_R.device)[:, None], self.dtype)
+
+    def rewind(self, events: Sequence[int]) -> None:
+        """Forgets the events after `events` [B]: the log as if they had never been written.
+
+        Raises:
+            ValueError: it would take events that are folded or evicted and in no archive; nothing changes then.
+        """
+        events = list(events)
+        if len(events) != len(self.events) or any(not 0 <= e <= n for e, n in zip(events, self.events, strict=True)):
+            raise ValueError(f"{self.name}: rewind({events}), expected {len(self.events)} counts up to {self.events}")
+        lost = [row for row, n in enumerate(events) if n < self.slots.oldest_moment(self.events[row])]
+        if lost and self.archive is None:
+            row = lost[0]
+            raise ValueError(
+                f"{self.name}: row {row} cannot go back to event {events[row]}, its oldest exact moment is "
+                f'{self.oldest_exact_moment(row)} of {self.events[row]} (overflow="{self.overflow}" without an archive)'
+            )
+        keep_B1 = torch.tensor(events, device=self.birth_BR.device)[:, None]
+        self.birth_BR[self.birth_BR >= keep_B1] = -1
+        self.events = events
+        if self.archive is not None:
+            self.archive.rewind(events)
+            self._replay(lost)
+
+    def _replay(self, rows: list[int]) -> None:
+        """Writes the archived events of some rows again, from the first: the same folds, the same bits."""
+        assert self.archive is not None
+        if not rows:
+            return
+        self.birth_BR[rows] = -1
+        for row in rows:
+            self.events[row], self.errors[row] = 0, (0.0, 0.0)
+        live_BR = self.archive.birth_BR >= 0
+        chosen_BR = torch.zeros_like(live_BR)
+        chosen_BR[rows] = live_BR[rows]
+        everything = Events(self.archive.U_BRO, self.archive.K_BRI, self.archive.bias_BR, chosen_BR)
+        for start in range(0, self.archive.used, self.capacity):  # by parts: the archive may be larger than the device
+            self._append(everything.part(start, start + self.capacity).to(self.U_BRO.device))
+
+    def clone(self) -> EventLog:
+        other = object.__new__(EventLog)
+        for key, value in self.__dict__.items():
+            other.__dict__[key] = value.clone() if isinstance(value, (Tensor, EventLog)) else value
+        other.events, other.errors = list(self.events), list(self.errors)
+        return other
+
+    # ---- looking
+
+    def delta_weight(self, row: int, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW of one row, dense [O, I], computed in `dtype` (the log's own unless given)."""
+        U_RO, K_RI, _ = self._weighted(row, dtype or self.dtype)
+        return U_RO.T @ K_RI
+
+    def delta_norm(self, row: int) -> float:
+        """‖ΔW‖_F of one row, from the factors alone: ‖Σ u kᵀ‖² = Σ_ij (u_i·u_j)(k_i·k_j)."""
+        U_RO, K_RI, _ = self._weighted(row, torch.float64)
+        return float(((U_RO @ U_RO.T) * (K_RI @ K_RI.T)).sum().clamp(min=0).sqrt())
+
+    def delta_bias(self, row: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Δb of one row, [O], computed in `dtype` (the log's own unless given)."""
+        U_RO, _, bias_R = self._weighted(row, dtype or self.dtype)
+        return bias_R @ U_RO
+
+    def certificate(self, row: int) -> tuple[float, float]:
+        """(error_2, error_F) of one row: ‖[ΔW | Δb]_exact − [ΔW | Δb]‖₂ ≤ error_2, and ‖·‖_F ≤ error_F.
+
+        Exact is the sum over the events as they were given, in the log's dtype ("evict": over those of the window,
+        so 0); what is bounded is the sum over the factors as they are stored, in exact arithmetic.
+        """
+        n = self.events[row]
+        fade = (1.0 - self.decay) ** (n - self.slots.last_fold(n))
+        return fade * self.errors[row][0], fade * self.errors[row][1]
+
+    def effective_rank(self, row: int) -> float:
+        """exp of the entropy of the normalised singular values of ΔW of one row; 0 where ΔW is zero."""
+        U_RO, K_RI, _ = self._weighted(row, torch.float64)
+        return effective_rank(U_RO, K_RI)
+
+    def event_norms(self, row: int) -> Tensor:
+        """‖u‖‖k‖ of every event of one row as it was written, [events] float64; NaN before `oldest_event`."""
+        U_RO, K_RI, _, birth_R = (factor[row] for factor in self.moment_factors())
+        own_R = birth_R >= self.oldest_event(row)
+        if self.slots.last_fold(self.events[row]) and self.archive is None:
+            own_R[: self.slots.kept] = False
+        norm = torch.full((self.events[row],), float("nan"), dtype=torch.float64)
+        norm[birth_R[own_R].cpu()] = (U_RO[own_R].double().norm(dim=1) * K_RI[own_R].double().norm(dim=1)).cpu()
+        return norm
+
+    # ---- saving
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that moves: tensors (copies of the used slots), and values that JSON holds exactly."""
+        (U, K, bias), birth = self.factors(), self.birth_BR[:, : self.used]
+        tensors = {key: t.clone() for key, t in (("U", U), ("K", K), ("bias", bias), ("birth", birth))}
+        meta = {**self._form(), "events": list(self.events), "errors": [list(pair) for pair in self.errors]}
+        if self.archive is not None:
+            saved, meta["archive"] = self.archive.state_dict()
+            tensors |= {f"archive.{key}": t for key, t in saved.items()}
+        return tensors, meta
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over, bit for bit, what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of another linear, shape, policy or dtype, or incomplete; nothing changes then.
+        """
+        self._check_state(tensors, meta)
+        slots = tensors["U"].shape[1]
+        if self.overflow == "grow":
+            self._reserve(slots)
+        self.birth_BR.fill_(-1)
+        for buffer, key in ((self.U_BRO, "U"), (self.K_BRI, "K"), (self.bias_BR, "bias"), (self.birth_BR, "birth")):
+            buffer[:, :slots] = tensors[key]
+        self.events = [int(n) for n in meta["events"]]
+        self.errors = [(float(error_2), float(error_F)) for error_2, error_F in meta["errors"]]
+        if self.archive is not None:
+            self.archive.load_state_dict(_without_prefix(tensors), meta["archive"])
+
+    def _check_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        for key, wanted in self._form().items():
+            if meta.get(key) != wanted:
+                raise ValueError(f"{self.name}: the saved log has {key} {meta.get(key)!r}, expected {wanted!r}")
+        if (self.archive is None) != ("archive" not in meta):
+            raise ValueError(
+                f"{self.name}: the saved log has {'an' if 'archive' in meta else 'no'} archive, "
+                f"expected {'none' if self.archive is None else 'one'}"
+            )
+        rows, slots = len(self.events), max(self.slots.filled(int(n)) for n in meta["events"])
+        sizes = {
+            "U": (slots, self.U_BRO.shape[2]),
+            "K": (slots, self.K_BRI.shape[2]),
+            "bias": (slots,),
+            "birth": (slots,),
+        }
+        for key, size in sizes.items():
+            found = list(tensors[key].shape) if key in tensors else "missing"
+            if found != [rows, *size]:
+                raise ValueError(f"{self.name}: the saved {key} is {found}, expected {[rows, *size]}")
+        if self.archive is not None:
+            self.archive._check_state(_without_prefix(tensors), meta["archive"])
+
+    def _form(self) -> dict[str, Any]:
+        """What a saved log must have in common with the one that loads it."""
+        size = {"rows": len(self.events), "out_features": self.U_BRO.shape[2], "in_features": self.K_BRI.shape[2]}
+        policy = {"rank": self.rank, "overflow": self.overflow, "decay": self.decay, "dtype": str(self.dtype)[6:]}
+        return {"name": self.name, **size, **policy}
+
+    # ---- weights
+
+    def _weigh(self, birth: Tensor, events: Tensor | int, dtype: torch.dtype) -> Tensor:
+        """w of slots born at event `birth`, after `events` events; broadcasts."""
+        age = events - 1 - birth
+        alive = (birth >= 0) & (age >= 0)
+        if self.overflow == "evict":
+            alive &= age < self.rank
+        if self.decay == 0:
+            return alive.to(dtype)
+        # float64: a power with thousands of events in the exponent
+        return (alive * torch.pow(1.0 - self.decay, age.clamp(min=0).double())).to(dtype)
+
+    def _weighted(self, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """w ⊙ U, K and bias keys of one row as it is now."""
+        n = self.used
+        w_R = self._weigh(self.birth_BR[row, :n], self.events[row], torch.float64).to(dtype)
+        U_RO, K_RI, bias_R = (factor[row].to(dtype) for factor in self.factors())
+        return U_RO * w_R[:, None], K_RI, bias_R
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("archive."): t for key, t in tensors.items() if key.startswith("archive.")}

@@ -18,9 +18,12 @@ from torch import Tensor
 from .episode import Episode
 from .inputs import Update, written
 from .model import Llama
+from .moments import delta_norms
 from .plastic import attach, detach, plastic_linears
 from .rules import Rule
 from .tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,12 @@ def surgery(
     max_new_tokens: int = 0,
     probe_every: int = 1,
     on_event: Callable[[Episode, Event], None] | None = None,
+    progress: Progress | None = None,
 ) -> Record:
     """Reads the context through the plastic model; after each event asks the question without the context.
+
+    The context goes through in one feed, and all moments are probed in batches behind it; with `on_event` the
+    tokens go one by one, each followed by its probe and the callback: the same numbers, more slowly.
 
     The target is what the untouched model holds at the answer position when the context stands before the
     question; the two are joined by a blank line unless there is white space at the seam already.
@@ -125,6 +132,7 @@ def surgery(
         max_new_tokens: how many tokens the model goes on to generate (greedily) after the context.
         probe_every: probe after every this many events.
         on_event: called after each event and its probe; it may run anything on the episode that only reads.
+        progress: called as (moments probed, moments) while the batches run.
 
     Raises:
         ValueError: before the model is touched; the model is as it was afterwards, whatever happens.
@@ -149,7 +157,7 @@ def surgery(
     attach(model, layers, rule, linears, rank, overflow)
     try:
         exam = Exam(model, tokenizer, context, question, answers)
-        record = _run(model, tokenizer, exam, ids, update, max_new_tokens, probe_every, on_event)
+        record = _run(Episode(model), tokenizer, exam, ids, update, max_new_tokens, probe_every, on_event, progress)
     finally:
         detach(model)
     settings: dict = {"context": context, "question": question, "rule": repr(rule), "layers": [*layers]}
@@ -164,13 +172,16 @@ class Result:
     """One asking of the question."""
 
     logprob_A: Tensor
-    hidden_LD: Tensor  # at the answer position, float64
     top: list[tuple[str, float]]
+    hidden_LD: Tensor  # at the answer position, float64
     delta_norm: float
 
 
 class Exam:
-    """The question without its context, its answers, and the target: how far is the model from knowing?"""
+    """The question without its context, its answers, and the target: how far is the model from knowing?
+
+    Row 0 of what is asked is the question itself or begins with it: column 0 of a trace is the answer position.
+    """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, context: str, question: str, answers: Sequence[str]):
         if isinstance(answers, str) or not answers:
@@ -191,24 +202,36 @@ class Exam:
                     f"but this model has positions up to {model.config.max_position_embeddings}"
                 )
         frozen = Episode(model)
-        trace = frozen.probe(rows, sites=["resid_post"])
-        self.target_LD = trace.hidden_states[:, 0, len(prompt_ids) - 1].double()
-        self.target_logprob, self.target_top = self._score(trace.logits, rows, prompt_ids, answer_ids)
-        self.untouched = self.ask(frozen)
+        (target,) = self._ask(frozen, rows, prompt_ids, answer_ids, [0])
+        self.target_logprob, self.target_LD, self.target_top = target.logprob_A, target.hidden_LD, target.top
+        (self.untouched,) = self.ask(frozen, [0])
 
-    def ask(self, episode: Episode) -> Result:
-        """What the model says now, with the fast weights of an episode of one row."""
-        trace = episode.probe(self.rows, sites=["resid_post"])
-        hidden_LD = trace.hidden_states[:, 0, len(self.question_ids) - 1].double()
-        logprob_A, top = self._score(trace.logits, self.rows, self.question_ids, self.answer_ids)
-        norm = sum(float(log.delta_norm(0)) ** 2 for log in episode.logs.values()) ** 0.5
-        return Result(logprob_A, hidden_LD, top, norm)
+    def ask(self, episode: Episode, events: Sequence[int], progress: Progress | None = None) -> list[Result]:
+        """What the model says after each of `events`, in batches, with the fast weights of an episode of one row."""
+        return self._ask(episode, self.rows, self.question_ids, self.answer_ids, events, progress)
+
+    def _ask(
+        self,
+        episode: Episode,
+        rows: list[list[int]],
+        prompt_ids: list[int],
+        answer_ids: list[list[int]],
+        events: Sequence[int],
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        columns = range(len(prompt_ids) - 1, max(map(len, rows)))
+        trace = episode.probe(rows, sites=["resid_post"], at=list(events), positions=columns, progress=progress)
+        norm_M = delta_norms(episode.logs, events, row=0)
+        hidden_MLD = trace.hidden_states[:, :, 0, 0].double()
+        results = []
+        for logits_BTV, hidden_LD, norm in zip(trace.logits, hidden_MLD, norm_M.tolist(), strict=True):
+            results.append(Result(*self._score(logits_BTV, rows, prompt_ids, answer_ids), hidden_LD, norm))
+        return results
 
     def _score(
         self, logits_BTV: Tensor, rows: list[list[int]], prompt_ids: list[int], answer_ids: list[list[int]]
     ) -> tuple[Tensor, list[tuple[str, float]]]:
-        start = len(prompt_ids) - 1
-        logprob_BTV = logits_BTV[:, start:].double().log_softmax(-1)
+        logprob_BTV = logits_BTV.double().log_softmax(-1)
         scores = []
         for ids in answer_ids:
             row = rows.index(prompt_ids + ids[:-1])
@@ -225,7 +248,7 @@ class Exam:
 
 
 def _run(
-    model: Llama,
+    episode: Episode,
     tokenizer: Tokenizer,
     exam: Exam,
     context_ids: list[int],
@@ -233,47 +256,33 @@ def _run(
     max_new_tokens: int,
     probe_every: int,
     on_event: Callable[[Episode, Event], None] | None,
+    progress: Progress | None,
 ) -> Record:
-    episode = Episode(model)
-    results, probed = [exam.untouched], [0]
-    events: list[Event] = []
-    tokens: list[int] = []
-    waiting: list[tuple[int, bool]] = []  # written, but a gradient event waits for the next token
-
-    def moved(token: int, writes: bool, generated: bool) -> None:
-        """Probes and reports the events that reading this token has brought."""
-        tokens.append(token)
-        if writes:
-            waiting.append((len(tokens) - 1, generated))
-        while len(events) < episode.events:
-            number, (position, generated) = len(events) + 1, waiting.pop(0)
-            logprob_A = distance_L = None
-            if number % probe_every == 0:
-                results.append(exam.ask(episode))
-                probed.append(number)
-                logprob_A, distance_L = results[-1].logprob_A, exam.distances(results[-1].hidden_LD)[0]
-            piece = tokenizer.tokens([tokens[position]])[0]
-            events.append(Event(number, position, tokens[position], piece, generated, logprob_A, distance_L))
-            if on_event is not None:
-                before = (episode.lengths, episode.event_counts)
-                on_event(episode, events[-1])
-                if before != (episode.lengths, episode.event_counts):
-                    raise ValueError(f"on_event changed the episode at event {number}: it may only read it")
-
     positions = torch.arange(len(context_ids))[None]
-    write_T = written(update, torch.tensor([context_ids]), positions, generated=False)[0]
-    for token, writes in zip(context_ids, write_T.tolist(), strict=True):
-        episode.feed([token], update=torch.tensor([[writes]]), logits="last")
-        moved(token, writes, generated=False)
+    write_1T = written(update, torch.tensor([context_ids]), positions, generated=False)
+    reading = _Reading(episode, tokenizer, exam, probe_every, on_event)
+    if on_event is None:
+        episode.feed(context_ids, update=write_1T, logits="last")
+        for token, writes in zip(context_ids, write_1T[0].tolist(), strict=True):
+            reading.read(token, writes, generated=False)
+    else:
+        for token, writes in zip(context_ids, write_1T[0].tolist(), strict=True):
+            episode.feed([token], update=torch.tensor([[writes]]), logits="last")
+            reading.read(token, writes, generated=False)
+            reading.look()
     for step in episode.generate(None, max_new_tokens, update=update) if max_new_tokens else ():
-        position = torch.tensor([[len(tokens)]])
+        position = torch.tensor([[len(reading.tokens)]])
         writes = bool(written(update, step.token_ids[:, None], position, generated=True))
-        moved(int(step.token_ids[0]), writes, generated=True)
-
+        reading.read(int(step.token_ids[0]), writes, generated=True)
+        if on_event is not None:
+            reading.look()
+    if on_event is None:
+        reading.look(progress)
+    events, probed, results = reading.events, reading.probed, reading.results
     distance_NL, cosine_NL, relative_NL = zip(*(exam.distances(r.hidden_LD) for r in results), strict=True)
     return Record(
-        tokens=tokenizer.tokens(tokens),
-        token_ids=tokens,
+        tokens=tokenizer.tokens(reading.tokens),
+        token_ids=reading.tokens,
         question_ids=exam.question_ids,
         answers=exam.answers,
         answer_ids=exam.answer_ids,
@@ -288,6 +297,44 @@ def _run(
         top=[r.top for r in results],
         target_top=exam.target_top,
     )
+
+
+class _Reading:
+    """The tokens read so far, the events they brought, and the probes after them."""
+
+    def __init__(self, episode: Episode, tokenizer: Tokenizer, exam: Exam, probe_every: int, on_event):
+        self.episode, self.tokenizer, self.exam = episode, tokenizer, exam
+        self.probe_every, self.on_event = probe_every, on_event
+        self.tokens: list[int] = []
+        self.waiting: list[tuple[int, bool]] = []  # written, but a gradient event waits for the next token
+        self.events: list[Event] = []
+        self.probed, self.results = [0], [exam.untouched]
+
+    def read(self, token: int, writes: bool, generated: bool) -> None:
+        self.tokens.append(token)
+        if writes:
+            self.waiting.append((len(self.tokens) - 1, generated))
+
+    def look(self, progress: Progress | None = None) -> None:
+        """Probes after the new events, all in one go, and reports each."""
+        new = range(len(self.events) + 1, self.episode.events + 1)
+        due = [number for number in new if number % self.probe_every == 0]
+        if due:
+            self.results += self.exam.ask(self.episode, due, progress)
+            self.probed += due
+        for number in new:
+            position, generated = self.waiting.pop(0)
+            token, logprob_A, distance_L = self.tokens[position], None, None
+            if number in due:
+                result = self.results[self.probed.index(number)]
+                logprob_A, distance_L = result.logprob_A, self.exam.distances(result.hidden_LD)[0]
+            piece = self.tokenizer.tokens([token])[0]
+            self.events.append(Event(number, position, token, piece, generated, logprob_A, distance_L))
+            if self.on_event is not None:
+                before = (self.episode.lengths, self.episode.event_counts)
+                self.on_event(self.episode, self.events[-1])
+                if before != (self.episode.lengths, self.episode.event_counts):
+                    raise ValueError(f"on_event changed the episode at event {number}: it may only read it")
 
 
 def _continuation(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:

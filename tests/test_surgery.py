@@ -116,7 +116,11 @@ def test_a_callback_may_read_but_not_disturb(tokenizer):
 
     settings = {"layers": [1], "rule": fw.LocalLeastSquares(gamma=0.3), **TEXTS}
     with_callback = fw.surgery(model, tokenizer, on_event=looks, **settings)
-    assert torch.equal(with_callback.logprob, fw.surgery(model, tokenizer, **settings).logprob)
+    one_by_one = fw.surgery(model, tokenizer, on_event=lambda episode, event: None, **settings)
+    assert torch.equal(with_callback.logprob, one_by_one.logprob)
+    batched = fw.surgery(model, tokenizer, **settings)
+    torch.testing.assert_close(batched.logprob, one_by_one.logprob, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(batched.distance, one_by_one.distance, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="on_event changed the episode at event 1: it may only read it"):
         fw.surgery(model, tokenizer, on_event=lambda episode, event: episode.feed([3]), **settings)
     assert not plastic_linears(model)

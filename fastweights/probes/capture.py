@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from ..model import Llama
@@ -14,67 +12,56 @@ from ..model import Llama
 SITES = ("resid_pre", "resid_mid", "resid_post")
 
 
-@dataclass
-class Trace:
-    """What a probe saw. All tensors are copies.
-
-    logits: [B, T, V].
-    sites: name → [L, B, T, D], layer first: "resid_pre" before a block, "resid_mid" between attention and
-        MLP, "resid_post" after the block.
-    """
-
-    logits: Tensor
-    sites: dict[str, Tensor] = field(default_factory=dict)
-    embedding: Tensor | None = None
-
-    def __getitem__(self, site: str) -> Tensor:
-        if site not in self.sites:
-            raise KeyError(f"site {site!r} was not captured; captured are {sorted(self.sites)}")
-        return self.sites[site]
-
-    @property
-    def hidden_states(self) -> Tensor:
-        """Residual stream after ℓ layers, [L+1, B, T, D]: 0 = embedding, L = before the final norm."""
-        embedding = self["resid_pre"][:1] if self.embedding is None else self.embedding[None]
-        return torch.cat([embedding, self["resid_post"]])
-
-
-@contextlib.contextmanager
-def capture(model: Llama, sites: Sequence[str]) -> Iterator[Trace]:
-    """Fills the yielded trace while the block runs one forward pass; its hooks go whatever happens.
-
-    Raises:
-        ValueError: a site that does not exist, before any hook is set.
-    """
+def check_sites(sites: Sequence[str]) -> list[str]:
+    """The sites as a list, or a refusal that says what there is."""
     sites = [sites] if isinstance(sites, str) else list(sites)
     for site in sites:
         if site not in SITES:
             raise ValueError(f"site {site!r} does not exist: choose from {', '.join(SITES)}")
-    seen: dict[str, list[Tensor]] = {site: [] for site in sites}
-    trace = Trace(torch.empty(0))
+    return sites
+
+
+@contextlib.contextmanager
+def capture(model: Llama, sites: Sequence[str], columns: Tensor | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects copies at the named sites of every block that runs inside; its hooks go whatever happens.
+
+    Args:
+        sites: "resid_pre" before a block, "resid_mid" between attention and MLP, "resid_post" after the
+            block; "embedding" is collected along with "resid_post".
+        columns: [T′] int64, the tokens to keep; None = all.
+
+    Yields:
+        name → one [B, T′, D] per block that ran, in that order.
+
+    Raises:
+        ValueError: a site that does not exist, before any hook is set.
+    """
+    seen: dict[str, list[Tensor]] = {site: [] for site in check_sites(sites)}
+    if "resid_post" in seen:
+        seen["embedding"] = []
+
+    def keep(site: str, x_BTD: Tensor) -> None:
+        seen[site].append(x_BTD.detach().clone() if columns is None else x_BTD.detach()[:, columns])
 
     def before(site: str):
-        def hook(_module: nn.Module, args: tuple) -> None:
-            seen[site].append(args[0].detach().clone())
+        return lambda _module, args: keep(site, args[0])
 
-        return hook
-
-    def after(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-        seen["resid_post"].append(output.detach().clone())
-
-    def embedded(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-        trace.embedding = output.detach().clone()
+    def after(site: str):
+        return lambda _module, _args, output: keep(site, output)
 
     with contextlib.ExitStack() as stack:
+
+        def hook(module: nn.Module, site: str, *, output: bool) -> None:
+            register = module.register_forward_hook if output else module.register_forward_pre_hook
+            stack.callback(register((after if output else before)(site)).remove)
+
         for block in model.model.layers:
             if "resid_pre" in seen:
-                stack.callback(block.register_forward_pre_hook(before("resid_pre")).remove)
+                hook(block, "resid_pre", output=False)
             if "resid_mid" in seen:
-                norm = block.get_submodule("post_attention_layernorm")
-                stack.callback(norm.register_forward_pre_hook(before("resid_mid")).remove)
+                hook(block.get_submodule("post_attention_layernorm"), "resid_mid", output=False)
             if "resid_post" in seen:
-                stack.callback(block.register_forward_hook(after).remove)
+                hook(block, "resid_post", output=True)
         if "resid_post" in seen:
-            stack.callback(model.model.embed_tokens.register_forward_hook(embedded).remove)
-        yield trace
-    trace.sites = {site: torch.stack(layers) for site, layers in seen.items()}
+            hook(model.model.embed_tokens, "embedding", output=True)
+        yield seen

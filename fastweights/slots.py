@@ -1,0 +1,97 @@
+"""Where the events of one row lie: whole numbers only, and functions of the row's event count alone.
+
+    slot of event j = j                                  while j < C, the slots there are
+                      kept + (j − C) mod (C − kept)      from then on; kept = 0 for a ring
+
+"compress" folds a row into its first `kept` slots as soon as all C are full: after C, 2 C − kept, 3 C − 2 kept, …
+events. So neither the other rows of a batch nor the way a prompt is split into feeds changes what a row holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OVERFLOW = ("compress", "evict", "grow", "error")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The arithmetic of one overflow policy; "grow" and "error" keep event j in slot j for ever.
+
+    Args:
+        capacity: C; the slots that "grow" starts with.
+        kept: slots that hold the result of a fold, 0 unless overflow is "compress".
+    """
+
+    overflow: str
+    capacity: int
+    kept: int = 0
+
+    @classmethod
+    def of(cls, overflow: str, rank: int, out_features: int, in_features: int) -> Slots:
+        """ "compress" has a block of rank / 2, at least 8, beside the rank it keeps, and folds once per block."""
+        if overflow != "compress":
+            return cls(overflow, rank)
+        return cls(overflow, rank + max(8, rank // 2), min(rank, out_features, in_features + 1))
+
+    def filled(self, events: int) -> int:
+        """Slots that hold anything after so many events."""
+        if self.overflow == "compress" and events >= self.capacity:
+            return self.kept + (events - self.capacity) % (self.capacity - self.kept)
+        return min(events, self.capacity) if self.overflow == "evict" else events
+
+    def slot(self, event: Tensor) -> Tensor:
+        """The slot that each event is written to; events count from 0."""
+        if self.overflow in ("grow", "error"):
+            return event
+        later = self.kept + (event - self.capacity) % (self.capacity - self.kept)
+        return torch.where(event < self.capacity, event, later)
+
+    def last_fold(self, events: int) -> int:
+        """The event count at the last fold of a row that has so many events now; 0: never folded."""
+        over = events - self.capacity
+        return 0 if self.overflow != "compress" or over < 0 else events - over % (self.capacity - self.kept)
+
+    def oldest_event(self, events: int) -> int:
+        """The oldest event that still has a slot of its own; all later ones have, too."""
+        return max(0, events - self.capacity) if self.overflow == "evict" else self.last_fold(events)
+
+    def oldest_moment(self, events: int) -> int:
+        """The smallest event count n whose ΔW_n the slots can still form.
+
+        "compress": the last fold. "evict": the window of moment n begins at event n − C, so once one has left, now.
+        """
+        return events if self.overflow == "evict" and events > self.capacity else self.last_fold(events)
+
+    def fits(self, events: Sequence[int], counts: Sequence[int]) -> bool:
+        """Whether `counts` more events leave every slot in use as it is."""
+        pairs = [(n, c) for n, c in zip(events, counts, strict=True) if c]
+        if self.overflow == "compress":
+            return all(self.last_fold(n + c) == self.last_fold(n) for n, c in pairs)
+        return self.overflow == "grow" or all(n + c <= self.capacity for n, c in pairs)
+
+    def segments(self, events: Sequence[int], write_BT: Tensor) -> list[tuple[int, int]]:
+        """Token ranges within which no row folds before the end, or overwrites what the range itself wrote.
+
+        A range ends with the event that fills a row ("compress"), or before a row's (C + 1)-th event ("evict").
+        """
+        tokens = write_BT.shape[1]
+        if tokens <= 1 or self.overflow in ("grow", "error"):
+            return [(0, tokens)]
+        write_BT, before_B1 = write_BT.cpu(), torch.tensor(list(events))[:, None]
+        after_BT = before_B1 + write_BT.cumsum(1)
+        cuts = []
+        if self.overflow == "compress":
+            over_BT = after_BT - self.capacity
+            full_T = (write_BT & (over_BT >= 0) & (over_BT % (self.capacity - self.kept) == 0)).any(0)
+            cuts = [t + 1 for t in full_T.nonzero()[:, 0].tolist()]
+        else:
+            while (over_T := (after_BT - before_B1 > self.capacity).any(0)).any():
+                cuts.append(int(over_T.int().argmax()))
+                before_B1 = after_BT[:, cuts[-1] - 1, None]
+        return list(itertools.pairwise(sorted({0, *cuts, tokens})))
