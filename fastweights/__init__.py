@@ -2,6 +2,7 @@
 
 from .episode import Episode
 from .inputs import token_ids
+from .moments import Moment
 from .plastic import attach, detach
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .surgery import surgery
@@ -13,6 +14,7 @@ __all__ = [
     "GradientAscent",
     "Hebbian",
     "LocalLeastSquares",
+    "Moment",
     "attach",
     "detach",
     "load",

@@ -190,25 +190,15 @@ def _surgery(model, tokenizer, **settings):
 
     from . import surgery
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    tokens = len(tokenizer.encode(settings["context"])) + settings.get("max_new_tokens", 0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("tokens", total=tokens, last="")
+        task = progress.add_task("reading the context", total=None)
 
-        def show(_episode, event) -> None:
-            scores = [] if event.logprob is None else event.logprob.tolist()
-            pairs = zip(settings["answers"], scores, strict=False)
-            last = f"{event.token!r}  " + "  ".join(f"log p({a}) = {s:.2f}" for a, s in pairs)
-            progress.update(task, completed=event.position + 1, last=last)
+        def show(done: int, total: int) -> None:
+            progress.update(task, description="asking after each event", completed=done, total=total)
 
-        return surgery(model, tokenizer, **settings, on_event=show)
+        return surgery(model, tokenizer, **settings, progress=show)
 
 
 def _rule(options: argparse.Namespace):
