@@ -93,16 +93,18 @@ def _combine(
     y = tl.full([BT, BO], 0.0, tl.float32)
     bad = 0  # values that are not finite
     for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR)
+        r = r0 + tl.arange(0, BR).to(tl.int64)
         c = tl.load(c_ptr + (b * T + t)[:, None] * R + r[None, :], mask=t_in & (r < R)[None, :], other=0.0)
         U = tl.load(U_ptr + b * U_sb + r[:, None] * O + o[None, :], mask=(r < R)[:, None] & o_in, other=0.0)
         finite = tl.abs(U) < float("inf")
         bad += tl.sum(tl.where(finite, 0, 1))
         y = tl.dot(c, tl.where(finite, U, 0.0), y, input_precision=PRECISION)
     if bad > 0:  # 0 · NaN is NaN, so they were left out: now NaN for those who read them alive
-        for r in tl.range(0, R):
+        U_row = U_ptr + b * U_sb + o
+        for r in range(0, R):
             w = tl.load(w_ptr + b * w_sb + t * w_st + r, mask=t < T, other=0.0)
-            U_r = tl.load(U_ptr + b * U_sb + r * O + o, mask=o < O, other=0.0)
+            U_r = tl.load(U_row, mask=o < O, other=0.0)
+            U_row += O
             poisoned = (w != 0)[:, None] & ~(tl.abs(U_r) < float("inf"))[None, :]
             y = tl.where(poisoned, float("nan"), y)
     tl.store(y_ptr + (b * T + t)[:, None] * O + o[None, :], y, mask=t_in & o_in)
@@ -117,7 +119,7 @@ def launch(
     precision: str = "ieee",
 ) -> torch.Tensor:
     """The read by Triton, float32: two launches, coefficients and combination."""
-    require_triton()
+    require_triton(x_BTI, U_BRO, K_BRI)
     (B, T, I), (R, O) = x_BTI.shape, U_BRO.shape[1:]
     x_BTI = x_BTI.contiguous()
     y_BTO = torch.empty(B, T, O, dtype=torch.float32, device=x_BTI.device)

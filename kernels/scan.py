@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .values import FUSED, clipped_triton, jit, per_row, require_triton, tl, triton, twin
+from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
 
 # value(a_BCO, t0, t1) → u_BCO of tokens t0:t1, rate and clip included
@@ -190,54 +190,89 @@ def _block(
         tl.debug_barrier()  # the next chunk loads u as other threads stored it
 
 
-def launch(
-    a_BTO: torch.Tensor, gram: Gram, value: TwinValue, BN: int = 32, C: int = 16, num_warps: int = 2,
-    precision: str = "ieee",
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+BN, C = 32, 16  # neurons of one program, tokens of one chunk
+
+
+def _launch_block(
+    a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, p0_B, t0, rule, activation, clip
+):  # fmt: skip
+    B, O, T_padded = a_BOT.shape
+    G_rows = G_Bst.shape[1]
+    _block[(triton.cdiv(O, BN), B)](
+        a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, p0_B,
+        t0, t0 + G_rows, O, T_padded, G_rows, write_BT.stride(0), norm_BT.stride(0), rate_B.stride(0),
+        p0_B.stride(0), float(clip or 0),
+        RULE=twin(rule).triton, PHI=activation, FROZEN=twin(rule).reads_frozen, TARGET=twin(rule).reads_target,
+        CLIP=clip is not None, BN=BN, C=C, PRECISION="ieee", num_warps=2, **FUSED,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastweights::scan_block", mutates_args=("a", "u"), device_types="cuda")
+def _op(
+    a: torch.Tensor, u: torch.Tensor, G: torch.Tensor, write: torch.Tensor, frozen: torch.Tensor,
+    target: torch.Tensor, norm: torch.Tensor, rate: torch.Tensor, p0: torch.Tensor, t0: int,
+    rule: str, activation: str, clip: float | None,
+) -> None:  # fmt: skip
+    _launch_block(a, u, G, write, frozen, target, norm, rate, p0, t0, rule, activation, clip)
+
+
+@_op.register_kernel("cpu")
+def _(a, u, G, write, frozen, target, norm, rate, p0, t0, rule, activation, clip):
+    for s in range(G.shape[1]):
+        t = t0 + s
+        a[:, :, t] += (u[:, :, t0:t] @ G[:, :s, s, None])[:, :, 0]
+        at = (a[:, :, t], frozen[:, :, t], target[:, :, t])
+        value = rate[:, None] * twin(rule).torch(*at, p0[:, None], activation)
+        u[:, :, t] = clipped(value, clip, norm[:, t, None]).masked_fill(write[:, t, None] == 0, 0)
+
+
+@_op.register_fake
+def _(a, u, G, write, frozen, target, norm, rate, p0, t0, rule, activation, clip):
+    return None
+
+
+def launch(a_BTO: torch.Tensor, gram: Gram, value: TwinValue) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan by Triton: blocks of OUTER tokens, earlier blocks as torch GEMMs, one launch per block.
 
     Returns views [B, T, O] of tensors laid out [B, O, T].
     """
+    require_triton(a_BTO, gram.h)
     rule = twin(value.rule)
-    require_triton()
-    if value.clip is not None and value.norm_BT is None:
-        raise ValueError("scan() got a clip without norm_BT, the norm of every key")
+    for name, needed in (
+        ("frozen_BTO", rule.reads_frozen),
+        ("target", rule.reads_target),
+        ("norm_BT", value.clip is not None),
+    ):
+        if needed and getattr(value, name) is None:
+            raise ValueError(f"scan() by rule {value.rule!r} and clip {value.clip} needs {name}, got None")
     B, T, O = a_BTO.shape
-    T_padded = triton.cdiv(T, C) * C
+    padding = -T % C
 
-    def neuron_major(x: torch.Tensor) -> torch.Tensor:
-        x_BOT = torch.zeros(B, O, T_padded, dtype=torch.float32, device=a_BTO.device)
-        x_BOT[:, :, :T] = x.expand(B, T, O).mT
+    def neuron_major(x: torch.Tensor | None) -> torch.Tensor:
+        x_BOT = torch.zeros(B, O, T + padding, dtype=torch.float32, device=a_BTO.device)
+        if x is not None:
+            x_BOT[:, :, :T] = x.expand(B, T, O).mT
         return x_BOT
 
-    a_BOT = neuron_major(a_BTO)
-    u_BOT = torch.zeros_like(a_BOT)
-    frozen, target = u_BOT, u_BOT  # never read unless the rule does
-    if rule.reads_frozen:
-        assert value.frozen_BTO is not None
-        frozen = neuron_major(value.frozen_BTO)
-    if rule.reads_target:
-        assert value.target is not None
-        target = neuron_major(value.target)
-    write = F.pad(gram.write.to(torch.uint8), (0, T_padded - T))
-    rate, p0 = per_row(value.rate, B, a_BOT), per_row(value.p0, B, a_BOT)
-    norm = rate[:, None] if value.norm_BT is None else F.pad(value.norm_BT.float(), (0, T_padded - T))
+    a_BOT, u_BOT = neuron_major(a_BTO), neuron_major(None)
+    nothing_BOT = a_BOT.new_zeros(1, 1, 1).expand_as(a_BOT)  # in the place of what the rule does not read
+    frozen_BOT = neuron_major(value.frozen_BTO) if rule.reads_frozen else nothing_BOT
+    target_BOT = neuron_major(value.target) if rule.reads_target else nothing_BOT
+    write_BT = F.pad(gram.write.to(torch.uint8), (0, padding))
+    rate_B, p0_B = per_row(value.rate, B, a_BOT), per_row(value.p0, B, a_BOT)
+    norm_BT = torch.zeros(B, T, device=a_BOT.device) if value.norm_BT is None else value.norm_BT.float()
+    norm_BT = F.pad(norm_BT, (0, padding))
+    block = _op if a_BOT.is_cuda else _launch_block  # on the CPU: Triton's interpreter
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G_BCT = gram.rows(t0, t1)
         if t0:
-            block = a_BOT[:, :, t0:t1]
-            torch.baddbmm(block, u_BOT[:, :, :t0], G_BCT[:, :, :t0].mT, out=block)
-        G_rows = triton.cdiv(t1 - t0, C) * C
-        G_Bst = a_BOT.new_zeros(B, G_rows, G_rows)
-        G_Bst[:, : t1 - t0, : t1 - t0] = G_BCT[:, :, t0:].mT
-        _block[(triton.cdiv(O, BN), B)](
-            a_BOT, u_BOT, G_Bst, write, frozen, target, norm, rate, p0,
-            t0, t0 + G_rows, O, T_padded, G_rows, write.stride(0), norm.stride(0), rate.stride(0), p0.stride(0),
-            float(value.clip or 0),
-            RULE=rule.triton, PHI=value.activation, FROZEN=rule.reads_frozen, TARGET=rule.reads_target,
-            CLIP=value.clip is not None, BN=BN, C=C, PRECISION=precision, num_warps=num_warps,
-            **FUSED,
+            a_BOT[:, :, t0:t1].baddbmm_(u_BOT[:, :, :t0], G_BCT[:, :, :t0].mT)
+        pad = -(t1 - t0) % C
+        G_Bst = F.pad(G_BCT[:, :, t0:].mT, (0, pad, 0, pad)).contiguous()
+        block(
+            a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, p0_B,
+            t0, value.rule, value.activation, value.clip,
         )  # fmt: skip
     return a_BOT[:, :, :T].mT, u_BOT[:, :, :T].mT
 

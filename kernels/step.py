@@ -27,35 +27,40 @@ def _keys(h_BI: Tensor, mu: float | None) -> tuple[Tensor, Tensor, Tensor]:
     return h_BI * scale_B[:, None], scale_B, square_B.sqrt() * scale_B
 
 
-def _put(buffer_BR: Tensor, new_B: Tensor, slot_B: Tensor, write_B: Tensor) -> None:
-    """buffer[b, slot[b]] = new[b] where written, without looking at the mask from Python."""
-    R = buffer_BR.shape[1]
+def _put(slot_B: Tensor, write_B: Tensor, *changes: tuple[Tensor | None, Tensor]) -> None:
+    """buffer[b, slot[b]] = new[b] in every row that is written, for (buffer [B, R, ...], new [B, ...])."""
+    R = next(buffer.shape[1] for buffer, _ in changes if buffer is not None)
+    if slot_B.is_cpu and not torch.compiler.is_compiling():
+        rows = zip(slot_B.tolist(), write_B.tolist(), strict=True)
+        for b, slot in [(b, slot) for b, (slot, write) in enumerate(rows) if write and 0 <= slot < R]:
+            for buffer, new in changes:
+                if buffer is not None:
+                    buffer[b, slot] = new[b]
+        return
+    # without looking at the mask from Python: that would wait for the device
     write_B = write_B & (slot_B >= 0) & (slot_B < R)
     row, slot_B = torch.arange(len(slot_B), device=slot_B.device), slot_B.clamp(0, R - 1)
-    old_B = buffer_BR[row, slot_B]
-    mask = write_B.view(-1, *[1] * (old_B.dim() - 1))
-    buffer_BR[row, slot_B] = torch.where(mask, new_B.to(buffer_BR.dtype), old_B)
+    for buffer, new in changes:
+        if buffer is not None:
+            old = buffer[row, slot_B]
+            mask = write_B.view(-1, *[1] * (old.dim() - 1))
+            buffer[row, slot_B] = torch.where(mask, new.to(buffer.dtype), old)
 
 
-def _linear(h, weight, bias, U, K, kb, w, slot, write, rate, p0, target, norm, rule, phi, clip):
-    """a of one linear in the factors' dtype; writes its value."""
+def _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, phi, clip):
+    """a of one linear in the factors' dtype, and the value of its event."""
     frozen = F.linear(h, weight, bias).to(U.dtype)
     a = frozen + read_reference(h[:, None], U, K, kb, w)[:, 0]
     rate, p0 = (per_row(x, len(h), a)[:, None] for x in (rate, p0))
-    u = clipped(rate * twin(rule).torch(a, frozen, target, p0, phi), clip, norm[:, None])
-    _put(U, u, slot, write)
-    return a
+    return a, clipped(rate * twin(rule).torch(a, frozen, target, p0, phi), clip, norm[:, None])
 
 
 def reference(
     h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip
 ):  # fmt: skip
     k, scale, norm = _keys(h.to(K.dtype), mu)
-    a = _linear(h, weight, bias, U, K, kb, w, slot, write, rate, p0, target, norm, rule, activation, clip)
-    _put(K, k, slot, write)
-    if kb is not None:
-        _put(kb, scale, slot, write)
-    _put(birth, event, slot, write)
+    a, u = _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, activation, clip)
+    _put(slot, write, (U, u), (K, k), (kb, scale), (birth, event))
     return a.to(h.dtype)
 
 
@@ -64,14 +69,10 @@ def reference_gated(
     target, target_up, rule, mu, clip,
 ):  # fmt: skip
     k, scale, norm = _keys(h.to(K.dtype), mu)
-    rest = (slot, write, rate, p0)
-    gate = _linear(h, weight, bias, U, K, kb, w, *rest, target, norm, rule, "silu", clip)
-    up = _linear(h, weight_up, bias_up, U_up, K, kb, w, *rest, target_up, norm, rule, "identity", clip)
-    _put(K, k, slot, write)
-    if kb is not None:
-        _put(kb, scale, slot, write)
-    _put(birth, event, slot, write)
-    return (F.silu(gate.to(h.dtype)) * up.to(h.dtype)).to(h.dtype)
+    gate, u = _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, "silu", clip)
+    up, u_up = _linear(h, weight_up, bias_up, U_up, K, kb, w, rate, p0, target_up, norm, rule, "identity", clip)
+    _put(slot, write, (U, u), (U_up, u_up), (K, k), (kb, scale), (birth, event))
+    return F.silu(gate.to(h.dtype)) * up.to(h.dtype)
 
 
 # ---- Triton
@@ -144,7 +145,7 @@ def _neurons(
         frozen = tl.load(frozen_ptr + b * O + n, mask=alive, other=0.0).to(tl.float32)
     fast = tl.full([BR, BN], 0.0, tl.float32)
     for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR)
+        r = r0 + tl.arange(0, BR).to(tl.int64)
         w = tl.load(w_ptr + b * w_sb + r, mask=r < R, other=0.0)
         c = tl.load(c_ptr + b * R + r, mask=r < R, other=0.0)
         # the mask keeps out what dead slots hold: 0 · NaN is NaN
@@ -211,7 +212,7 @@ def _gated(
 
 
 def _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu):
-    require_triton()
+    require_triton(h, U, K)
     (B, I), R = h.shape, K.shape[1]
     c = torch.empty(B, R, dtype=torch.float32, device=h.device)
     norm = torch.empty(B, dtype=torch.float32, device=h.device)
@@ -241,7 +242,6 @@ def _aligned(h, w, slot, event, write, target):
 def launch(
     h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip
 ):  # fmt: skip
-    require_triton()
     (B, I), O, R = h.shape, len(weight), K.shape[1]
     h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
     rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
@@ -263,7 +263,6 @@ def launch_gated(
     h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
     target, target_up, rule, mu, clip,
 ):  # fmt: skip
-    require_triton()
     (B, I), O, R = h.shape, len(weight), K.shape[1]
     target2_sb = _aligned(h, w, slot, event, write, target_up)[-1]
     h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)

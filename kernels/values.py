@@ -38,9 +38,13 @@ class _Missing:
         require_triton()
 
 
-def require_triton() -> None:
+def require_triton(*tensors: torch.Tensor) -> None:
+    """Refuses, in words, where Triton is missing or would compute with less precision than asked."""
     if triton is None:
         raise ImportError('backend="triton" needs the package triton, which is not installed here')
+    for x in tensors:
+        if x.dtype == torch.float64:
+            raise ValueError('backend="triton" computes in float32, but got float64: use backend="torch"')
 
 
 # ---- torch
@@ -203,4 +207,7 @@ class Value:
         target = self.target if self.target is None or self.target.dim() < 2 else self.target[..., t0:t1, :]
         rate, p0 = (per_row(x, B, a_BCO)[:, None, None] for x in (self.rate, self.p0))
         u = rate * twin(self.rule).torch(a_BCO, frozen, target, p0, self.activation)
-        return u if self.clip is None else clipped(u, self.clip, self.norm_BT[:, t0:t1, None])
+        if self.clip is None:
+            return u
+        assert self.norm_BT is not None
+        return clipped(u, self.clip, self.norm_BT[:, t0:t1, None])

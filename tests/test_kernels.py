@@ -28,16 +28,22 @@ NAN = float("nan")
 warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
 
 
-@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")
-def test_triton_interpreted():
-    child = subprocess.run(
+@pytest.fixture(scope="module", autouse=True)
+def child(request):
+    """The interpreted tests, in a process beside this one."""
+    if not any(item.name == "test_triton_interpreted" for item in request.session.items) or INTERPRETED or ON_GPU:
+        yield None
+        return
+    with subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parent.parent,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+    ) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -80,25 +86,30 @@ def rule_value(rule, a, frozen, target, p0, activation):
 def oracle(h, W, bias, events, n, slots, write, rate, p0, target, rule, activation, mu, decay, clip, fast_bias):
     """One row. events: list of (birth, u, k, kb); h [T, I], target [T, O]. Returns a [T, O] and u [T, O]."""
     h, W, target = h.double().cpu(), W.double().cpu(), target.double().cpu()
+    dW, db = torch.zeros_like(W), torch.zeros(len(W), dtype=torch.float64)
+    for birth, u, k, kb in events:
+        dW += (1 - decay) ** (n - 1 - birth) * torch.outer(u, k)
+        db += (1 - decay) ** (n - 1 - birth) * kb * u
     a_TO, u_TO = [], []
     for t in range(len(h)):
         frozen = W @ h[t] + (0 if bias is None else bias.double().cpu())
-        dW, db = torch.zeros_like(W), torch.zeros(len(W), dtype=torch.float64)
-        for birth, u, k, kb in events:
-            dW += (1 - decay) ** (n - 1 - birth) * torch.outer(u, k)
-            db += (1 - decay) ** (n - 1 - birth) * kb * u
         a = frozen + dW @ h[t] + db
-        a_TO.append(a)
         u = torch.zeros_like(a)
         if write[t]:
             scale = 1.0 if mu is None else 1 / (h[t] @ h[t] + mu)
-            k = h[t] * scale
+            k, kb = h[t] * scale, scale if fast_bias else 0.0
             u = rate * rule_value(rule, a, frozen, target[t], p0, activation)
             if clip is not None:
                 u = torch.where(u.abs() * k.norm() > clip, u.sign() * clip / k.norm(), u)
-            events.append((n, u, k, scale if fast_bias else 0.0))
-            del events[:-slots]
+            dW = (1 - decay) * dW + torch.outer(u, k)
+            db = (1 - decay) * db + kb * u
+            events.append((n, u, k, kb))
+            if len(events) > slots:  # the oldest leaves
+                birth, old_u, old_k, old_kb = events.pop(0)
+                dW -= (1 - decay) ** (n - birth) * torch.outer(old_u, old_k)
+                db -= (1 - decay) ** (n - birth) * old_kb * old_u
             n += 1
+        a_TO.append(a)
         u_TO.append(u)
     return torch.stack(a_TO), torch.stack(u_TO)
 
@@ -144,7 +155,7 @@ def dense_read(x, U, K, kb, w):
 @pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_read(backend, dtype, B, O, I, R, shared, per_token):
-    if backend == "triton" and dtype == torch.float64:
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.float16 and B != 2)):
         pytest.skip("Triton computes in float32")
     T = 1 if R == 4 else 5
     x = torch.randn(B, T, I).to(DEVICE, dtype)
@@ -272,9 +283,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}
 @pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
 @pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES)))
 def test_scan(backend, rule, number, B, O, I, R):
-    T = {1: 37, 2: 5, 3: 16}[B]
+    T = {1: 21, 2: 5, 3: 16}[B]
     if B == 3:
-        O = 65
+        O = 33
     write = torch.rand(B, T) > 0.3
     scan_case(backend, torch.float32, B, T, O, I, R, rule, number + B, write, 2e-5)
 
@@ -377,12 +388,38 @@ def test_gram_is_the_same_kept_or_not(monkeypatch):
     close(kept.rows(128, 256)[:1], one.rows(128, 256), 1e-14)
 
 
+def test_scan_operator():
+    torch.use_deterministic_algorithms(False)
+    h, k = keys(2, 32, 12, torch.float32)
+    gram = scan.Gram(h, k, None, torch.rand(2, 32, device=DEVICE) > 0.3, 0.1)
+    a, frozen, target = (torch.randn(2, 6, 32, device=DEVICE) for _ in range(3))
+    value = values.Value("slow_ones", "silu", 0.3, 0.2, 0.5, torch.rand(2, 32, device=DEVICE), frozen.mT)
+    wanted = scan.scan(a.mT, gram, value)
+    u, G = torch.zeros_like(a), gram.rows(0, 32).mT.contiguous()
+    rate, p0 = (torch.tensor(x, device=DEVICE).expand(2) for x in (0.3, 0.2))
+    rest = (G, gram.write.to(torch.uint8), frozen, target, value.norm_BT, rate, p0, 0, "slow_ones", "silu", 0.5)
+    torch.library.opcheck(torch.ops.fastweights.scan_block.default, (a.clone(), u.clone(), *rest))
+    torch.ops.fastweights.scan_block(a, u, *rest)
+    close(a.mT, wanted[0], 1e-6)
+    close(u.mT, wanted[1], 1e-6)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="runs interpreted")
+def test_triton_refuses_float64():
+    h, k = keys(1, 4, 3)
+    gram = scan.Gram(h, k, None, torch.ones(1, 4, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match="computes in float32, but got float64"):
+        scan.scan(torch.ones(1, 4, 2, device=DEVICE), gram, values.Value("ones"), "triton")
+    with pytest.raises(ValueError, match="computes in float32, but got float64"):
+        read.read(h, *factors(1, 2, 3, 2, torch.float64), torch.ones(1, 2, device=DEVICE), "triton")
+
+
 def test_scan_of_a_rule_without_twin_says_so():
     h, k = keys(1, 4, 3)
     gram = scan.Gram(h, k, None, torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="no Triton twin"):
         scan.scan(torch.ones(1, 4, 2), gram, lambda a, t0, t1: a, "triton")
-    with pytest.raises(ValueError, match="rule 'mine' has no Triton twin; there are ones"):
+    with pytest.raises(ValueError, match=r"rule 'mine' has no Triton twin; there are ones"):
         values.twin("mine")
 
 
@@ -390,8 +427,10 @@ def test_scan_of_a_rule_without_twin_says_so():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scan_drift_over_512_tokens(backend, dtype):
     """Half-precision weights and inputs; what is computed from them stays in float32, so nothing drifts."""
+    if INTERPRETED and dtype == torch.float16:
+        pytest.skip("the interpreter is slow, and both are cast to float32 at once")
     write = torch.rand(1, 512) > 0.1
-    scan_case(backend, dtype, 1, 512, 5, 16, 2, "slow_derivative", 1, write, 1e-4)
+    scan_case(backend, dtype, 1, 512, 3, 16, 2, "slow_derivative", 1, write, 1e-4)
 
 
 # ---- step
@@ -457,7 +496,7 @@ STEP_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.float64: 1e-12
 @pytest.mark.parametrize(("number", "rule"), list(enumerate(RULES)))
 def test_step(backend, rule, number, gated):
     B, O, I, R = [(1, 21, 32, 2), (2, 17, 60, 8), (3, 9, 129, 16), (5, 37, 20, 3)][number % 4]
-    T = 5 if R < 4 else 3  # the small ones go around their ring
+    T = 5 if R < 4 else 2  # the small ones go around their ring
     write = torch.rand(B, T) > 0.25
     dtype = [torch.float32, torch.float16][number % 2]
     step_case(backend, dtype, B, T, O, I, R, rule, number, write, STEP_TOLERANCE[dtype], gated)
@@ -542,3 +581,10 @@ def test_a_rule_of_ones_own(backend, monkeypatch):
 @values.jit
 def _square_triton(a, frozen_a, target, p0, PHI):
     return p0 - a * a
+
+
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")
+def test_triton_interpreted(child):  # last: the others run meanwhile
+    output, _ = child.communicate()
+    assert child.returncode == 0, output[-8000:]
+    assert "[100%]" in output, output
