@@ -35,9 +35,11 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
     The bounds are on the stored factors Û, K̂ in exact arithmetic. With δ the rounding to their dtype, which is known,
     and rows u_r, k_r of norm √σ_r that are orthogonal to each other:
 
-        ‖M − ÛᵀK̂‖_F ≤ (Σ_{r > keep} σ_r²)^½ + (Σ σ_r ‖δu_r‖²)^½ + (Σ σ_r ‖δk_r‖²)^½ + ‖δU‖ ‖δK‖ + ε (O + I + S) ‖w U‖ ‖K‖
+        ‖M − ÛᵀK̂‖_F ≤ (Σ_{r > keep} σ_r²)^½ + (Σ σ_r ‖δu_r‖²)^½ + (Σ σ_r ‖δk_r‖²)^½ + ‖δU‖ ‖δK‖
+                        + ε (O + I + 1 + S) ‖w U‖ ‖K‖
 
-    and ‖·‖₂ with σ_{keep+1} as its first term. The last term is for the float64 arithmetic of QR, SVD and products.
+    and ‖·‖₂ with σ_{keep+1} as its first term. The last term is for the float64 arithmetic of QR, SVD and products:
+    not the proven worst case, but fifty times and more what is seen.
     """
     U, K = U_SO.double() * w_S[:, None], torch.cat([K_SI, bias_S[:, None]], dim=1).double()
     (Q_u, R_u), (Q_k, R_k) = torch.linalg.qr(U.T), torch.linalg.qr(K.T)

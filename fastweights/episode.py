@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,31 +20,9 @@ from .probes.capture import check_sites
 from .probing import Trace, run
 from .rules import event_value, key_scale
 from .sampling import Sampling
-from .state import EventLog, Events
+from .snapshot import Pending, Snapshot, load, save
+from .state import Events
 from .tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Pending:
-    """Gradient events of one token that wait for the next token of their rows. Holds a graph of its own."""
-
-    logprob_BV: Tensor  # log p(next token), with the graph of this one token
-    taped: dict[Site, tuple[Tensor, Tensor]]
-    rows_B: Tensor  # bool: rows that still wait
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything that moves, copied. Made by `Episode.snapshot`."""
-
-    lengths: list[int]
-    keys: list[Tensor]
-    values: list[Tensor]
-    logs: dict[Site, EventLog]
-    pending: list[Pending]
-    logits_BV: Tensor | None
-    seen: list[list[int]]
-    generator: Tensor
 
 
 @dataclass(frozen=True)
@@ -155,7 +134,7 @@ class Episode:
         check_targets(self._linears, self.batch_size, span.position_BT, write_BT)
         step = self._check_room(real_BT, write_BT)
         self.cache.reserve(span.end)
-        before = (self.lengths, {site: list(log.events) for site, log in self.logs.items()}, list(self.pending))
+        lengths, pending, logs, events = self.lengths, list(self.pending), dict(self.logs), self.event_counts
         try:
             first_B = real_BT.int().argmax(1, keepdim=True)
             self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
@@ -173,10 +152,9 @@ class Episode:
                 last_B1V = span.last(out_BTV)
                 last_BV, out_BTV = last_B1V[:, 0], out_BTV if logits == "all" else last_B1V
         except BaseException:
-            self.cache.lengths = before[0]
+            self.cache.lengths, self.pending, self.logs = lengths, pending, logs
             for site, log in self.logs.items():
-                log.rewind(before[1][site])
-            self.pending = before[2]
+                log.rewind(events[site])
             raise
         moved_B1 = real_BT.any(1, keepdim=True).to(last_BV.device)
         self.logits_BV = last_BV.clone() if self.logits_BV is None else torch.where(moved_B1, last_BV, self.logits_BV)
@@ -202,14 +180,18 @@ class Episode:
         device = self.model.device
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
         write = write_BT.to(device) if bool(write_BT.any()) else None
-        now = Pass(self.logs, span.position_BT, write)
+        now = Pass(self.logs, span.position_BT, write, write_BT.sum(1).tolist())
         taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
         with bound(self.model, self, now), torch.set_grad_enabled(taping):
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
             if now.taped:
                 logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
                 self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0]))
+        if write is not None:
+            for site in now.landed:
+                self.logs[site].landed(now.counts, write)
         self._commit(now.staged)
+        self.logs.update(now.replaced)
         return out_BTV.detach()
 
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
@@ -239,17 +221,11 @@ class Episode:
 
     def _commit(self, events: dict[Site, Events]) -> None:
         for site, new in events.items():
-            finite_BT = new.U_BTO.isfinite().all(-1) & new.K_BTI.isfinite().all(-1)
-            bad = (new.write_BT & ~finite_BT).nonzero()
-            if len(bad):
-                row, token = bad[0].tolist()
-                number = self.logs[site].events[row] + int(new.write_BT[row, :token].sum())
-                raise ValueError(
-                    f"event {number} of {self.logs[site].name} (row {row}) has a non-finite factor; expected finite "
-                    f"values, nothing of this feed was written (a smaller rate, clip or mu > 0 may help)"
-                )
+            self.logs[site].check(new)
         for site, new in events.items():
-            self.logs[site].append(new)
+            if not self.logs[site].fits(new.write_BT.sum(1).tolist()):
+                self.logs[site] = self.logs[site].clone()  # what a fold or a ring overwrites, `_feed` may need again
+            self.logs[site].write(new)
 
     def generate(
         self,
@@ -439,11 +415,77 @@ class Episode:
         self.seen = [list(ids) for ids in snapshot.seen]
         self.generator.set_state(snapshot.generator)
 
-    def fork(self) -> Episode:
-        """An episode of its own with the same past; neither ever changes the other."""
-        child = Episode(self.model, self.batch_size, self.max_length)
-        child.restore(self.snapshot())
+    def fork(self, rows: Sequence[int] | None = None) -> Episode:
+        """An episode of its own with the same past; neither ever changes the other.
+
+        Args:
+            rows: for each row of the fork, the row of this episode whose past it has: `fork(rows=[0] * 8)`
+                makes eight continuations of row 0. None = the same rows.
+        """
+        chosen = list(range(self.batch_size)) if rows is None else list(rows)
+        if not chosen or any(not isinstance(r, int) or not 0 <= r < self.batch_size for r in chosen):
+            raise ValueError(f"fork(rows={chosen}): this episode has rows 0 to {self.batch_size - 1}")
+        child = Episode(self.model, len(chosen), self.max_length)
+        snapshot = self.snapshot()
+        child.restore(snapshot if rows is None else snapshot.rows(chosen))
+        waiting_B = torch.tensor([snapshot.waiting[row] for row in chosen])
+        if rows is not None and waiting_B.any():
+            child._wait_again(waiting_B)
         return child
+
+    def undo(self, events: int = 1) -> None:
+        """ΔW as it was before the last `events` events of every row; the KV cache keeps what was read with them.
+
+        Raises:
+            ValueError: a row has fewer events, or an overflow without an archive has made one of them for ever
+                part of a sum; nothing changes then.
+        """
+        if isinstance(events, bool) or not isinstance(events, int) or events < 0:
+            raise ValueError(f"undo({events!r}): expected a whole number, 0 or more")
+        for log in self.logs.values():
+            for row, count in enumerate(log.events):
+                if count < events:
+                    raise ValueError(f"undo({events}): {log.name} has {count} events in row {row}")
+                if count - events < log.oldest_exact_moment(row):
+                    raise ValueError(
+                        f"undo({events}): {log.name} cannot go back behind event {log.oldest_exact_moment(row)} of "
+                        f"{count} (overflow={log.overflow!r}; attach with archive=True)"
+                    )
+        for log in self.logs.values():
+            log.rewind([count - events for count in log.events])
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything that moves into one safetensors file, JSON in its header; whole or not at all."""
+        save(self.snapshot(), self.model, self._linears, Path(path))
+
+    @classmethod
+    def load(cls, model: Llama, path: str | Path, max_length: int | None = None) -> Episode:
+        """An episode as `save` wrote it, bit for bit; gradient events that wait are differentiated again.
+
+        Raises:
+            ValueError: the file is broken, of another version, another model or other rules.
+        """
+        linears = plastic_linears(model)
+        snapshot, waiting = load(Path(path), model, linears)
+        episode = cls(model, len(snapshot.lengths), max_length)
+        episode.restore(snapshot)
+        if any(waiting):
+            episode._wait_again(torch.tensor(waiting))
+        return episode
+
+    @torch.no_grad()
+    def _wait_again(self, waiting_B: Tensor) -> None:
+        """Reads the last token of some rows once more, as it was read before its own events, for its graph."""
+        before = self.snapshot()
+        for site, log in self.logs.items():
+            if self._linears[site].rule.neuron_local:
+                log.rewind([n - int(w) for n, w in zip(log.events, waiting_B.tolist(), strict=True)])
+        self.cache.lengths = [n - int(w) for n, w in zip(self.lengths, waiting_B.tolist(), strict=True)]
+        last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in self.seen])
+        self._pass(last_B1, waiting_B[:, None], waiting_B[:, None], "all")
+        pending = self.pending
+        self.restore(before)
+        self.pending = pending
 
     def delta_weight(self, layer: int, linear: str, row: int = 0) -> Tensor:
         """ΔW of one linear in one row, dense [O, I]."""

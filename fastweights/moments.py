@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,11 +65,12 @@ At = str | Sequence[int | Moment]
 
 def moments(at: At, latest: int) -> list[Moment]:
     """The moments that `at` names: "every", or a list of event numbers and Moments."""
-    if at == "every":
+    if isinstance(at, str) and at == "every":
         return [Moment(events=n) for n in range(latest + 1)]
     if isinstance(at, str) or not isinstance(at, Sequence) or not len(at):
         raise ValueError(f"probe(at={at!r}): expected 'now', 'every', or a list of event numbers and fw.Moment")
-    wanted = [moment if isinstance(moment, Moment) else Moment(events=moment) for moment in at]
+    named = cast(Sequence[int | Moment], at)
+    wanted = [moment if isinstance(moment, Moment) else Moment(events=moment) for moment in named]
     for moment in wanted:
         moment.check(latest)
     return wanted

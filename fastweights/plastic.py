@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +16,10 @@ from torch import Tensor, nn
 
 from .kernels.read import read
 from .kernels.scan import Gram, scan
+from .kernels.step import step_
+from .kernels.values import Value
 from .model import Llama
-from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, key_scale
+from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, key_scale, target_at
 from .state import OVERFLOW, EventLog, Events
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ class Keys:
     k_BTI: Tensor
     bias_BT: Tensor | None
     norm_BT: Tensor  # ‖k‖
-    gram: Gram
+    grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
 
 
 @dataclass
@@ -47,8 +51,11 @@ class Pass:
     logs: Mapping[Site, EventLog]
     position_BT: Tensor
     write_BT: Tensor | None = None  # None: read only
+    counts: Sequence[int] = ()  # events to come, per row
     weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per episode row, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
+    replaced: dict[Site, EventLog] = field(default_factory=dict)  # logs that overflow: copies, events and all
+    landed: list[Site] = field(default_factory=list)  # linears whose event a kernel has put into its slot
     # gradient rules: (a, h) of this token, a with its graph
     taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
@@ -63,12 +70,13 @@ class PlasticLinear(nn.Module):
 
     active: Pass | None = None
 
-    def __init__(self, base: nn.Linear, site: Site, rule: Rule, rank: int, overflow: str, backend: str):
+    def __init__(self, base: nn.Linear, site: Site, rule: Rule, rank: int, overflow: str, backend: str, archive: bool):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
-        self.site, self.rule, self.rank, self.overflow, self.backend = site, rule, rank, overflow, backend
+        self.site, self.rule, self.rank, self.overflow = site, rule, rank, overflow
+        self.backend, self.archive = backend, archive
         self.activation: Activation = ACTIVATIONS[site[1]]
 
     base: nn.Linear
@@ -83,70 +91,156 @@ class PlasticLinear(nn.Module):
     def new_log(self, rows: int) -> EventLog:
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         size = (rows, self.out_features, self.in_features, self.rank)
-        return EventLog(self.name, *size, self.overflow, self.rule.decay, dtype, self.weight.device)
+        return EventLog(self.name, *size, self.overflow, self.rule.decay, dtype, self.weight.device, self.archive)
 
     def forward(self, h_BTI: Tensor) -> Tensor:
+        now = self.active
+        if now is None:
+            return F.linear(h_BTI, self.weight, self.bias)
+        log = now.logs[self.site]
+        writes = now.write_BT is not None and self.rule.neuron_local
+        if writes and self.backend == "triton" and h_BTI.shape[1] == 1 and log.fits(now.counts):
+            return self._step(now, log, h_BTI)
         frozen_BTO = F.linear(h_BTI, self.weight, self.bias)
-        if self.active is None:
-            return frozen_BTO
-        now, log = self.active, self.active.logs[self.site]
         if log.used == 0 and now.write_BT is None:
             return frozen_BTO
         # The fast read is added, and the rule applied, in the log's precision; only the sum is cast back.
+        if writes:
+            return self._write(now, log, frozen_BTO.to(log.dtype), h_BTI).to(frozen_BTO.dtype)
         a_BTO = frozen_BTO.to(log.dtype)
-        if log.used:
-            a_BTO = a_BTO + self._read(now, log, h_BTI.to(log.dtype))
-        if now.write_BT is not None and not self.rule.neuron_local:
+        if now.weights is not None:
+            a_BTO = a_BTO + self._read_moments(now.weights[self.site], log, h_BTI.to(log.dtype))
+        elif log.used:
+            a_BTO = a_BTO + self._read(log, h_BTI.to(log.dtype), log.now())
+        if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.site] = (a_BTO, h_BTI.detach().to(log.dtype))
-        elif now.write_BT is not None:
-            staged_BTO = self._stage(now, a_BTO.detach(), frozen_BTO.detach().to(log.dtype), h_BTI.detach())
-            if not a_BTO.requires_grad:  # with a graph there is one token, whose own write it does not read
-                a_BTO = staged_BTO
         return a_BTO.to(frozen_BTO.dtype)
 
-    def _read(self, now: Pass, log: EventLog, h_BTI: Tensor) -> Tensor:
-        if now.weights is not None:
-            return self._read_moments(now.weights[self.site], log, h_BTI)
+    def _read(self, log: EventLog, h_BTI: Tensor, events_BT: Tensor) -> Tensor:
+        """ΔW h (+ Δb) as seen after `events_BT` events."""
         U_BRO, K_BRI, bias_BR = log.factors()
-        events_BT = log.now()
-        if now.write_BT is not None and self.rule.neuron_local:
-            events_BT = events_BT + now.write_BT.cumsum(1) - now.write_BT.long()
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
-        return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, log.weights(events_BT))
+        w_BTR = log.weights(events_BT)
+        return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, w_BTR, self.backend)
 
     def _read_moments(self, w_EMR: Tensor, log: EventLog, h_BTI: Tensor) -> Tensor:
         """Rows that share one episode row's factors and differ in w; they stand E apart."""
-        U_ERO, K_ERI, bias_ER, _ = log.moment_factors()
+        U_ERO, K_ERI, bias_ER, _ = (factor.to(h_BTI.device) for factor in log.moment_factors())
         rows = len(w_EMR)
         y_BTO = h_BTI.new_empty(*h_BTI.shape[:2], self.out_features)
         for row in range(rows):
             one, bias = slice(row, row + 1), bias_ER[row : row + 1] if self.rule.bias else None
-            y_BTO[row::rows] = read(h_BTI[row::rows], U_ERO[one], K_ERI[one], bias, w_EMR[row][:, None])
+            w_MR = w_EMR[row][:, None].to(h_BTI.device)
+            y_BTO[row::rows] = read(h_BTI[row::rows], U_ERO[one], K_ERI[one], bias, w_MR, self.backend)
         return y_BTO
 
-    def _stage(self, now: Pass, a_BTO: Tensor, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
+    def _write(self, now: Pass, log: EventLog, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
+        """a of every token, each with the events of the tokens before it; leaves the events to the episode.
+
+        Where a log overflows on the way, it goes on as a copy, from one fold or turn of the ring to the next.
+        """
         assert now.write_BT is not None
-        keys = self._keys(now, h_BTI, a_BTO.dtype)
+        keys = self._keys(now, h_BTI, log.dtype)
+        h_BTI = h_BTI.to(log.dtype)
+        fits = log.fits(now.counts)
+        if not fits:
+            log = now.replaced[self.site] = log.clone()
+        parts = []
+        for t0, t1 in [(0, h_BTI.shape[1])] if fits else log.segments(now.write_BT):
+            write_BC = now.write_BT[:, t0:t1]
+            a_BCO = frozen_BTO[:, t0:t1]
+            if log.used:
+                events_BC = log.now() + write_BC.cumsum(1) - write_BC.long()
+                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], events_BC)
+            a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
+            bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
+            events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC)
+            if fits:
+                now.staged[self.site] = events
+            else:
+                log.append(events)
+            parts.append(a_BCO)
+        return parts[0] if fits else torch.cat(parts, dim=1)
 
-        def value(a: Tensor, t0: int, t1: int) -> Tensor:
-            at = Local(frozen_BTO[:, t0:t1], self.activation, now.position_BT[:, t0:t1])
-            return event_value(self.rule, self.rule.value(a, self.activation(a), at), keys.norm_BT[:, t0:t1])
+    def _solve(
+        self, now: Pass, keys: Keys, a_BCO: Tensor, frozen_BTO: Tensor, t0: int, t1: int
+    ) -> tuple[Tensor, Tensor]:
+        """a and u of tokens t0 to t1, given a without each other's events."""
+        assert now.write_BT is not None
 
-        a_BTO, u_BTO = scan(a_BTO, keys.gram, value)
-        now.staged[self.site] = Events(u_BTO, keys.k_BTI, keys.bias_BT, now.write_BT)
-        return a_BTO
+        def value(a: Tensor, c0: int, c1: int) -> Tensor:
+            here = slice(t0 + c0, t0 + c1)
+            at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here])
+            return event_value(self.rule, self.rule.value(a, self.activation(a), at), keys.norm_BT[:, here])
+
+        if t1 - t0 == 1:
+            # the only token that may carry a graph: gradient rules go token by token
+            u_B1O = value(a_BCO.detach(), 0, 1)
+            return a_BCO, u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
+        if (t0, t1) not in keys.grams:
+            part = slice(t0, t1)
+            bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, part]
+            h_BCI = keys.h_BTI[:, part].to(a_BCO.dtype)
+            keys.grams[t0, t1] = Gram(h_BCI, keys.k_BTI[:, part], bias_BC, now.write_BT[:, part], self.rule.decay)
+        if self.backend == "triton":
+            twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1])
+            return scan(
+                a_BCO,
+                keys.grams[t0, t1],
+                Value(**twin, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1]),
+                "triton",
+            )
+        return scan(a_BCO, keys.grams[t0, t1], value)
+
+    def _step(self, now: Pass, log: EventLog, h_B1I: Tensor) -> Tensor:
+        """One token by the fused kernels, which write its event into the next free slot of the log itself."""
+        assert now.write_BT is not None
+        log.reserve(now.counts)
+        twin = self._twin(len(h_B1I), now.position_BT)
+        events_B = log.now()[:, 0]
+        a_BO = step_(
+            h_B1I[:, 0],
+            self.weight,
+            self.bias,
+            log.U_BRO,
+            log.K_BRI,
+            log.bias_BR if self.rule.bias else None,
+            log.birth_BR,
+            log.weights(events_B[:, None], log.capacity)[:, 0],
+            log.slots.slot(events_B),
+            events_B,
+            now.write_BT[:, 0],
+            torch.tensor(twin["rate"], dtype=log.dtype, device=h_B1I.device),
+            torch.tensor(twin["p0"], dtype=log.dtype, device=h_B1I.device),
+            None if twin["target"] is None else twin["target"].expand(len(h_B1I), 1, -1)[:, 0],
+            rule=twin["rule"],
+            activation=twin["activation"],
+            mu=self.rule.mu,
+            clip=self.rule.clip,
+            backend="triton",
+        )
+        now.landed.append(self.site)
+        return a_BO[:, None]
+
+    def _twin(self, rows: int, position_BT: Tensor) -> dict:
+        """The rule in the kernels' words, see `kernels.values.Value`."""
+        twin = {"rate": self.rule.rate, "p0": 1.0, "target": None, **getattr(self.rule, "twin")}  # noqa: B009
+        target = getattr(self.rule, "target", None)
+        if isinstance(target, Tensor):
+            target_BTO = target_at(target, position_BT).to(device=position_BT.device, dtype=torch.float32)
+            twin["target"] = target_BTO.expand(rows, position_BT.shape[1], -1)
+        return {**twin, "activation": self.activation.name, "clip": self.rule.clip}
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
         rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay)
         if now.keys is None or now.keys.h_BTI.data_ptr() != h_BTI.data_ptr() or now.keys.form != form:
-            h = h_BTI.to(dtype)
+            h = h_BTI.detach().to(dtype)
             scale_BT = key_scale(rule, h)
             k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
-            gram = Gram(h, k_BTI, bias_BT, now.write_BT, rule.decay)
-            now.keys = Keys(h_BTI, form, k_BTI, bias_BT, k_BTI.norm(dim=-1), gram)
+            now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, k_BTI.norm(dim=-1), {})
         return now.keys
 
 
@@ -225,8 +319,9 @@ def attach(
     rule: Rule,
     linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
     rank: int = 64,
-    overflow: str = "grow",
+    overflow: str = "compress",
     backend: str = "auto",
+    archive: bool = False,
 ) -> FastWeights:
     """Makes MLP linears of some layers plastic; may be called again for other linears with another rule.
 
@@ -234,9 +329,11 @@ def attach(
         layers: layer numbers from 0.
         rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol.
         linears: which of "gate_proj", "up_proj", "down_proj".
-        rank: R, events to allocate for, per linear and sequence.
-        overflow: what happens when they are full, see `state.EventLog`.
-        backend: "auto" | "torch" | "triton".
+        rank: R, events to keep, per linear and sequence.
+        overflow: what happens when there are more: "compress", "evict", "grow" or "error", see `state.EventLog`.
+        backend: "torch"; "triton": the fused kernels, for float32 and half precision on CUDA; "auto": Triton on
+            CUDA where the rule has a Triton twin, torch elsewhere. `PlasticLinear.backend` tells which.
+        archive: keep every event on the CPU as well, so that any moment stays exact after an overflow.
 
     Raises:
         ValueError: a layer, linear, rule or option that does not exist, or a linear that is already plastic;
@@ -261,7 +358,7 @@ def attach(
         raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
-    chosen = _choose_backend(backend)
+    chosen = _choose_backend(backend, model, rule)
     sites = sorted({(layer, name) for layer in layers for name in linears})
     for layer, name in sites:
         if isinstance(getattr(model.model.layers[layer].mlp, name), PlasticLinear):
@@ -270,7 +367,7 @@ def attach(
     plastic = {}
     for layer, name in sites:
         mlp = model.model.layers[layer].mlp
-        plastic[layer, name] = PlasticLinear(getattr(mlp, name), (layer, name), rule, rank, overflow, chosen)
+        plastic[layer, name] = PlasticLinear(getattr(mlp, name), (layer, name), rule, rank, overflow, chosen, archive)
         setattr(mlp, name, plastic[layer, name])
     return FastWeights(model, plastic)
 
@@ -281,10 +378,26 @@ def detach(model: Llama) -> None:
         setattr(model.model.layers[layer].mlp, name, linear.base)
 
 
-def _choose_backend(backend: str) -> str:
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend={backend!r}: expected 'auto' or 'torch'")
-    return "torch"
+def _choose_backend(backend: str, model: Llama, rule: Rule) -> str:
+    has_twin, cuda = hasattr(rule, "twin"), model.device.type == "cuda"
+    match backend:
+        case "torch":
+            return "torch"
+        case "auto":
+            if cuda and not has_twin and rule.neuron_local:
+                warnings.warn(f"{type(rule).__name__} has no Triton twin: it runs on torch", stacklevel=3)
+            return "triton" if cuda and has_twin and model.dtype != torch.float64 else "torch"
+        case "triton":
+            if not has_twin:
+                raise ValueError(f"backend='triton': {type(rule).__name__} has no Triton twin, use 'torch'")
+            if model.dtype == torch.float64:
+                raise ValueError("backend='triton' computes in float32: use 'torch' for a float64 model")
+            if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ValueError(
+                    f"backend='triton' needs CUDA (or TRITON_INTERPRET=1): this model is on {model.device}"
+                )
+            return "triton"
+    raise ValueError(f"backend={backend!r}: expected 'auto', 'torch' or 'triton'")
 
 
 def _check_target(model: Llama, rule: Rule, sites: Sequence[Site]) -> None:

@@ -55,7 +55,8 @@ class Rule(Protocol):
     """The protocol of a rule; any object with these attributes is one.
 
     `value(a, z, at)` returns [..., O] like a. `neuron_local` promises that entry i of it depends on
-    entry i of its arguments alone; such rules run over a whole prompt in one pass.
+    entry i of its arguments alone; such rules run over a whole prompt in one pass. A rule with a Triton twin also has
+    `twin`: {"rule": name in `kernels.values.RULES`, and "rate" and "p0" where they differ from rate and 1}.
     `mu` None means the key is h itself.
     """
 
@@ -137,6 +138,10 @@ class Hebbian:
         _check(self)
         _choice(self, "gate", GATES)
 
+    @property
+    def twin(self) -> dict:
+        return {"rule": self.gate}
+
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         return gated(a, z, at.activation, self.gate)
 
@@ -164,6 +169,12 @@ class LocalLeastSquares:
         _check(self)
         _choice(self, "gate", GATES)
         _choice(self, "target", ("self", "slow"))
+
+    @property
+    def twin(self) -> dict:
+        if self.target == "self":
+            return {"rule": self.gate, "rate": self.rate * self.gamma}
+        return {"rule": f"slow_{self.gate}", "p0": self.gamma}
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         if self.target == "self":
@@ -194,14 +205,12 @@ class Delta:
         if not isinstance(self.target, Tensor) or not 1 <= self.target.dim() <= 3:
             raise ValueError(f"Delta(target={type(self.target).__name__}): expected a tensor [O], [P, O] or [B, P, O]")
 
+    @property
+    def twin(self) -> dict:
+        return {"rule": "delta", "rate": self.rate * self.beta}
+
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
-        target = self.target.to(device=a.device, dtype=a.dtype)
-        position = at.position.clamp(max=target.shape[-2] - 1) if target.dim() > 1 else at.position
-        if target.dim() == 2:
-            target = target[position]
-        elif target.dim() == 3:
-            row = torch.arange(len(target), device=a.device).view(-1, *[1] * (position.dim() - 1))
-            target = target[row, position]
+        target = target_at(self.target, at.position).to(device=a.device, dtype=a.dtype)
         return self.beta * (target - a)
 
 
@@ -231,6 +240,20 @@ class GradientAscent:
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         return torch.zeros_like(a)
+
+
+def target_at(target: Tensor, position: Tensor) -> Tensor:
+    """v* of tokens at `position` [..., T]: target [O], [P, O] or [B, P, O] → something that broadcasts to [..., T, O].
+
+    Positions past P take the last one: they are padding or not written.
+    """
+    if target.dim() == 1:
+        return target
+    position = position.clamp(max=target.shape[-2] - 1).to(target.device)
+    if target.dim() == 2:
+        return target[position]
+    row = torch.arange(len(target), device=target.device).view(-1, *[1] * (position.dim() - 1))
+    return target[row, position]
 
 
 def key_scale(rule: Rule, h: Tensor) -> Tensor:

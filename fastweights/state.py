@@ -3,8 +3,9 @@
     ΔW_n = Σ_j w_j u_j k_jᵀ      w_j = (1 − decay)^(n − 1 − birth_j), 0 for an empty slot
     Δb_n = Σ_j w_j s_j u_j       s_j = the bias key of event j (0 for rules without bias)
 
-Decay lives in the weights alone: nothing that was written is rewritten, except by a fold. `slots` says where an event
-lies, `compress` how slots are folded. Knows nothing of modules. Shape suffixes: B rows, T tokens, R slots, O out, I in, M moments.
+Decay lives in the weights alone: nothing that was written is rewritten, except by a fold. `slots` says where an
+event lies, `compress` how slots are folded. Knows nothing of modules.
+Shape suffixes: B rows, T tokens, R slots, O out, I in, M moments.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Events:
         """The events of tokens start to end."""
         bias_BT = None if self.bias_BT is None else self.bias_BT[:, start:end]
         return Events(self.U_BTO[:, start:end], self.K_BTI[:, start:end], bias_BT, self.write_BT[:, start:end])
+
+    def finite_BT(self) -> Tensor:
+        finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
+        return finite_BT if self.bias_BT is None else finite_BT & self.bias_BT.isfinite()
 
     def to(self, device: torch.device) -> Events:
         bias_BT = None if self.bias_BT is None else self.bias_BT.to(device)
@@ -107,17 +112,16 @@ class EventLog:
     @property
     def bytes(self) -> int:
         """Memory of the buffers, the archive's included."""
-        own = sum(t.nbytes for t in (self.U_BRO, self.K_BRI, self.bias_BR, self.birth_BR))
-        return own + (self.archive.bytes if self.archive else 0)
+        return sum(t.nbytes for t in self._buffers().values()) + (self.archive.bytes if self.archive else 0)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """U [B, used, O], K [B, used, I], bias keys [B, used]: views."""
         n = self.used
         return self.U_BRO[:, :n], self.K_BRI[:, :n], self.bias_BR[:, :n]
 
-    def weights(self, events_BT: Tensor) -> Tensor:
-        """w [B, T, used] as seen after `events_BT` events of each row (int64), the last fold or later."""
-        return self._weigh(self.birth_BR[:, None, : self.used], events_BT[..., None], self.dtype)
+    def weights(self, events_BT: Tensor, slots: int | None = None) -> Tensor:
+        """w [B, T, `slots` or used] as seen after `events_BT` events of each row (int64), the last fold or later."""
+        return self._weigh(self.birth_BR[:, None, : slots or self.used], events_BT[..., None], self.dtype)
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `weights`."""
@@ -126,7 +130,7 @@ class EventLog:
     # ---- writing
 
     def segments(self, write_BT: Tensor) -> list[tuple[int, int]]:
-        """Token ranges to read and append one after the other, so that one pass is what token by token is: see `Slots.segments`."""
+        """Token ranges to read and append one after the other, so that one pass is what token by token is."""
         return self.slots.segments(self.events, write_BT)
 
     def fits(self, counts: Sequence[int]) -> bool:
@@ -148,17 +152,45 @@ class EventLog:
         Raises:
             ValueError: for events that do not fit ("error") or cannot be folded ("compress"); nothing is written then.
         """
+        self.check(new)
+        self.write(new)
+
+    def check(self, new: Events) -> None:
+        """Refuses, before anything has changed, events that do not fit or are not finite."""
         self.check_room(new.write_BT.sum(1).tolist())
-        if self.overflow == "compress":
-            finite_BT = new.U_BTO.isfinite().all(-1) & new.K_BTI.isfinite().all(-1)
-            bad = (new.write_BT & ~finite_BT).nonzero()
-            if len(bad):
-                row, token = bad[0].tolist()
-                number = self.events[row] + int(new.write_BT[row, :token].sum())
-                raise ValueError(f"{self.name}: event {number} of row {row} is not finite, expected finite factors")
+        bad_BT = new.write_BT & ~new.finite_BT()
+        if bad_BT.any():
+            row, token = bad_BT.nonzero()[0].tolist()
+            number = self.events[row] + int(new.write_BT[row, : token + 1].sum())
+            raise ValueError(
+                f"event {number} of {self.name} (row {row}) has a non-finite factor, expected finite ones; nothing of "
+                f"this feed is written (a smaller rate, a clip or mu > 0 may help)"
+            )
+
+    def write(self, new: Events) -> None:
+        """Writes events that `check` has passed."""
         if self.archive is not None:
-            self.archive.append(new.to(torch.device("cpu")))
+            self.archive.write(new.to(torch.device("cpu")))
         self._append(new)
+
+    def reserve(self, counts: Sequence[int]) -> None:
+        """Makes room for events that a kernel puts into their slots itself."""
+        if self.overflow == "grow":
+            self._reserve(max(n + c for n, c in zip(self.events, counts, strict=True)))
+
+    def landed(self, counts: Sequence[int], write_B1: Tensor) -> None:
+        """Counts the events that a kernel has put into the next slot of each row; refuses non-finite ones."""
+        row = write_B1[:, 0].nonzero()[:, 0]
+        slot = self.slots.slot(self.now()[row, 0])
+        U_BTO, K_BTI = (torch.zeros_like(f[:, :1]) for f in (self.U_BRO, self.K_BRI))
+        U_BTO[row, 0], K_BTI[row, 0] = self.U_BRO[row, slot], self.K_BRI[row, slot]
+        bias_BT = torch.zeros_like(self.bias_BR[:, :1])
+        bias_BT[row, 0] = self.bias_BR[row, slot]
+        new = Events(U_BTO, K_BTI, bias_BT, write_B1)
+        self.check(new)
+        if self.archive is not None:
+            self.archive.write(new.to(torch.device("cpu")))
+        self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
 
     def _append(self, new: Events) -> None:
         for start, end in self.segments(new.write_BT):
@@ -184,7 +216,7 @@ class EventLog:
         self.birth_BR[row, slot] = event
 
     def _fold(self, row: int) -> None:
-        """Keeps the best of a row whose slots are full: E ← (1 − decay)^(events since the last fold) E + what is lost."""
+        """Keeps the best of a full row: E ← (1 − decay)^(events since the last fold) E + what is lost."""
         n, kept = self.events[row], self.slots.kept
         w_R = self._weigh(self.birth_BR[row], n, torch.float64)
         best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
@@ -285,6 +317,15 @@ class EventLog:
         other.events, other.errors = list(self.events), list(self.errors)
         return other
 
+    def rows(self, chosen: Sequence[int]) -> EventLog:
+        """A copy whose row n is row `chosen[n]` of this log."""
+        other = self.clone()
+        for name in ("U_BRO", "K_BRI", "bias_BR", "birth_BR"):
+            setattr(other, name, getattr(self, name)[list(chosen)])
+        other.events, other.errors = [self.events[r] for r in chosen], [self.errors[r] for r in chosen]
+        other.archive = None if self.archive is None else self.archive.rows(chosen)
+        return other
+
     # ---- looking
 
     def delta_weight(self, row: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -320,9 +361,7 @@ class EventLog:
     def event_norms(self, row: int) -> Tensor:
         """‖u‖‖k‖ of every event of one row as it was written, [events] float64; NaN before `oldest_event`."""
         U_RO, K_RI, _, birth_R = (factor[row] for factor in self.moment_factors())
-        own_R = birth_R >= self.oldest_event(row)
-        if self.slots.last_fold(self.events[row]) and self.archive is None:
-            own_R[: self.slots.kept] = False
+        own_R = birth_R >= self.oldest_event(row)  # what a fold made is born before that
         norm = torch.full((self.events[row],), float("nan"), dtype=torch.float64)
         norm[birth_R[own_R].cpu()] = (U_RO[own_R].double().norm(dim=1) * K_RI[own_R].double().norm(dim=1)).cpu()
         return norm
@@ -331,8 +370,8 @@ class EventLog:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that moves: tensors (copies of the used slots), and values that JSON holds exactly."""
-        (U, K, bias), birth = self.factors(), self.birth_BR[:, : self.used]
-        tensors = {key: t.clone() for key, t in (("U", U), ("K", K), ("bias", bias), ("birth", birth))}
+        n = self.used
+        tensors = {key: buffer[:, :n].clone() for key, buffer in self._buffers().items()}
         meta = {**self._form(), "events": list(self.events), "errors": [list(pair) for pair in self.errors]}
         if self.archive is not None:
             saved, meta["archive"] = self.archive.state_dict()
@@ -350,7 +389,7 @@ class EventLog:
         if self.overflow == "grow":
             self._reserve(slots)
         self.birth_BR.fill_(-1)
-        for buffer, key in ((self.U_BRO, "U"), (self.K_BRI, "K"), (self.bias_BR, "bias"), (self.birth_BR, "birth")):
+        for key, buffer in self._buffers().items():
             buffer[:, :slots] = tensors[key]
         self.events = [int(n) for n in meta["events"]]
         self.errors = [(float(error_2), float(error_F)) for error_2, error_F in meta["errors"]]
@@ -366,19 +405,17 @@ class EventLog:
                 f"{self.name}: the saved log has {'an' if 'archive' in meta else 'no'} archive, "
                 f"expected {'none' if self.archive is None else 'one'}"
             )
-        rows, slots = len(self.events), max(self.slots.filled(int(n)) for n in meta["events"])
-        sizes = {
-            "U": (slots, self.U_BRO.shape[2]),
-            "K": (slots, self.K_BRI.shape[2]),
-            "bias": (slots,),
-            "birth": (slots,),
-        }
-        for key, size in sizes.items():
-            found = list(tensors[key].shape) if key in tensors else "missing"
-            if found != [rows, *size]:
-                raise ValueError(f"{self.name}: the saved {key} is {found}, expected {[rows, *size]}")
+        slots = max(self.slots.filled(int(n)) for n in meta["events"])
+        for key, buffer in self._buffers().items():
+            wanted = ([len(meta["events"]), slots, *buffer.shape[2:]], buffer.dtype)
+            found = (list(tensors[key].shape), tensors[key].dtype) if key in tensors else "missing"
+            if found != wanted:
+                raise ValueError(f"{self.name}: the saved {key} is {found}, expected {wanted}")
         if self.archive is not None:
             self.archive._check_state(_without_prefix(tensors), meta["archive"])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"U": self.U_BRO, "K": self.K_BRI, "bias": self.bias_BR, "birth": self.birth_BR}
 
     def _form(self) -> dict[str, Any]:
         """What a saved log must have in common with the one that loads it."""

@@ -118,8 +118,9 @@ def surgery(
 ) -> Record:
     """Reads the context through the plastic model; after each event asks the question without the context.
 
-    The context goes through in one feed, and all moments are probed in batches behind it; with `on_event` the
-    tokens go one by one, each followed by its probe and the callback: the same numbers, more slowly.
+    The context goes through in one feed, and all moments are probed in batches behind it. With `on_event`, or an
+    overflow that forgets old moments, the tokens go one by one, each followed by its probe and the callback: the
+    same numbers, more slowly.
 
     The target is what the untouched model holds at the answer position when the context stands before the
     question; the two are joined by a blank line unless there is white space at the seam already.
@@ -261,7 +262,9 @@ def _run(
     positions = torch.arange(len(context_ids))[None]
     write_1T = written(update, torch.tensor([context_ids]), positions, generated=False)
     reading = _Reading(episode, tokenizer, exam, probe_every, on_event)
-    if on_event is None:
+    # a log that overflows forgets its earlier moments: they must be looked at as they come
+    one_by_one = on_event is not None or any(log.overflow in ("compress", "evict") for log in episode.logs.values())
+    if not one_by_one:
         episode.feed(context_ids, update=write_1T, logits="last")
         for token, writes in zip(context_ids, write_1T[0].tolist(), strict=True):
             reading.read(token, writes, generated=False)
@@ -274,9 +277,9 @@ def _run(
         position = torch.tensor([[len(reading.tokens)]])
         writes = bool(written(update, step.token_ids[:, None], position, generated=True))
         reading.read(int(step.token_ids[0]), writes, generated=True)
-        if on_event is not None:
+        if one_by_one:
             reading.look()
-    if on_event is None:
+    if not one_by_one:
         reading.look(progress)
     events, probed, results = reading.events, reading.probed, reading.results
     distance_NL, cosine_NL, relative_NL = zip(*(exam.distances(r.hidden_LD) for r in results), strict=True)

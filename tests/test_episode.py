@@ -17,7 +17,7 @@ rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 def plastic(rule, dtype=torch.float64, **options):
     model = tiny(dtype)
-    return model, fw.attach(model, [1, 2], rule, rank=4, **options)
+    return model, fw.attach(model, [1, 2], rule, rank=4, **{"overflow": "grow", **options})
 
 
 def same_state(one, other, **tolerance):

@@ -14,7 +14,7 @@ SITES = ["resid_pre", "resid_mid", "resid_post"]
 
 def fed(rule=RULE, rows=1, tokens=9, layers=(1, 3), **options):
     model = tiny()
-    fw.attach(model, list(layers), rule, rank=4)
+    fw.attach(model, list(layers), rule, rank=4, overflow="grow")
     episode = fw.Episode(model, rows)
     episode.feed(prompt(rows, tokens), **options)
     return model, episode

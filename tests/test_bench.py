@@ -1,0 +1,176 @@
+"""The benchmark harness: it refuses what is wrong, counts right, and says what it must."""
+
+import json
+import time
+
+import pytest
+import torch
+from tiny import CONFIG, tiny
+
+import fastweights as fw
+from fastweights.benchmarks import bench, cases, measure
+from fastweights.benchmarks.cases import Bed, Case
+from fastweights.benchmarks.measure import Ceiling, Check, Experiment, Trial
+from fastweights.config import LlamaConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: on a busy machine a second thread is only waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bed():
+    # the check's tolerance is relative to the largest logit, so any scale of weights does
+    return Bed(tiny(dtype=torch.float32), "tiny")
+
+
+@pytest.fixture(scope="module")
+def ceiling():
+    return Ceiling(torch.device("cpu"), torch.float32, megabytes=1, size=64)
+
+
+def run(case, bed, ceiling, repeats=2):
+    return bench.run_case(case, bed, ceiling, repeats, seconds=0.0, patience=0.0)
+
+
+def test_what_is_wrong_is_not_timed(bed, ceiling):
+    runs = []
+    trial = Trial("wrong", lambda: runs.append(1), bytes=1)
+
+    def build(got):
+        return lambda _: Experiment([trial], [Check("sums", lambda: got, lambda: torch.ones(3), 1e-5)], [])
+
+    record = run(Case("c", "", build(torch.tensor([1.0, 1.0, 1.01]))), bed, ceiling)
+    assert record["status"] == "refused"
+    assert "sums: relative error 0.01" in record["reason"]
+    assert not runs
+    assert "trials" not in record
+    for got in (torch.tensor([1.0, 1.0, float("nan")]), torch.ones(2)):
+        assert run(Case("c", "", build(got)), bed, ceiling)["status"] == "refused"
+    assert not runs
+    assert run(Case("c", "", build(torch.ones(3))), bed, ceiling)["status"] == "measured"
+    assert runs
+
+
+def test_a_broken_model_is_refused(ceiling, monkeypatch):
+    model = tiny(dtype=torch.float32)
+    bed = Bed(model, "tiny")
+    case = Case("prefill", "", lambda bed: cases.prefill(bed, tokens=12, count=2))
+    assert run(case, bed, ceiling)["status"] == "measured"
+    monkeypatch.setattr(fw.plastic.PlasticLinear, "_read", lambda self, now, log, h: torch.zeros(()))
+    record = run(case, bed, ceiling)
+    assert record["status"] == "refused"
+    assert "one pass = its last" in record["reason"]
+    assert type(model.model.layers[1].mlp.up_proj) is torch.nn.Linear  # the model is left frozen
+
+
+def test_counts_by_hand():
+    # D 24, F 52, 4 layers, 4 heads of 6, 2 KV heads, vocabulary 61, untied
+    config = LlamaConfig.from_dict(CONFIG, "tiny")
+    layer = 24 * 24 + 2 * (24 * 12) + 24 * 24 + 3 * 24 * 52
+    assert measure.linear_parameters(config) == 4 * layer + 61 * 24
+    # every linear, 9 norms, one row of the embedding; keys and values of 10 tokens
+    assert measure.decode_bytes(config, 4, 10) == 4 * (4 * layer + 61 * 24 + 9 * 24 + 24 + 2 * 4 * 2 * 6 * 10)
+    # 3 tokens after 5: they see 6, 7 and 8; q·k and p·v of 4 heads of 6 in 4 layers
+    assert measure.forward_flops(config, 3, 5) == 2 * 3 * 4 * layer + 2 * (2 * 4 * 4 * 6) * 21 + 2 * 61 * 24
+    # 7 events: 7 rows of U and K read and one of each written, float32
+    assert measure.plastic_decode_bytes(config, 2, ["gate_proj", "down_proj"], 7) == 2 * 2 * 4 * 8 * (24 + 52)
+    # 5 tokens: 10 pairs; a Gram over D for gate and up together, one over F for down; outputs 52, 52, 24
+    assert measure.plastic_prefill_flops(config, 3, cases.ALL, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
+    assert measure.plastic_prefill_flops(config, 1, ["up_proj"], 5) == 2 * 10 * (24 + 52)
+
+
+def test_counted_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(5)[None])
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]  # not attention
+    attention = 4 * 4 * (4 * 6) * (1 + 2 + 3 + 4 + 5)
+    assert measure.forward_flops(model.config, 5, heads=5) == products + attention
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda bed: cases.frozen_decode(bed, context=10, steps=3),
+        lambda bed: cases.plastic_decode(bed, rank=7, count=2, context=10, steps=3),
+        lambda bed: cases.prefill(bed, tokens=9, count=2),
+    ],
+)
+def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, build):
+    record = run(Case("decode.frozen", "about it", build), bed, ceiling)
+    assert record["status"] == "measured", record
+    run_facts = {"ceiling": ceiling.measure(1), **bench.where(bed)}
+    record = json.loads(json.dumps({"case": "decode.frozen", **run_facts, **record}))
+    assert {
+        "device",
+        "device_type",
+        "dtype",
+        "model",
+        "threads",
+        "commit",
+        "versions",
+        "ceiling",
+        "time",
+    } <= record.keys()
+    assert {"context", "checks", "bars", "trials", "ratios", "repeats", "noise"} <= record.keys()
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["trials"]["frozen"]["bytes"] > 0
+    assert record["trials"]["frozen"]["seconds"].keys() == {"median", "min", "max"}
+    assert f"share_of_{record['ceiling_trial']}" in record["trials"]["frozen"]
+    assert record["ceiling"]["stream_GBps"] > 0
+    assert record["ceiling"]["matmul_GFLOPs"] > 0
+
+    page = tmp_path / "RESULTS.md"
+    bench.write_results(
+        page, [record, {**record, "case": "surgery", "status": "unavailable", "reason": "no tokenizer"}]
+    )
+    bench.write_results(page, [{**record, "commit": "another"}])  # the last run of a case replaces it, others stay
+    text = page.read_text(encoding="utf-8")
+    assert "### decode.frozen" in text
+    assert "commit another" in text
+    assert "surgery (unavailable: no tokenizer)" in text
+    assert "load (not run)" in text
+    assert "no GPU has run this" in text
+    assert len((tmp_path / "RESULTS.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_trials_alternate_and_preparation_is_off_the_clock():
+    order = []
+
+    def trial(name):
+        return Trial(name, lambda: order.append(name), prepare=lambda: time.sleep(0.02))
+
+    rounds, _ = measure.alternate([trial("a"), trial("b")], torch.device("cpu"), 2, seconds=0.0, patience=0.0)
+    assert "".join(order) == "ab" + "ab" + "ba"  # warm-up, then there and back
+    assert len(rounds) == 2
+    assert max(seconds for round_ in rounds for seconds in round_.values()) < 0.02
+
+
+def test_cases_are_chosen_by_name_or_beginning():
+    assert [case.name for case in bench.select(["decode.frozen"])] == ["decode.frozen"]
+    assert len(bench.select(["prefill"])) == 3
+    assert len(bench.select([])) == len(cases.CASES)
+    with pytest.raises(ValueError, match=r"no case .nonsense.: there are decode"):
+        bench.select(["nonsense"])
+
+
+def test_a_bar_is_held_against_its_figure():
+    ratio = {"median": 1.1, "min": 1.0, "max": 1.2}
+    record = {"ratios": {"a ÷ b": ratio}, "trials": {"a": {"share_of_stream": {**ratio, "median": 0.7}}}}
+    record["bars"] = {"a ÷ b": "≤ 1.05", "a share of stream": "≥ 80 %", "c ÷ d": "≤ 1"}
+    assert bench.verdict(record, "a ÷ b") == ("1.1", False)
+    assert bench.verdict(record, "a share of stream") == ("0.7", False)
+    assert bench.verdict(record, "c ÷ d") == ("not measured", None)
+
+
+def test_the_list_needs_no_model(capsys):
+    assert bench.main(["--list"]) == 0
+    assert "decode.plastic.all-layers" in capsys.readouterr().out
