@@ -14,6 +14,11 @@ from fastweights.benchmarks.measure import Ceiling, Check, Experiment, Trial
 from fastweights.config import LlamaConfig
 
 
+@pytest.fixture(autouse=True)
+def never_disturbed(monkeypatch):
+    monkeypatch.setattr(measure, "QUIET", float("inf"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tiny tensors: on a busy machine a second thread is only waited for."""
@@ -107,7 +112,7 @@ def test_counted_flops_are_those_that_torch_counts():
 def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, build):
     record = run(Case("decode.frozen", "about it", build), bed, ceiling)
     assert record["status"] == "measured", record
-    run_facts = {"ceiling": ceiling.measure(1), **bench.where(bed)}
+    run_facts = {"ceiling": ceiling.measure(1, measure.Patience(0.0)), **bench.where(bed)}
     record = json.loads(json.dumps({"case": "decode.frozen", **run_facts, **record}))
     assert {
         "device",
@@ -148,10 +153,28 @@ def test_trials_alternate_and_preparation_is_off_the_clock():
     def trial(name):
         return Trial(name, lambda: order.append(name), prepare=lambda: time.sleep(0.02))
 
-    rounds, _ = measure.alternate([trial("a"), trial("b")], torch.device("cpu"), 2, seconds=0.0, patience=0.0)
+    rounds, _ = measure.alternate([trial("a"), trial("b")], torch.device("cpu"), 2, 0.0, measure.Patience(0.0))
     assert "".join(order) == "ab" + "ab" + "ba"  # warm-up, then there and back
     assert len(rounds) == 2
     assert max(seconds for round_ in rounds for seconds in round_.values()) < 0.02
+
+
+def test_a_disturbed_run_neither_meets_a_bar_nor_replaces_a_quiet_one(ceiling, bed, tmp_path, monkeypatch):
+    build = lambda _: Experiment([Trial("a", lambda: None), Trial("b", lambda: None)], [], [("a", "b")], bars=bars)  # noqa: E731
+    bars = {"a ÷ b": "≤ 1000000"}
+    quiet = {"case": "x", **bench.where(bed), "ceiling": ceiling.measure(1, measure.Patience(0.0))}
+    disturbed = {**quiet, **run(Case("x", "", build), bed, ceiling)}
+    quiet = dict(disturbed)
+    monkeypatch.setattr(measure, "QUIET", -1.0)
+    disturbed |= run(Case("x", "", build), bed, ceiling)
+    assert (quiet["status"], disturbed["status"]) == ("measured", "disturbed")
+    assert any("met" in line for line in bench.notes(quiet))
+    assert not any("met" in line for line in bench.notes(disturbed))
+    page = tmp_path / "RESULTS.md"
+    bench.write_results(page, [quiet])
+    bench.write_results(page, [disturbed])
+    assert "### x" in page.read_text(encoding="utf-8")
+    assert "x (disturbed" in bench.page([disturbed])
 
 
 def test_cases_are_chosen_by_name_or_beginning():

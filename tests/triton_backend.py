@@ -1,0 +1,78 @@
+"""Tests that launch kernels through the model: run by test_triton.py, interpreted or on a GPU."""
+
+import pytest
+import torch
+from tiny import prompt, tiny
+
+import fastweights as fw
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+RULES = {
+    "hebbian": fw.Hebbian(rate=0.3, mu=0.1, gate="derivative", decay=0.1, clip=0.05, bias=True),
+    "self": fw.LocalLeastSquares(gamma=0.3, mu=0.1, gate="positive"),
+    "slow": fw.LocalLeastSquares(gamma=0.4, mu=0.05, target="slow", decay=0.05),
+    "delta": fw.Delta(beta=0.3, target=torch.linspace(-1, 1, 12 * 24).reshape(12, 24), mu=0.1),
+}
+
+
+def both(rule, overflow="grow", dtype=torch.float32, rows=2):
+    linears = ["down_proj"] if isinstance(rule, fw.Delta) else ["gate_proj", "up_proj", "down_proj"]
+    for backend in ("torch", "triton"):
+        model = tiny(dtype).to(DEVICE)
+        fast = fw.attach(model, [1, 2], rule, linears, rank=4, overflow=overflow, backend=backend)
+        assert all(linear.backend == backend for linear in fast.linears.values())
+        yield fw.Episode(model, rows)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("overflow", ["grow", "evict", "compress"])
+def test_triton_equals_torch_in_prompts_steps_and_probes(name, overflow):
+    ids, mask = prompt(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 5:7] = 0
+    write = torch.rand(2, 12, generator=torch.Generator().manual_seed(4)) < 0.7
+    out = []
+    for episode in both(RULES[name], overflow):
+        parts = [(ids[:, a:b], write[:, a:b], mask[:, a:b]) for a, b in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 12))]
+        logits = [episode.feed(i, update=w, attention_mask=m) for i, w, m in parts]
+        out.append((torch.cat(logits, dim=1), episode.probe(prompt(1, 5, seed=8)).logits, episode))
+    (ours, our_probe, triton), (theirs, their_probe, reference) = out[1], out[0]
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], theirs[real], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(our_probe, their_probe, rtol=2e-4, atol=2e-4)
+    assert triton.event_counts == reference.event_counts
+    for site in triton.logs:
+        for row in range(2):
+            ours, theirs = triton.delta_weight(*site, row), reference.delta_weight(*site, row)
+            assert float((ours - theirs).norm()) <= 2e-4 * float(theirs.norm())
+
+
+def test_triton_probes_every_moment_and_undoes():
+    triton, reference = reversed(list(both(RULES["hebbian"])))
+    for episode in (triton, reference):
+        episode.feed(prompt(2, 6))
+        list(episode.generate(None, 3, stop_token_ids=()))
+        episode.undo(2)
+    traces = [episode.probe(prompt(2, 4, seed=8), at="every").logits for episode in (triton, reference)]
+    assert len(traces[0]) == 8
+    torch.testing.assert_close(*traces, rtol=2e-4, atol=2e-4)
+
+
+def test_a_non_finite_event_that_a_kernel_wrote_is_named_and_taken_back():
+    for episode in both(fw.Hebbian(rate=0.3)):
+        episode.feed(prompt(2, 3))
+        kept = episode.model.model.embed_tokens.weight[7].clone()
+        episode.model.model.embed_tokens.weight[7] = float("nan")
+        with pytest.raises(ValueError, match=r"event 4 of layers.1.mlp.gate_proj \(row 1\) has a non-finite factor"):
+            episode.feed([[5], [7]])
+        episode.model.model.embed_tokens.weight[7] = kept
+        assert episode.lengths == [3, 3]
+        assert torch.isfinite(episode.feed([[5], [6]])).all()
+
+
+def test_half_precision_steps_stay_near_torch():
+    out = []
+    for episode in both(fw.Hebbian(rate=0.2, mu=0.1), dtype=torch.float16):
+        episode.feed(prompt(2, 4))
+        out.append(torch.cat([episode.feed(prompt(2, 1, seed=n)) for n in range(4)], dim=1).float())
+    assert float((out[0] - out[1]).norm() / out[0].norm()) < 5e-3
