@@ -45,6 +45,12 @@ class Moment:
         here = (self.layers is None or site[0] in self.layers) and (self.linears is None or site[1] in self.linears)
         if not here:
             return torch.zeros_like(w_R)
+        named = [*self.without, *self.scale]
+        if named and min(named) <= log.oldest_event(row):
+            raise ValueError(
+                f"probe(at=...) names event {min(named)}, but the oldest that {log.name} keeps by itself in row {row} "
+                f"is {log.oldest_event(row) + 1} (overflow={log.overflow!r}; attach with archive=True)"
+            )
         number_R = log.moment_factors()[3][row] + 1
         for event, factor in [*((event, 0.0) for event in self.without), *self.scale.items()]:
             w_R = torch.where(number_R == event, w_R * factor, w_R)
@@ -52,12 +58,13 @@ class Moment:
 
     def check(self, latest: int) -> None:
         """Refuses events that have not happened; `latest` events have."""
-        named = [self.events, self.minus, *self.without, *self.scale]
-        for event in named:
+        for event in (self.events, self.minus, *self.without, *self.scale):
             if event is not None and (isinstance(event, bool) or not isinstance(event, int)):
                 raise ValueError(f"probe(at=...) names event {event!r}: expected a whole number")
             if event is not None and not 0 <= event <= latest:
                 raise ValueError(f"probe(at=...) names event {event}, but this episode has events 0 to {latest}")
+        if 0 in self.without or 0 in self.scale:
+            raise ValueError("probe(at=...) leaves out or scales event 0: events are numbered from 1")
 
 
 At = str | Sequence[int | Moment]

@@ -124,3 +124,6 @@ def test_an_archive_keeps_every_moment_exact(overflow):
     forgetful.feed(ids)
     with pytest.raises(ValueError, match="after event 3 is not kept, expected a moment from"):
         forgetful.probe(question, at=[3])
+    with pytest.raises(ValueError, match=r"names event 2, but the oldest that layers.1.mlp.\w+ keeps by itself"):
+        forgetful.probe(question, at=[fw.Moment(without=[2])])
+    episode.probe(question, at=[fw.Moment(without=[2])])

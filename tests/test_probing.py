@@ -117,6 +117,7 @@ def test_a_model_without_plastic_linears_has_one_moment():
         ({"at": [-1]}, "names event -1"),
         ({"at": [1.5]}, "names event 1.5: expected a whole number"),
         ({"at": [Moment(without=[12])]}, "names event 12"),
+        ({"at": [Moment(scale={0: 2.0})]}, "events are numbered from 1"),
         ({"positions": [5]}, "expected columns from 0 to 4"),
         ({"positions": []}, "expected columns from 0 to 4"),
         ({"sites": ["z"]}, "site 'z' does not exist"),
