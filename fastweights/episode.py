@@ -136,8 +136,9 @@ class Episode:
         self.cache.reserve(span.end)
         lengths, pending, logs, events = self.lengths, list(self.pending), dict(self.logs), self.event_counts
         try:
-            first_B = real_BT.int().argmax(1, keepdim=True)
-            self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
+            if self.pending:
+                first_B = real_BT.int().argmax(1, keepdim=True)
+                self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
             if not step:
                 out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
                 last_BV = span.last(out_BTV)[:, 0]
@@ -156,8 +157,9 @@ class Episode:
             for site, log in self.logs.items():
                 log.rewind(events[site])
             raise
-        moved_B1 = real_BT.any(1, keepdim=True).to(last_BV.device)
-        self.logits_BV = last_BV.clone() if self.logits_BV is None else torch.where(moved_B1, last_BV, self.logits_BV)
+        if self.logits_BV is not None and span.real_BT is not None:
+            last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
+        self.logits_BV = last_BV
         for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
             seen.extend(i for i, r in zip(ids, real, strict=True) if r)
         return out_BTV
@@ -165,14 +167,16 @@ class Episode:
     def _check_room(self, real_BT: Tensor, write_BT: Tensor) -> bool:
         """Refuses what the logs could not take; says whether the tokens must go through one by one."""
         counts = write_BT.sum(1).tolist()
-        # a gradient event waits for the next token: the last token's is not written in this feed
-        followed_BT = real_BT.flip(1).cumsum(1).flip(1) > 1
-        waiting = [int(sum(bool(p.rows_B[b]) for p in self.pending) and real_BT[b].any()) for b in range(len(counts))]
-        later = [w + c for w, c in zip(waiting, (write_BT & followed_BT).sum(1).tolist(), strict=True)]
-        step = False
+        later, step = counts, False
+        if not all(linear.rule.neuron_local for linear in self._linears.values()):
+            # a gradient event waits for the next token: the last token's is not written in this feed
+            followed_BT = real_BT.flip(1).cumsum(1).flip(1) > 1
+            known_B = real_BT.any(1)
+            due = [sum(bool(p.rows_B[row] & known_B[row]) for p in self.pending) for row in range(len(counts))]
+            later = [d + c for d, c in zip(due, (write_BT & followed_BT).sum(1).tolist(), strict=True)]
+            step = any(counts)
         for site, linear in self._linears.items():
             self.logs[site].check_room(counts if linear.rule.neuron_local else later)
-            step = step or (not linear.rule.neuron_local and any(counts))
         return step
 
     def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
@@ -180,7 +184,7 @@ class Episode:
         device = self.model.device
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
         write = write_BT.to(device) if bool(write_BT.any()) else None
-        now = Pass(self.logs, span.position_BT, write, write_BT.sum(1).tolist())
+        now = Pass(self.logs, span.position_BT, write, write_BT.sum(1).tolist(), bool(write_BT.all()))
         taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
         with bound(self.model, self, now), torch.set_grad_enabled(taping):
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
@@ -223,7 +227,7 @@ class Episode:
         for site, new in events.items():
             self.logs[site].check(new)
         for site, new in events.items():
-            if not self.logs[site].fits(new.write_BT.sum(1).tolist()):
+            if not self.logs[site].fits(new.counts):
                 self.logs[site] = self.logs[site].clone()  # what a fold or a ring overwrites, `_feed` may need again
             self.logs[site].write(new)
 

@@ -34,10 +34,10 @@ class Keys:
     """What the events of one input have in common, whatever the linear."""
 
     h_BTI: Tensor  # the input itself, before any cast: identity tells whether another linear may share
-    form: tuple  # (mu, bias, decay) of the rule
+    form: tuple  # (mu, bias, decay, clip) of the rule
     k_BTI: Tensor
     bias_BT: Tensor | None
-    norm_BT: Tensor  # ‖k‖
+    norm_BT: Tensor  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
 
 
@@ -52,6 +52,7 @@ class Pass:
     position_BT: Tensor
     write_BT: Tensor | None = None  # None: read only
     counts: Sequence[int] = ()  # events to come, per row
+    whole: bool = False  # every token of every row is written
     weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per episode row, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
     replaced: dict[Site, EventLog] = field(default_factory=dict)  # logs that overflow: copies, events and all
@@ -61,6 +62,13 @@ class Pass:
     keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
 
 
+@dataclass
+class Binding:
+    """Which pass is running: one for all plastic linears of a model. Set by `bound`, None otherwise."""
+
+    now: Pass | None = None
+
+
 class PlasticLinear(nn.Module):
     """Stands in for an nn.Linear of the MLP: y = W h + b + ΔW h (+ Δb) while an episode runs, W h + b otherwise.
 
@@ -68,9 +76,17 @@ class PlasticLinear(nn.Module):
     that of the frozen model and `base` can be put back as the same object.
     """
 
-    active: Pass | None = None
-
-    def __init__(self, base: nn.Linear, site: Site, rule: Rule, rank: int, overflow: str, backend: str, archive: bool):
+    def __init__(
+        self,
+        base: nn.Linear,
+        site: Site,
+        rule: Rule,
+        rank: int,
+        overflow: str,
+        backend: str,
+        archive: bool,
+        binding: Binding,
+    ):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -78,6 +94,7 @@ class PlasticLinear(nn.Module):
         self.site, self.rule, self.rank, self.overflow = site, rule, rank, overflow
         self.backend, self.archive = backend, archive
         self.activation: Activation = ACTIVATIONS[site[1]]
+        self.binding = binding
 
     base: nn.Linear
 
@@ -94,7 +111,7 @@ class PlasticLinear(nn.Module):
         return EventLog(self.name, *size, self.overflow, self.rule.decay, dtype, self.weight.device, self.archive)
 
     def forward(self, h_BTI: Tensor) -> Tensor:
-        now = self.active
+        now = self.binding.now
         if now is None:
             return F.linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.site]
@@ -111,19 +128,24 @@ class PlasticLinear(nn.Module):
         if now.weights is not None:
             a_BTO = a_BTO + self._read_moments(now.weights[self.site], log, h_BTI.to(log.dtype))
         elif log.used:
-            a_BTO = a_BTO + self._read(log, h_BTI.to(log.dtype), log.now())
+            a_BTO = a_BTO + self._read(log, h_BTI.to(log.dtype), None)
         if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.site] = (a_BTO, h_BTI.detach().to(log.dtype))
         return a_BTO.to(frozen_BTO.dtype)
 
-    def _read(self, log: EventLog, h_BTI: Tensor, events_BT: Tensor) -> Tensor:
-        """ΔW h (+ Δb) as seen after `events_BT` events."""
+    def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None) -> Tensor:
+        """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more."""
         U_BRO, K_BRI, bias_BR = log.factors()
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
-        w_BTR = log.weights(events_BT)
+        w_BTR = None
+        if not log.plain(h_BTI.shape[1]):
+            events_BT = log.now()
+            if write_BT is not None and h_BTI.shape[1] > 1:
+                events_BT = events_BT + write_BT.cumsum(1) - write_BT.long()
+            w_BTR = log.weights(events_BT)
         return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, w_BTR, self.backend)
 
     def _read_moments(self, w_EMR: Tensor, log: EventLog, h_BTI: Tensor) -> Tensor:
@@ -153,11 +175,10 @@ class PlasticLinear(nn.Module):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
             if log.used:
-                events_BC = log.now() + write_BC.cumsum(1) - write_BC.long()
-                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], events_BC)
+                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC)
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
-            events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC)
+            events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole)
             if fits:
                 now.staged[self.site] = events
             else:
@@ -179,7 +200,7 @@ class PlasticLinear(nn.Module):
         if t1 - t0 == 1:
             # the only token that may carry a graph: gradient rules go token by token
             u_B1O = value(a_BCO.detach(), 0, 1)
-            return a_BCO, u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
+            return a_BCO, u_B1O if now.whole else u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
         if (t0, t1) not in keys.grams:
             part = slice(t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, part]
@@ -235,12 +256,13 @@ class PlasticLinear(nn.Module):
         return {**twin, "activation": self.activation.name, "clip": self.rule.clip}
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
-        rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay)
+        rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip)
         if now.keys is None or now.keys.h_BTI.data_ptr() != h_BTI.data_ptr() or now.keys.form != form:
             h = h_BTI.detach().to(dtype)
             scale_BT = key_scale(rule, h)
             k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
-            now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, k_BTI.norm(dim=-1), {})
+            norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
+            now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, norm_BT, {})
         return now.keys
 
 
@@ -291,26 +313,28 @@ def last_episode(model: Llama) -> Episode | None:
 
 def plastic_linears(model: Llama) -> dict[Site, PlasticLinear]:
     """Every plastic linear of the model, in the order in which a forward pass meets them."""
-    return {
-        (layer, name): linear
-        for layer, block in enumerate(model.model.layers)
-        for name in ACTIVATIONS
-        if isinstance(linear := getattr(block.mlp, name), PlasticLinear)
-    }
+    found: dict[Site, PlasticLinear] = {}
+    # straight at the registries: this runs before every token, and nn.Module's attribute look-up is slow
+    for layer, block in enumerate(model.model.layers._modules.values()):
+        linears = block._modules["mlp"]._modules  # type: ignore[union-attr]
+        for name in ACTIVATIONS:
+            if type(linear := linears[name]) is PlasticLinear:
+                found[layer, name] = linear
+    return found
 
 
 @contextlib.contextmanager
 def bound(model: Llama, episode: Episode, now: Pass) -> Iterator[None]:
     """Runs the model with these fast weights, and unbinds them whatever happens."""
-    linears = plastic_linears(model).values()
+    bindings = {id(linear.binding): linear.binding for linear in plastic_linears(model).values()}.values()
     last_ran(model, episode)
     try:
-        for linear in linears:
-            linear.active = now
+        for binding in bindings:
+            binding.now = now
         yield
     finally:
-        for linear in linears:
-            linear.active = None
+        for binding in bindings:
+            binding.now = None
 
 
 def attach(
@@ -364,10 +388,13 @@ def attach(
         if isinstance(getattr(model.model.layers[layer].mlp, name), PlasticLinear):
             raise ValueError(f"layers.{layer}.mlp.{name} is already plastic: fw.detach(model) first")
     _check_target(model, rule, sites)
+    binding = next((linear.binding for linear in plastic_linears(model).values()), Binding())
     plastic = {}
     for layer, name in sites:
         mlp = model.model.layers[layer].mlp
-        plastic[layer, name] = PlasticLinear(getattr(mlp, name), (layer, name), rule, rank, overflow, chosen, archive)
+        plastic[layer, name] = PlasticLinear(
+            getattr(mlp, name), (layer, name), rule, rank, overflow, chosen, archive, binding
+        )
         setattr(mlp, name, plastic[layer, name])
     return FastWeights(model, plastic)
 

@@ -10,6 +10,7 @@ Shape suffixes: B rows, T tokens, R slots, O out, I in, M moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,20 @@ class Events:
     K_BTI: Tensor
     bias_BT: Tensor | None
     write_BT: Tensor  # bool: which of them are written
+    whole: bool = False  # whether that is all of them, when the caller knows
+
+    @property
+    def counts(self) -> list[int]:
+        """Events to be written, per row."""
+        rows, tokens = self.write_BT.shape
+        return [tokens] * rows if self.whole else self.write_BT.sum(1).tolist()
 
     def part(self, start: int, end: int) -> Events:
         """The events of tokens start to end."""
         bias_BT = None if self.bias_BT is None else self.bias_BT[:, start:end]
-        return Events(self.U_BTO[:, start:end], self.K_BTI[:, start:end], bias_BT, self.write_BT[:, start:end])
+        return Events(
+            self.U_BTO[:, start:end], self.K_BTI[:, start:end], bias_BT, self.write_BT[:, start:end], self.whole
+        )
 
     def finite_BT(self) -> Tensor:
         finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
@@ -43,7 +53,7 @@ class Events:
 
     def to(self, device: torch.device) -> Events:
         bias_BT = None if self.bias_BT is None else self.bias_BT.to(device)
-        return Events(self.U_BTO.to(device), self.K_BTI.to(device), bias_BT, self.write_BT.to(device))
+        return Events(self.U_BTO.to(device), self.K_BTI.to(device), bias_BT, self.write_BT.to(device), self.whole)
 
 
 class EventLog:
@@ -123,6 +133,10 @@ class EventLog:
         """w [B, T, `slots` or used] as seen after `events_BT` events of each row (int64), the last fold or later."""
         return self._weigh(self.birth_BR[:, None, : slots or self.used], events_BT[..., None], self.dtype)
 
+    def plain(self, tokens: int) -> bool:
+        """Whether every used slot of every row weighs 1 for the next `tokens` tokens, whatever they write."""
+        return self.decay == 0 and len(set(self.events)) == 1 and (self.overflow != "evict" or tokens == 1)
+
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `weights`."""
         return torch.tensor(self.events, device=self.U_BRO.device)[:, None]
@@ -157,7 +171,9 @@ class EventLog:
 
     def check(self, new: Events) -> None:
         """Refuses, before anything has changed, events that do not fit or are not finite."""
-        self.check_room(new.write_BT.sum(1).tolist())
+        self.check_room(new.counts)
+        if math.isfinite(float(new.U_BTO.sum() + new.K_BTI.sum())):  # one look for all; a sum may overflow by itself
+            return
         bad_BT = new.write_BT & ~new.finite_BT()
         if bad_BT.any():
             row, token = bad_BT.nonzero()[0].tolist()
@@ -193,6 +209,8 @@ class EventLog:
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
 
     def _append(self, new: Events) -> None:
+        if new.whole and len(set(self.events)) == 1 and self.fits(new.counts):
+            return self._write_whole(new)
         for start, end in self.segments(new.write_BT):
             before = self.events
             self._write(new.part(start, end))
@@ -200,9 +218,22 @@ class EventLog:
                 if n != was and self.slots.last_fold(n) == n:
                     self._fold(row)
 
+    def _write_whole(self, new: Events) -> None:
+        """Every token of every row, into slots that lie side by side: what a decode step does."""
+        n, tokens = self.events[0], new.write_BT.shape[1]
+        if self.overflow == "grow":
+            self._reserve(n + tokens)
+        first = self.slots.filled(n)
+        slots = slice(first, first + tokens)
+        self.U_BRO[:, slots], self.K_BRI[:, slots] = new.U_BTO, new.K_BTI
+        if new.bias_BT is not None:
+            self.bias_BR[:, slots] = new.bias_BT
+        self.birth_BR[:, slots] = torch.arange(n, n + tokens, device=self.birth_BR.device)
+        self.events = [n + tokens] * len(self.events)
+
     def _write(self, new: Events) -> None:
         """The events of one segment."""
-        counts = new.write_BT.sum(1).tolist()
+        counts = new.counts
         row, token = new.write_BT.nonzero(as_tuple=True)
         event = torch.tensor(self.events, device=row.device)[row] + (new.write_BT.cumsum(1) - 1)[row, token]
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]

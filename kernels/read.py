@@ -18,7 +18,7 @@ def reference(
     U_BRO: torch.Tensor,
     K_BRI: torch.Tensor,
     kb_BR: torch.Tensor | None,
-    w: torch.Tensor,
+    w: torch.Tensor | None,
 ) -> torch.Tensor:
     """The definition, in torch: factors of batch 1 (or of stride 0) serve every row of x."""
     dtype = U_BRO.dtype
@@ -26,6 +26,11 @@ def reference(
     R, O = U_BRO.shape[1:]
     if R == 0:
         return x_BTI.new_zeros(B, T, O, dtype=dtype)
+    if w is None:
+        # bmm, where the batches agree, saves `@` its look at every dimension: this runs at each token
+        product = torch.bmm if B == len(U_BRO) == len(K_BRI) else torch.matmul
+        c_BTR = product(x_BTI.to(dtype), K_BRI.mT)
+        return product(c_BTR if kb_BR is None else c_BTR + kb_BR[:, None], U_BRO)
     w_BTR = (w if w.dim() == 3 else w[:, None]).to(dtype).expand(B, T, R)
     x_BTI = x_BTI.to(dtype)
     if B > 1 and _shared(U_BRO) and _shared(K_BRI):  # one large product instead of B small ones
@@ -191,18 +196,21 @@ def read(
     U_BRO: torch.Tensor,
     K_BRI: torch.Tensor,
     kb_BR: torch.Tensor | None,
-    w: torch.Tensor,
+    w: torch.Tensor | None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """What the fast weights add: ((x Kᵀ + kb) ⊙ w) U, shape [B, T, O] in the factors' dtype.
 
     x [B, T, I] any float dtype; U [B, R, O], K [B, R, I], kb [B, R] or None (no fast bias), each with batch
-    B or 1; w [B, R], or [B, T, R] when tokens look at different moments. Differentiable in x.
+    B or 1; w [B, R], or [B, T, R] when tokens look at different moments; None: every slot is alive and weighs 1.
+    Differentiable in x.
     """
     match backend:
         case "torch":
             return reference(x_BTI, U_BRO, K_BRI, kb_BR, w)
         case "triton":
+            if w is None:
+                w = torch.ones_like(K_BRI[..., 0])
             run = _op if x_BTI.is_cuda else launch  # on the CPU: Triton's interpreter
             return run(x_BTI, U_BRO, K_BRI, kb_BR, w)
         case _:
