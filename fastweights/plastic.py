@@ -287,6 +287,14 @@ class FastWeights:
         """Δb of one linear in one row of an episode, [O]."""
         return self._log(layer, linear, episode).delta_bias(row)
 
+    def error(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> tuple[float, float]:
+        """(error_2, error_F): bounds on ‖ΔW_exact − ΔW‖ of one linear, see `EventLog.certificate`."""
+        return self._log(layer, linear, episode).certificate(row)
+
+    def effective_rank(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
+        """exp of the entropy of the normalised singular values of ΔW (Roy & Vetterli 2007)."""
+        return self._log(layer, linear, episode).effective_rank(row)
+
     def _log(self, layer: int, linear: str, episode: Episode | None) -> EventLog:
         if (layer, linear) not in self.linears:
             raise ValueError(

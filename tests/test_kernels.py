@@ -404,7 +404,6 @@ def test_scan_operator():
     close(u.mT, wanted[1], 1e-6)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="runs interpreted")
 def test_triton_refuses_float64():
     h, k = keys(1, 4, 3)
     gram = scan.Gram(h, k, None, torch.ones(1, 4, dtype=torch.bool, device=DEVICE))

@@ -127,3 +127,15 @@ def test_an_archive_keeps_every_moment_exact(overflow):
     with pytest.raises(ValueError, match=r"names event 2, but the oldest that layers.1.mlp.\w+ keeps by itself"):
         forgetful.probe(question, at=[fw.Moment(without=[2])])
     episode.probe(question, at=[fw.Moment(without=[2])])
+
+
+def test_the_handle_reports_errors_and_effective_rank():
+    model, fast = plastic(fw.Hebbian(rate=0.2, mu=0.1), "compress")
+    episode = fw.Episode(model)
+    episode.feed(prompt(1, 8))
+    assert fast.error(1, "up_proj") == (0.0, 0.0)
+    assert 1 < fast.effective_rank(1, "up_proj") <= 8
+    episode.feed(prompt(1, 12, seed=2))
+    error_2, error_F = fast.error(1, "up_proj")
+    assert 0 < error_2 <= error_F
+    assert fast.effective_rank(1, "up_proj") <= 12
