@@ -13,6 +13,8 @@ import torch
 
 from fastweights.config import LlamaConfig
 
+QUIET = 0.1  # share of the CPU that other processes may take during a sample that counts
+
 
 class Wrong(Exception):
     """What was to be timed does not compute what its reference computes."""
@@ -93,7 +95,7 @@ def sample(trial: Trial, device: torch.device, seconds: float = 0.25) -> Sample:
     timed, runs = 0.0, 0
     busy, own = _cpu_seconds()
     begin = time.perf_counter()
-    while timed < seconds:
+    while runs == 0 or timed < seconds:
         trial.prepare()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -109,40 +111,43 @@ def sample(trial: Trial, device: torch.device, seconds: float = 0.25) -> Sample:
     return Sample(timed / runs / trial.units, max(others, 0.0) if others == others else 0.0)
 
 
+class Patience:
+    """Takes samples again while others disturb them, until `seconds` have gone into that in all."""
+
+    def __init__(self, seconds: float, progress: Callable[[str], None] = lambda text: None):
+        self.seconds, self.progress = seconds, progress
+
+    def sample(self, trial: Trial, device: torch.device, seconds: float) -> Sample:
+        """The first quiet sample, or the least disturbed one."""
+        best = sample(trial, device, seconds)
+        while best.others > QUIET and self.seconds > 0:
+            self.progress(f"{trial.name}: disturbed, again ({self.seconds:.0f} s left for that)")
+            begin = time.perf_counter()
+            time.sleep(0.2)
+            best = min(best, sample(trial, device, seconds), key=lambda taken: taken.others)
+            self.seconds -= time.perf_counter() - begin
+        return best
+
+
 def alternate(
-    trials: Sequence[Trial],
-    device: torch.device,
-    repeats: int,
-    seconds: float = 0.25,
-    quiet: float = 0.1,
-    patience: int = 8,
-    progress: Callable[[str], None] = lambda text: None,
+    trials: Sequence[Trial], device: torch.device, repeats: int, seconds: float, patience: Patience
 ) -> tuple[list[dict[str, float]], float]:
     """`repeats` rounds of all trials, A B A B, every other round backwards; (seconds per unit by name, noise).
 
-    A sample during which other processes took more than `quiet` of the CPU is taken again, up to `patience`
-    times, and the least disturbed one counts. Rounds that stay disturbed are dropped as long as there are
-    quiet ones. Noise is the largest share that others had in a round that counts.
+    Rounds that stay disturbed are dropped where there are quiet ones. Noise is the largest share of the CPU that
+    others had in a round that counts.
     """
     for trial in trials:
         trial.prepare()
         trial.run()  # warm
     rounds: list[tuple[float, dict[str, float]]] = []
     for number in range(repeats):
-        order = trials if number % 2 == 0 else trials[::-1]
-        best: dict[str, Sample] = {}
-        for trial in order:
-            for attempt in range(max(patience, 1)):
-                again = f", disturbed, again ({attempt})" if attempt else ""
-                progress(f"round {number + 1} of {repeats}: {trial.name}{again}")
-                taken = sample(trial, device, seconds)
-                if trial.name not in best or taken.others < best[trial.name].others:
-                    best[trial.name] = taken
-                if taken.others <= quiet:
-                    break
-                time.sleep(min(0.1 * attempt, 1.0))
-        rounds.append((max(s.others for s in best.values()), {name: s.seconds for name, s in best.items()}))
-    calm = [r for r in rounds if r[0] <= quiet] or rounds
+        taken: dict[str, Sample] = {}
+        for trial in trials if number % 2 == 0 else trials[::-1]:
+            patience.progress(f"{trial.name}: round {number + 1} of {repeats}")
+            taken[trial.name] = patience.sample(trial, device, seconds)
+        rounds.append((max(s.others for s in taken.values()), {name: s.seconds for name, s in taken.items()}))
+    calm = [r for r in rounds if r[0] <= QUIET] or rounds
     return [seconds for _, seconds in calm], max(noise for noise, _ in calm)
 
 
@@ -171,20 +176,23 @@ class Ceiling:
         size = self._a.shape[0]
         return Trial("matmul", lambda: self._a @ self._a, flops=2 * size**3)
 
-    def measure(self, repeats: int) -> dict[str, Any]:
+    def measure(self, repeats: int, patience: Patience) -> dict[str, Any]:
         """GB/s with 1..n threads and GFLOP/s; the best of `repeats` samples each: a ceiling is a maximum."""
-        found: dict[str, Any] = {"stream_buffer_MB": self._buffer.nbytes // 10**6, "matmul_size": self._a.shape[0]}
+        found: dict[str, Any] = {
+            "stream_buffer_MB": self._buffer.nbytes // 10**6,
+            "matmul_size": self._a.shape[0],
+        }
         threads = torch.get_num_threads()
         counts = [threads] if self.device.type == "cuda" else sorted({1, *_powers(threads), threads})
         stream: dict[str, float] = {}
         for count in counts:
             torch.set_num_threads(count)
-            best = min(sample(self.trial("stream"), self.device, 0.1).seconds for _ in range(repeats))
+            best = min(patience.sample(self.trial("stream"), self.device, 0.1).seconds for _ in range(repeats))
             stream[str(count)] = self._buffer.nbytes / best / 1e9
         torch.set_num_threads(threads)
         found["stream_GBps"] = max(stream.values())
         found["stream_GBps_by_threads"] = stream if self.device.type == "cpu" else {}
-        best = min(sample(self.trial("matmul"), self.device, 0.1).seconds for _ in range(repeats))
+        best = min(patience.sample(self.trial("matmul"), self.device, 0.1).seconds for _ in range(repeats))
         found["matmul_GFLOPs"] = self.trial("matmul").flops / best / 1e9
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,7 @@ from .measure import Unavailable
 
 def transformers_model(model: Llama) -> Any:
     """transformers' Llama with a copy of this model's weights, in memory of its own."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise Unavailable("transformers is not installed: pip install 'fastweights[bench]'") from error
+    transformers = _transformers()
     config = transformers.LlamaConfig(**_config(model.config), attn_implementation="sdpa")
     with torch.device("meta"):
         peer = transformers.LlamaForCausalLM(config)
@@ -29,14 +27,23 @@ def transformers_model(model: Llama) -> Any:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     peer.load_state_dict(state, assign=True)
     peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config, device=model.device)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its buffers were on meta
     return peer.eval().requires_grad_(False)
 
 
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise Unavailable("transformers is not installed: pip install 'fastweights[bench]'") from error
+
+
 def _config(config: LlamaConfig) -> dict[str, Any]:
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    same += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
-    same += ("attention_bias", "mlp_bias", "tie_word_embeddings")
+    same = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+        *("attention_bias", "mlp_bias", "tie_word_embeddings"),
+    ]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {key: value for key, value in vars(config.rope_scaling).items() if value is not None}
@@ -50,13 +57,13 @@ class Decoder:
     """
 
     def __init__(self, peer: Any, prompt_BT: Tensor, steps: int, static: bool = False):
-        from transformers import DynamicCache, StaticCache
-
+        transformers = _transformers()
         self.peer, self.static, self.length, self.steps = peer, static, prompt_BT.shape[1], steps
+        self.cache: Any
         if static:
-            self.cache = StaticCache(config=peer.config, max_cache_len=self.length + steps)
+            self.cache = transformers.StaticCache(config=peer.config, max_cache_len=self.length + steps)
         else:
-            self.cache = DynamicCache(config=peer.config)
+            self.cache = transformers.DynamicCache(config=peer.config)
         self.step = peer.forward
         if static and prompt_BT.device.type == "cuda":
             self.step = torch.compile(peer.forward, mode="reduce-overhead", fullgraph=True)
@@ -105,7 +112,7 @@ class HookLoop:
     """
 
     def __init__(self, peer: Any, layers: Sequence[int], linears: Sequence[str], rule: Hebbian):
-        assert rule.gate == "ones" and rule.decay == 0 and rule.clip is None and not rule.bias
+        assert (rule.gate, rule.decay, rule.clip, rule.bias) == ("ones", 0, None, False)
         self.peer, self.rule = peer, rule
         self.targets = [(getattr(peer.model.layers[n].mlp, name), name) for n in layers for name in linears]
         self.original = [linear.weight.detach().clone() for linear, _ in self.targets]
@@ -135,8 +142,6 @@ class HookLoop:
     @torch.no_grad()
     def run(self, context: Sequence[int], question: Sequence[int], prompt: Sequence[int], answers: Sequence[int]):
         """Distances [N, L+1] and answer log-probabilities [N, A]; `prompt` is context and question together."""
-        from transformers import DynamicCache
-
         target, _ = self.hidden(prompt)
         rows, scores = [], []
 
@@ -151,7 +156,7 @@ class HookLoop:
         def after(module: Any, args: Any, out: Tensor) -> None:
             inputs[module] = (args[0][0, -1], out[0, -1])
 
-        cache = DynamicCache(config=self.peer.config)
+        cache = _transformers().DynamicCache(config=self.peer.config)
         for token in context:
             handles = [linear.register_forward_hook(after) for linear, _ in self.targets]
             try:
