@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LlamaConfig
+from .kernels.linear import linear
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,13 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear through `kernels.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Angle per position of each pair of channels, [E/2] float32 (Su et al. 2021; llama3 and linear scaling)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -195,16 +203,16 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         D, E, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=bias)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=bias)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=bias)
+        self.q_proj = Linear(D, config.num_attention_heads * E, bias=bias)
+        self.k_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
+        self.v_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * E, D, bias=bias)
         self.grouped = config.num_attention_heads != config.num_key_value_heads
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], span: Span, cache: KVCache | None) -> Tensor:
         q, k, v = (
-            linear(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
+            project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -220,9 +228,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, O, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, O, bias=bias)
-        self.up_proj = nn.Linear(D, O, bias=bias)
-        self.down_proj = nn.Linear(O, D, bias=bias)
+        self.gate_proj = Linear(D, O, bias=bias)
+        self.up_proj = Linear(D, O, bias=bias)
+        self.down_proj = Linear(O, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -261,7 +269,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.frequency: Tensor | None = None  # made on first use: a model may be built on the meta device
         self.tie_weights()
         self.requires_grad_(False)

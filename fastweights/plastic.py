@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, scan
 from .kernels.step import step_
@@ -113,12 +113,12 @@ class PlasticLinear(nn.Module):
     def forward(self, h_BTI: Tensor) -> Tensor:
         now = self.binding.now
         if now is None:
-            return F.linear(h_BTI, self.weight, self.bias)
+            return linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.site]
         writes = now.write_BT is not None and self.rule.neuron_local
         if writes and self.backend == "triton" and h_BTI.shape[1] == 1 and log.fits(now.counts):
             return self._step(now, log, h_BTI)
-        frozen_BTO = F.linear(h_BTI, self.weight, self.bias)
+        frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None:
             return frozen_BTO
         # The fast read is added, and the rule applied, in the log's precision; only the sum is cast back.
@@ -409,8 +409,8 @@ def attach(
 
 def detach(model: Llama) -> None:
     """Puts the original linears back, all of them, as the same objects."""
-    for (layer, name), linear in plastic_linears(model).items():
-        setattr(model.model.layers[layer].mlp, name, linear.base)
+    for (layer, name), plastic in plastic_linears(model).items():
+        setattr(model.model.layers[layer].mlp, name, plastic.base)
 
 
 def _choose_backend(backend: str, model: Llama, rule: Rule) -> str:
@@ -450,13 +450,13 @@ def _check_target(model: Llama, rule: Rule, sites: Sequence[Site]) -> None:
 
 def check_targets(linears: Mapping[Site, PlasticLinear], rows: int, position_BT: Tensor, write_BT: Tensor) -> None:
     """Refuses written positions and rows that a rule's target does not reach."""
-    for linear in linears.values():
-        target = getattr(linear.rule, "target", None)
+    for plastic in linears.values():
+        target = getattr(plastic.rule, "target", None)
         if not isinstance(target, Tensor) or target.dim() == 1 or not write_BT.any():
             continue
         last = int(position_BT[write_BT].max())
         if last >= target.shape[-2] or (target.dim() == 3 and len(target) != rows):
             raise ValueError(
-                f"{linear.name}: the rule's target has shape {list(target.shape)}, "
+                f"{plastic.name}: the rule's target has shape {list(target.shape)}, "
                 f"but position {last} of {rows} rows is to be written"
             )

@@ -10,8 +10,8 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
-    *("config", "tokenizer", "hub", "model", "gguf", "weights"),
-    *("rules", "slots", "compress", "state", "kernels", "probes", "inputs", "sampling"),
+    *("config", "tokenizer", "hub", "kernels", "model", "gguf", "weights"),
+    *("rules", "slots", "compress", "state", "probes", "inputs", "sampling"),
     *(
         "plastic",
         "moments",
@@ -26,7 +26,7 @@ ORDER = [
     ),
 ]
 ALONE = {"config": set(), "rules": set(), "slots": set(), "compress": set(), "state": {"slots", "compress"}}
-ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "model": {"config"}}
+ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "model": {"config", "kernels"}}
 
 
 def imported(file):

@@ -1,0 +1,73 @@
+"""The C helper for a few rows on a CPU: torch's product, and a warning where it cannot be built."""
+
+import warnings
+
+import pytest
+import torch
+
+from fastweights.kernels import linear as module
+from fastweights.kernels.linear import linear
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (8,), (9,), (2, 40)])
+@pytest.mark.parametrize(("O", "I"), [(257, 300), (1536, 576), (3, 5)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_few_rows_equal_the_float64_product(rows, O, I, has_bias):
+    generator = torch.Generator().manual_seed(0)
+    h, W, b = (torch.randn(*size, generator=generator) for size in ((*rows, I), (O, I), (O,)))
+    exact = h.double() @ W.double().T + (b.double() if has_bias else 0)
+    found = linear(h, W, b if has_bias else None)
+    assert found.shape == (*rows, O)
+    assert float((found - exact).norm() / exact.norm()) < 3e-7
+
+
+def test_the_helper_is_built_where_there_is_a_compiler_and_takes_views():
+    assert module.gemv() is not None
+    W, h = torch.randn(300, 300), torch.randn(300, 2)
+    torch.testing.assert_close(linear(h.T[:1], W, None), h.T[:1] @ W.T)
+    torch.testing.assert_close(linear(h[:, 0], W.T, None), h[:, 0] @ W)
+
+
+def test_nan_and_infinity_come_through():
+    W, h = torch.ones(300, 300), torch.ones(1, 300)
+    W[7, 3], W[8, 4] = float("nan"), float("inf")
+    y = linear(h, W, None)[0]
+    assert y[7].isnan()
+    assert y[8].isinf()
+    assert y[[0, 299]].tolist() == [300.0, 300.0]
+
+
+def test_a_gradient_goes_through_torch():
+    W, h = torch.randn(300, 300), torch.randn(1, 300, requires_grad=True)
+    linear(h, W, None).sum().backward()
+    torch.testing.assert_close(h.grad[0], W.sum(0))
+
+
+@pytest.fixture
+def fresh_helper():
+    module.gemv.cache_clear()
+    yield
+    module.gemv.cache_clear()
+
+
+def test_without_a_compiler_a_warning_says_so_and_torch_computes(fresh_helper, monkeypatch):
+    monkeypatch.setenv("FASTWEIGHTS_CC", "no-such-compiler")
+    W, h = torch.randn(300, 300), torch.randn(1, 300)
+    with pytest.warns(UserWarning, match="no C helper, .*there is no compiler 'no-such-compiler'"):
+        y = linear(h, W, None)
+    torch.testing.assert_close(y, h @ W.T)
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh_helper, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTWEIGHTS_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "FLAGS", ("-no-such-flag",))
+    with pytest.warns(UserWarning, match="no C helper, .*no-such-flag"):
+        linear(torch.randn(1, 300), torch.randn(300, 300), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_helper_can_be_declined_in_silence(fresh_helper, monkeypatch):
+    monkeypatch.setenv("FASTWEIGHTS_CC", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module.gemv() is None
