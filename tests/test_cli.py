@@ -121,7 +121,7 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
         ([*RUN, "--rule", "delta", "--target", "/no/such"], "No such file or directory: /no/such"),
         ([*RUN, "--rule", "local-least-squares", "--target", "fast"], "LocalLeastSquares(target='fast')"),
         ([*RUN, "--rank", "0"], "rank=0"),
-        ([*RUN, "--overflow", "error", "--rank", "2"], "3 events do not fit its rank of 2"),
+        ([*RUN, "--overflow", "error", "--rank", "2"], "4 events do not fit its rank of 2"),
         ([*RUN, "--dtype", "int4"], "int4"),
         ([*RUN, "--context", ""], "empty context"),
         ([*RUN, "--context", "@/no/such/file"], "cannot read /no/such/file"),
