@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             with open(options.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    if options.out:
-        write_results(Path(options.out), records)
+        if options.out:  # after every case: a run that is stopped loses nothing
+            write_results(Path(options.out), records)
     return 1 if any(record["status"] == "refused" for record in records) else 0
 
 

@@ -159,7 +159,7 @@ class Episode:
             raise
         if self.logits_BV is not None and span.real_BT is not None:
             last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
-        self.logits_BV = last_BV
+        self.logits_BV = last_BV.clone()  # a caller may change, or drop, what is returned
         for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
             seen.extend(i for i, r in zip(ids, real, strict=True) if r)
         return out_BTV
@@ -190,7 +190,7 @@ class Episode:
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
             if now.taped:
                 logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
-                self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0]))
+                self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0], self.event_counts))
         if write is not None:
             for site in now.landed:
                 self.logs[site].landed(now.counts, write)
@@ -299,6 +299,10 @@ class Episode:
         if prompt is not None:
             with torch.no_grad():
                 self._feed(prompt[0], prompt[1], update, generated=False, logits="last")
+        if 0 in self.lengths:
+            raise ValueError(
+                f"row {self.lengths.index(0)} has read no token: generate() has nothing to go on from there"
+            )
         ended = [False] * self.batch_size
         streams = [tokenizer.stream() for _ in ended] if tokenizer else []
         texts = [""] * self.batch_size
@@ -386,7 +390,7 @@ class Episode:
             values=[v[:, :, :end].clone() for v in self.cache.values],
             logs={site: log.clone() for site, log in self.logs.items()},
             pending=list(self.pending),
-            logits_BV=self.logits_BV,
+            logits_BV=None if self.logits_BV is None else self.logits_BV.clone(),
             seen=[list(ids) for ids in self.seen],
             generator=self.generator.get_state(),
         )
@@ -430,6 +434,8 @@ class Episode:
         if not chosen or any(not isinstance(r, int) or not 0 <= r < self.batch_size for r in chosen):
             raise ValueError(f"fork(rows={chosen}): this episode has rows 0 to {self.batch_size - 1}")
         child = Episode(self.model, len(chosen), self.max_length)
+        if rows is not None:
+            self._check_waiting()
         snapshot = self.snapshot()
         child.restore(snapshot if rows is None else snapshot.rows(chosen))
         waiting_B = torch.tensor([snapshot.waiting[row] for row in chosen])
@@ -459,7 +465,12 @@ class Episode:
             log.rewind([count - events for count in log.events])
 
     def save(self, path: str | Path) -> None:
-        """Writes everything that moves into one safetensors file, JSON in its header; whole or not at all."""
+        """Writes everything that moves into one safetensors file, JSON in its header; whole or not at all.
+
+        Raises:
+            ValueError: a gradient event waits that could not be differentiated again after loading.
+        """
+        self._check_waiting()
         save(self.snapshot(), self.model, self._linears, Path(path))
 
     @classmethod
@@ -476,6 +487,18 @@ class Episode:
         if any(waiting):
             episode._wait_again(torch.tensor(waiting))
         return episode
+
+    def _check_waiting(self) -> None:
+        """Refuses where `_wait_again` would not see the weights that the waiting token was read with."""
+        for pending in self.pending:
+            for row in pending.rows_B.nonzero()[:, 0].tolist():
+                for site, log in self.logs.items():
+                    then, own = pending.events[site][row], int(self._linears[site].rule.neuron_local)
+                    if log.events[row] != then + own or then < log.oldest_exact_moment(row):
+                        raise ValueError(
+                            f"a gradient event of row {row} waits for its next token, and {log.name} no longer holds "
+                            "the weights it was read with (an undo or an overflow since): feed the next token first"
+                        )
 
     @torch.no_grad()
     def _wait_again(self, waiting_B: Tensor) -> None:

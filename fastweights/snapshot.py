@@ -29,6 +29,7 @@ class Pending:
     logprob_BV: Tensor  # log p(next token), with the graph of this one token
     taped: dict[Site, tuple[Tensor, Tensor]]  # (a, h) of each linear
     rows_B: Tensor  # bool, on the CPU: rows that still wait
+    events: dict[Site, list[int]]  # events of each log when the token was read
 
 
 @dataclass(frozen=True)

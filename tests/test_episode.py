@@ -253,6 +253,14 @@ def test_a_seed_repeats_and_generation_goes_on_without_a_prompt():
     assert run(10) == run(4, max_new_tokens=6, temperature=1.5, stop_token_ids=())
 
 
+def test_a_row_that_has_read_nothing_cannot_generate():
+    model, _ = plastic(RULES["hebbian"])
+    episode = fw.Episode(model, 2)
+    episode.feed([[3, 4], [5, 6]], attention_mask=[[1, 1], [0, 0]])
+    with pytest.raises(ValueError, match="row 1 has read no token"):
+        next(episode.generate(None, 1))
+
+
 def test_sampling_filters_equal_transformers():
     from transformers.generation import logits_process as hf
 
