@@ -131,7 +131,6 @@ def generate(options: argparse.Namespace) -> None:
     if options.chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     ids = tokenizer.encode(text, add_special_tokens=not options.chat)
-    print(f"prompt ids: {ids}", file=sys.stderr)
     episode = Episode(model)
     steps = episode.generate(
         ids,
@@ -146,6 +145,7 @@ def generate(options: argparse.Namespace) -> None:
         stop_strings=options.stop,
         tokenizer=tokenizer,
     )
+    print(f"prompt ids: {ids}", file=sys.stderr)  # generate() has accepted them
     new: list[int] = []
     with torch.no_grad():
         for step in steps:
