@@ -1,6 +1,6 @@
 """linear: W h + b. For a few rows of float32 on a CPU, a small C helper that reads W once at memory speed.
 
-MKL's product for one row reaches about half of the memory's read stream on some CPUs, and a decode step is
+MKL's product for one row reaches less than half of the memory's read stream on some CPUs, and a decode step is
 nothing but such products. The helper is compiled once, by the machine's own `cc`, into the user's cache folder;
 where that fails, a warning says so and torch's product is used.
 """

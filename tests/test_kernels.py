@@ -149,14 +149,15 @@ def dense_read(x, U, K, kb, w):
     return y
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+READS = [(backend, dtype) for backend in BACKENDS for dtype in (torch.float32, torch.float16)]
+READS.append(("torch", torch.float64))  # Triton computes in float32
+
+
+@pytest.mark.parametrize(("backend", "dtype"), READS)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("B", "O", "I", "R"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_read(backend, dtype, B, O, I, R, shared, per_token):
-    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.float16 and B != 2)):
-        pytest.skip("Triton computes in float32")
     T = 1 if R == 4 else 5
     x = torch.randn(B, T, I).to(DEVICE, dtype)
     U, K, kb = factors(B, R, I, O, torch.float64 if dtype == torch.float64 else torch.float32, 1 if shared else B)
@@ -423,11 +424,10 @@ def test_scan_of_a_rule_without_twin_says_so():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+# one is enough for the slow interpreter: both are cast to float32 at once
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if INTERPRETED else [torch.float16, torch.bfloat16])
 def test_scan_drift_over_512_tokens(backend, dtype):
     """Half-precision weights and inputs; what is computed from them stays in float32, so nothing drifts."""
-    if INTERPRETED and dtype == torch.float16:
-        pytest.skip("the interpreter is slow, and both are cast to float32 at once")
     write = torch.rand(1, 512) > 0.1
     scan_case(backend, dtype, 1, 512, 3, 16, 2, "slow_derivative", 1, write, 1e-4)
 
