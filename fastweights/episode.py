@@ -5,6 +5,7 @@ KV cache, event logs, position, pending gradient events and the random generator
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from .probing import Trace, run
 from .rules import event_value, key_scale
 from .sampling import Sampling
 from .snapshot import Pending, Snapshot, load, save
-from .state import Events
+from .state import EventLog, Events
 from .tokenizer import Tokenizer
 
 
@@ -77,6 +78,8 @@ class Episode:
         self.pending: list[Pending] = []
         self.logits_BV: Tensor | None = None  # after the last token of each row
         self.seen: list[list[int]] = [[] for _ in range(self.batch_size)]  # each row's tokens
+        self._before: dict[Site, list[int]] = {}  # events of each log when the feed that runs now began
+        self._kept: dict[Site, EventLog] = {}  # logs as they were before this feed overwrote something
 
     @property
     def length(self) -> int:
@@ -134,8 +137,7 @@ class Episode:
         check_targets(self._linears, self.batch_size, span.position_BT, write_BT)
         step = self._check_room(real_BT, write_BT)
         self.cache.reserve(span.end)
-        lengths, pending, logs, events = self.lengths, list(self.pending), dict(self.logs), self.event_counts
-        try:
+        with self._whole_or_not_at_all():
             if self.pending:
                 first_B = real_BT.int().argmax(1, keepdim=True)
                 self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
@@ -152,17 +154,36 @@ class Episode:
                 out_BTV = torch.cat(columns, dim=1)
                 last_B1V = span.last(out_BTV)
                 last_BV, out_BTV = last_B1V[:, 0], out_BTV if logits == "all" else last_B1V
-        except BaseException:
-            self.cache.lengths, self.pending, self.logs = lengths, pending, logs
-            for site, log in self.logs.items():
-                log.rewind(events[site])
-            raise
         if self.logits_BV is not None and span.real_BT is not None:
             last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
         self.logits_BV = last_BV.clone()  # a caller may change, or drop, what is returned
         for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
             seen.extend(i for i, r in zip(ids, real, strict=True) if r)
         return out_BTV
+
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Puts back everything that moves if what runs inside fails."""
+        lengths, pending = self.lengths, list(self.pending)
+        self._before, self._kept = self.event_counts, {}
+        try:
+            yield
+        except BaseException:
+            self.cache.lengths, self.pending = lengths, pending
+            for site, log in self.logs.items():
+                if site in self._kept:
+                    log.become(self._kept[site])
+                log.roll_back(self._before[site])
+            raise
+        finally:
+            self._kept = {}
+
+    def _keep(self, site: Site, counts: Sequence[int]) -> None:
+        """Copies a log before a write after which the events written since `_before` could not be taken back."""
+        log = self.logs[site]
+        since = [now - then + c for now, then, c in zip(log.events, self._before[site], counts, strict=True)]
+        if site not in self._kept and not log.slots.fits(self._before[site], since):
+            self._kept[site] = log.clone()
 
     def _check_room(self, real_BT: Tensor, write_BT: Tensor) -> bool:
         """Refuses what the logs could not take; says whether the tokens must go through one by one."""
@@ -185,6 +206,9 @@ class Episode:
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
         write = write_BT.to(device) if bool(write_BT.any()) else None
         now = Pass(self.logs, span.position_BT, write, write_BT.sum(1).tolist(), bool(write_BT.all()))
+        for site, linear in self._linears.items():
+            if write is not None and linear.rule.neuron_local:
+                self._keep(site, now.counts)
         taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
         with bound(self.model, self, now), torch.set_grad_enabled(taping):
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
@@ -195,7 +219,6 @@ class Episode:
             for site in now.landed:
                 self.logs[site].landed(now.counts, write)
         self._commit(now.staged)
-        self.logs.update(now.replaced)
         return out_BTV.detach()
 
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
@@ -227,8 +250,7 @@ class Episode:
         for site, new in events.items():
             self.logs[site].check(new)
         for site, new in events.items():
-            if not self.logs[site].fits(new.counts):
-                self.logs[site] = self.logs[site].clone()  # what a fold or a ring overwrites, `_feed` may need again
+            self._keep(site, new.counts)
             self.logs[site].write(new)
 
     def generate(
@@ -417,7 +439,8 @@ class Episode:
         for buffers, saved in ((self.cache.keys, snapshot.keys), (self.cache.values, snapshot.values)):
             for buffer, copy in zip(buffers, saved, strict=True):
                 buffer[:, :, :end] = copy
-        self.logs = {site: log.clone() for site, log in snapshot.logs.items()}
+        for site, log in snapshot.logs.items():
+            self.logs[site].become(log)
         self.pending = list(snapshot.pending)
         self.logits_BV = snapshot.logits_BV
         self.seen = [list(ids) for ids in snapshot.seen]
@@ -509,7 +532,8 @@ class Episode:
                 log.rewind([n - int(w) for n, w in zip(log.events, waiting_B.tolist(), strict=True)])
         self.cache.lengths = [n - int(w) for n, w in zip(self.lengths, waiting_B.tolist(), strict=True)]
         last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in self.seen])
-        self._pass(last_B1, waiting_B[:, None], waiting_B[:, None], "all")
+        with self._whole_or_not_at_all():
+            self._pass(last_B1, waiting_B[:, None], waiting_B[:, None], "all")
         pending = self.pending
         self.restore(before)
         self.pending = pending

@@ -45,7 +45,8 @@ class Keys:
 class Pass:
     """One forward pass over all plastic linears: what they may read, and what they leave to be written.
 
-    Linears only stage; the episode commits when the whole pass has succeeded.
+    A linear stages its events, and the episode writes them when the whole pass has succeeded. A log that overflows
+    on the way is written at once; the episode has a copy of it.
     """
 
     logs: Mapping[Site, EventLog]
@@ -55,7 +56,6 @@ class Pass:
     whole: bool = False  # every token of every row is written
     weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per episode row, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
-    replaced: dict[Site, EventLog] = field(default_factory=dict)  # logs that overflow: copies, events and all
     landed: list[Site] = field(default_factory=list)  # linears whose event a kernel has put into its slot
     # gradient rules: (a, h) of this token, a with its graph
     taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -162,14 +162,12 @@ class PlasticLinear(nn.Module):
     def _write(self, now: Pass, log: EventLog, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
         """a of every token, each with the events of the tokens before it; leaves the events to the episode.
 
-        Where a log overflows on the way, it goes on as a copy, from one fold or turn of the ring to the next.
+        A log that overflows on the way is read and written from one fold or turn of the ring to the next.
         """
         assert now.write_BT is not None
         keys = self._keys(now, h_BTI, log.dtype)
         h_BTI = h_BTI.to(log.dtype)
         fits = log.fits(now.counts)
-        if not fits:
-            log = now.replaced[self.site] = log.clone()
         parts = []
         for t0, t1 in [(0, h_BTI.shape[1])] if fits else log.segments(now.write_BT):
             write_BC = now.write_BT[:, t0:t1]

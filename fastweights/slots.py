@@ -3,6 +3,8 @@
     slot of event j = j                                  while j < C, the slots there are
                       kept + (j − C) mod (C − kept)      from then on; kept = 0 for a ring
 
+A ring has one slot more than its rank, so that the next event never lies on one that is still read.
+
 "compress" folds a row into its first `kept` slots as soon as all C are full: after C, 2 C − kept, 3 C − 2 kept, …
 events. So neither the other rows of a batch nor the way a prompt is split into feeds changes what a row holds.
 """
@@ -36,8 +38,13 @@ class Slots:
     def of(cls, overflow: str, rank: int, out_features: int, in_features: int) -> Slots:
         """ "compress" has a block of rank / 2, at least 8, beside the rank it keeps, and folds once per block."""
         if overflow != "compress":
-            return cls(overflow, rank)
+            return cls(overflow, rank + (overflow == "evict"))
         return cls(overflow, rank + max(8, rank // 2), min(rank, out_features, in_features + 1))
+
+    @property
+    def window(self) -> int:
+        """Events that a ring reads."""
+        return self.capacity - 1
 
     def filled(self, events: int) -> int:
         """Slots that hold anything after so many events."""
@@ -58,27 +65,29 @@ class Slots:
         return 0 if self.overflow != "compress" or over < 0 else events - over % (self.capacity - self.kept)
 
     def oldest_event(self, events: int) -> int:
-        """The oldest event that still has a slot of its own; all later ones have, too."""
-        return max(0, events - self.capacity) if self.overflow == "evict" else self.last_fold(events)
+        """The oldest event that is still read from a slot of its own; all later ones are, too."""
+        return max(0, events - self.window) if self.overflow == "evict" else self.last_fold(events)
 
     def oldest_moment(self, events: int) -> int:
         """The smallest event count n whose ΔW_n the slots can still form.
 
-        "compress": the last fold. "evict": the window of moment n begins at event n − C, so once one has left, now.
+        "compress": the last fold. "evict": once an event has left the window, now.
         """
-        return events if self.overflow == "evict" and events > self.capacity else self.last_fold(events)
+        return events if self.overflow == "evict" and events > self.window else self.last_fold(events)
 
     def fits(self, events: Sequence[int], counts: Sequence[int]) -> bool:
-        """Whether `counts` more events leave every slot in use as it is."""
+        """Whether `counts` more events leave every slot that is read now as it is, and none leaves on the way."""
         pairs = [(n, c) for n, c in zip(events, counts, strict=True) if c]
         if self.overflow == "compress":
             return all(self.last_fold(n + c) == self.last_fold(n) for n, c in pairs)
+        if self.overflow == "evict":
+            return all(c == 1 or n + c <= self.window for n, c in pairs)
         return self.overflow == "grow" or all(n + c <= self.capacity for n, c in pairs)
 
     def segments(self, events: Sequence[int], write_BT: Tensor) -> list[tuple[int, int]]:
         """Token ranges within which no row folds before the end, or overwrites what the range itself wrote.
 
-        A range ends with the event that fills a row ("compress"), or before a row's (C + 1)-th event ("evict").
+        A range ends with the event that fills a row ("compress"), or before a row has more events than a ring reads.
         """
         tokens = write_BT.shape[1]
         if tokens <= 1 or self.overflow in ("grow", "error"):
@@ -91,7 +100,7 @@ class Slots:
             full_T = (write_BT & (over_BT >= 0) & (over_BT % (self.capacity - self.kept) == 0)).any(0)
             cuts = [t + 1 for t in full_T.nonzero()[:, 0].tolist()]
         else:
-            while (over_T := (after_BT - before_B1 > self.capacity).any(0)).any():
+            while (over_T := (after_BT - before_B1 > self.window).any(0)).any():
                 cuts.append(int(over_T.int().argmax()))
                 before_B1 = after_BT[:, cuts[-1] - 1, None]
         return list(itertools.pairwise(sorted({0, *cuts, tokens})))

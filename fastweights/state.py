@@ -135,7 +135,8 @@ class EventLog:
 
     def plain(self, tokens: int) -> bool:
         """Whether every used slot of every row weighs 1 for the next `tokens` tokens, whatever they write."""
-        return self.decay == 0 and len(set(self.events)) == 1 and (self.overflow != "evict" or tokens == 1)
+        full = self.overflow == "evict" and (tokens > 1 or self.used == self.capacity)
+        return self.decay == 0 and len(set(self.events)) == 1 and not full
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `weights`."""
@@ -223,7 +224,7 @@ class EventLog:
         n, tokens = self.events[0], new.write_BT.shape[1]
         if self.overflow == "grow":
             self._reserve(n + tokens)
-        first = self.slots.filled(n)
+        first = int(self.slots.slot(torch.tensor(n)))
         slots = slice(first, first + tokens)
         self.U_BRO[:, slots], self.K_BRI[:, slots] = new.U_BTO, new.K_BTI
         if new.bias_BT is not None:
@@ -319,12 +320,17 @@ class EventLog:
                 f"{self.name}: row {row} cannot go back to event {events[row]}, its oldest exact moment is "
                 f'{self.oldest_exact_moment(row)} of {self.events[row]} (overflow="{self.overflow}" without an archive)'
             )
-        keep_B1 = torch.tensor(events, device=self.birth_BR.device)[:, None]
-        self.birth_BR[self.birth_BR >= keep_B1] = -1
-        self.events = events
+        self.roll_back(events)
         if self.archive is not None:
-            self.archive.rewind(events)
             self._replay(lost)
+
+    def roll_back(self, events: Sequence[int]) -> None:
+        """Takes back events that `fits` said fit: unlike `rewind`, it does not ask what came before them."""
+        keep_B1 = torch.tensor(list(events), device=self.birth_BR.device)[:, None]
+        self.birth_BR.masked_fill_(self.birth_BR >= keep_B1, -1)
+        self.events = list(events)
+        if self.archive is not None:
+            self.archive.roll_back(events)
 
     def _replay(self, rows: list[int]) -> None:
         """Writes the archived events of some rows again, from the first: the same folds, the same bits."""
@@ -347,6 +353,17 @@ class EventLog:
             other.__dict__[key] = value.clone() if isinstance(value, (Tensor, EventLog)) else value
         other.events, other.errors = list(self.events), list(self.errors)
         return other
+
+    def become(self, other: EventLog) -> None:
+        """Takes over all that a log of the same form holds, in place: the buffers keep their addresses if they can."""
+        slots = other.capacity
+        self._reserve(slots)
+        self.birth_BR[:, slots:] = -1
+        for key, buffer in self._buffers().items():
+            buffer[:, :slots] = other._buffers()[key]
+        self.events, self.errors = list(other.events), list(other.errors)
+        if self.archive is not None and other.archive is not None:
+            self.archive.become(other.archive)
 
     def rows(self, chosen: Sequence[int]) -> EventLog:
         """A copy whose row n is row `chosen[n]` of this log."""
