@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import fused
 from .inputs import Ids, Mask, Update, tokens, written
-from .model import Llama
+from .model import Llama, Span
 from .moments import At, moments
 from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
 from .probes.capture import check_sites
@@ -22,6 +23,7 @@ from .probing import Trace, run
 from .rules import event_value, key_scale
 from .sampling import Sampling
 from .snapshot import Pending, Snapshot, load, save
+from .stacks import Stacks
 from .state import EventLog, Events
 from .tokenizer import Tokenizer
 
@@ -64,6 +66,7 @@ class Episode:
             raise ValueError(f"Episode(max_length={max_length}): this model has positions up to {longest}")
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self._linears = plastic_linears(model)
+        self._stacks = Stacks(self._linears, batch_size)
         self.generator = torch.Generator(model.device)
         self.reset()
         last_ran(model, self)
@@ -210,6 +213,8 @@ class Episode:
             if write is not None and linear.rule.neuron_local:
                 self._keep(site, now.counts)
         taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
+        if not taping and ids_BT.shape[1] == 1 and (out_BTV := self._fused(ids_BT, span, now)) is not None:
+            return out_BTV
         with bound(self.model, self, now), torch.set_grad_enabled(taping):
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
             if now.taped:
@@ -220,6 +225,17 @@ class Episode:
                 self.logs[site].landed(now.counts, write)
         self._commit(now.staged)
         return out_BTV.detach()
+
+    def _fused(self, ids_B1: Tensor, span: Span, now: Pass) -> Tensor | None:
+        """`_pass` by the fused step; None where the modules must run."""
+        if not self._stacks.take(now):
+            return None
+        out_B1V = fused.step(self.model, ids_B1, span, self.cache, lambda: self._stacks.read(now))
+        if out_B1V is not None:
+            last_ran(self.model, self)
+            self.cache.advance(span)
+            self._commit(self._stacks.events(now, span.position_BT))
+        return out_B1V
 
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
         """Writes the gradient events whose next token is known now; next [B] ids, known [B] bool, on the CPU."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
 from .config import LlamaConfig
 from .kernels.linear import linear
 
@@ -172,6 +173,8 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """nn.Linear through `kernels.linear`."""
 
+    plain = True  # it gives W h + b and nothing else: see `fused`
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -319,8 +322,10 @@ class Llama(nn.Module):
         else:
             span = cache.span(shape, attention_mask, self.device)
             cache.reserve(span.end)
-        x_BTD = self.blocks(self.model.embed_tokens(input_ids), span, cache)
-        logits_BTV = self.unembed(span.last(x_BTD) if logits == "last" else x_BTD)
+        logits_BTV = fused.step(self, input_ids, span, cache) if shape[1] == 1 else None
+        if logits_BTV is None:
+            x_BTD = self.blocks(self.model.embed_tokens(input_ids), span, cache)
+            logits_BTV = self.unembed(span.last(x_BTD) if logits == "last" else x_BTD)
         if cache is not None:
             cache.advance(span)
         return logits_BTV

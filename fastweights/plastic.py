@@ -105,6 +105,11 @@ class PlasticLinear(nn.Module):
     def name(self) -> str:
         return f"layers.{self.site[0]}.mlp.{self.site[1]}"
 
+    @property
+    def plain(self) -> bool:
+        """Whether it gives W h + b at the moment: no episode runs."""
+        return self.binding.now is None
+
     def new_log(self, rows: int) -> EventLog:
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         size = (rows, self.out_features, self.in_features, self.rank)

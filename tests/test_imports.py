@@ -10,13 +10,14 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
-    *("config", "tokenizer", "hub", "kernels", "model", "gguf", "weights"),
+    *("config", "tokenizer", "hub", "kernels", "fused", "model", "gguf", "weights"),
     *("rules", "slots", "compress", "state", "probes", "inputs", "sampling"),
     *(
         "plastic",
         "moments",
         "probing",
         "snapshot",
+        "stacks",
         "episode",
         "surgery",
         "report",
@@ -26,7 +27,8 @@ ORDER = [
     ),
 ]
 ALONE = {"config": set(), "rules": set(), "slots": set(), "compress": set(), "state": {"slots", "compress"}}
-ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "model": {"config", "kernels"}}
+ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "fused": {"kernels"}}
+ALONE |= {"model": {"config", "kernels", "fused"}}
 
 
 def imported(file):

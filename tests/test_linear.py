@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fastweights.kernels import linear as module
+from fastweights.kernels import cpu
 from fastweights.kernels.linear import linear
 
 
@@ -27,7 +27,7 @@ def test_a_few_rows_equal_the_float64_product(rows, O, I, has_bias):
 
 
 def test_the_helper_is_built_where_there_is_a_compiler_and_takes_views():
-    assert module.gemv() is not None
+    assert cpu.library() is not None
     W, h = torch.randn(300, 300), torch.randn(300, 2)
     torch.testing.assert_close(linear(h.T[:1], W, None), h.T[:1] @ W.T, rtol=0, atol=1e-4)
     torch.testing.assert_close(linear(h[:, 0], W.T, None), h[:, 0] @ W, rtol=0, atol=1e-4)
@@ -50,9 +50,9 @@ def test_a_gradient_goes_through_torch():
 
 @pytest.fixture
 def fresh_helper():
-    module.gemv.cache_clear()
+    cpu.library.cache_clear()
     yield
-    module.gemv.cache_clear()
+    cpu.library.cache_clear()
 
 
 def test_without_a_compiler_a_warning_says_so_and_torch_computes(fresh_helper, monkeypatch):
@@ -65,7 +65,7 @@ def test_without_a_compiler_a_warning_says_so_and_torch_computes(fresh_helper, m
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh_helper, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTWEIGHTS_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "FLAGS", ("-no-such-flag",))
+    monkeypatch.setattr(cpu, "FLAGS", ("-no-such-flag",))
     with pytest.warns(UserWarning, match="no C helper, .*no-such-flag"):
         linear(torch.randn(1, 300), torch.randn(300, 300), None)
     assert list(tmp_path.iterdir()) == []
@@ -75,4 +75,4 @@ def test_the_helper_can_be_declined_in_silence(fresh_helper, monkeypatch):
     monkeypatch.setenv("FASTWEIGHTS_CC", "")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert module.gemv() is None
+        assert cpu.library() is None

@@ -1,0 +1,166 @@
+"""The fused step: one token of each row through the whole model in one call of C, where that gives what modules give.
+
+A model in float32 on a CPU takes it for every pass of one token; any hook, any replaced module, a gradient, or a
+machine without a C compiler, and the modules run instead. Shape suffixes as in `model`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from .kernels.cpu import MOST_ROWS, library
+from .kernels.decode import Fast, Layer, decode
+
+if TYPE_CHECKING:
+    from .model import KVCache, Llama, Span
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Table:
+    """Where a model's weights lie, and whether that is still so."""
+
+    def __init__(self, model: Llama):
+        modules = list(model.modules())
+        self.registries = [m._modules for m in modules]
+        self.children = self._children()
+        self.parameters = [m._parameters for m in modules]
+        self.attributes = [m.__dict__ for m in modules]
+        self.hooks = [m.__dict__[name] for m in modules for name in HOOKS]
+        self.pointers = self._pointers()
+        blocks: list[Any] = list(model.model.layers)
+        # linears that stand in for the model's own: they say themselves whether they are plain at the moment
+        self.guests: list[Any] = [
+            linear
+            for block in blocks
+            for name in MLP
+            if (linear := getattr(block.mlp, name)) is not None and type(linear) is not type(model.lm_head)
+        ]
+        self.usable = self._check(model, modules) and library() is not None
+        if not self.usable:
+            return
+        config = model.config
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.sizes = (config.intermediate_size, *heads, config.head_dim)
+        self.layers = (Layer * len(blocks))()
+        for layer, block in zip(self.layers, blocks, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            layer.norm1 = block.input_layernorm.weight.data_ptr()
+            layer.norm2 = block.post_attention_layernorm.weight.data_ptr()
+            linears = {name[0]: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+            linears |= {name.removesuffix("_proj"): getattr(mlp, name) for name in MLP}
+            for name, linear in linears.items():
+                setattr(layer, name, linear.weight.data_ptr())
+                setattr(layer, f"{name}b", None if linear.bias is None else linear.bias.data_ptr())
+        self.cache: list[int] = []  # addresses of the KV buffers that `layers` names
+        self.scratch = torch.empty(0)
+
+    def _children(self) -> list[nn.Module | None]:
+        return [child for registry in self.registries for child in registry.values()]
+
+    def _pointers(self) -> list[int]:
+        return [p.data_ptr() for parameters in self.parameters for p in parameters.values() if p is not None]
+
+    def _check(self, model: Llama, modules: list[nn.Module]) -> bool:
+        """Whether every module is of a kind, and every weight of a form, that the step in C knows."""
+        known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList}
+        known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
+        guests = {id(guest) for guest in self.guests}
+        kinds = all(type(m) in known or (id(m) in guests and hasattr(m, "plain")) for m in modules)
+        return kinds and all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in model.parameters())
+
+    def stands(self) -> bool:
+        """Whether modules and weights are where they were."""
+        return self._children() == self.children and self._pointers() == self.pointers
+
+    def hooked(self) -> bool:
+        """Whether anything of the user's would run, or see, in an ordinary pass."""
+        return (
+            any(self.hooks)
+            or any("forward" in attributes for attributes in self.attributes)
+            or bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+        )
+
+    def point_at(self, cache: KVCache) -> None:
+        buffers = [*cache.keys, *cache.values]
+        addresses = [t.data_ptr() for t in buffers]
+        if addresses != self.cache:
+            self.cache = addresses
+            for layer, k, v in zip(self.layers, addresses, addresses[len(self.layers) :], strict=False):
+                layer.K, layer.V = k, v
+
+
+_tables: weakref.WeakKeyDictionary[Llama, Table] = weakref.WeakKeyDictionary()
+
+
+def usable(model: Llama, rows: int) -> Table | None:
+    """The table of a model whose next pass of one token may take the fused step."""
+    if (
+        rows > MOST_ROWS
+        or model.dtype != torch.float32
+        or model.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
+    ):
+        return None
+    table = _tables.get(model)
+    if table is None or not table.stands():
+        table = _tables[model] = Table(model)
+    return table if table.usable and not table.hooked() else None
+
+
+def step(
+    model: Llama,
+    input_ids: Tensor,
+    span: Span,
+    cache: KVCache | None,
+    read: Callable[[], Mapping[tuple[int, str], Fast]] | None = None,
+) -> Tensor | None:
+    """Logits [B, 1, V] of one token per row, stored in `cache`; None where the modules must run instead.
+
+    read: gives ΔW by (layer, linear) for C; None: the model as it stands, if no linear is plastic at the moment.
+    """
+    rows = len(input_ids)
+    table = usable(model, rows)
+    if table is None or (read is None and not all(guest.plain for guest in table.guests)):
+        return None
+    cache = cache or model.new_cache(rows, 1)
+    table.point_at(cache)
+    F, H, _, E = table.sizes
+    slots = cache.capacity + 1
+    slot_B1 = span.position_BT
+    if span.real_BT is not None:  # the last slot is scratch
+        slot_B1 = torch.where(span.real_BT, slot_B1, slots - 1)
+    x_BD = nn.functional.embedding(input_ids[:, 0], model.model.embed_tokens.weight)
+    needed = rows * (2 * H * E + 2 * F + x_BD.shape[1] + H * slots)
+    if len(table.scratch) < needed:
+        table.scratch = torch.empty(needed)
+    fast = {} if read is None else read()
+    for (layer, name), record in fast.items():
+        table.layers[layer].fast[MLP.index(name)] = ctypes.pointer(record)
+    try:
+        y_BV = decode(
+            table.layers,
+            model.model.norm.weight,
+            model.lm_head.weight,
+            x_BD,
+            model.rope(span.position_BT),
+            slot_B1.contiguous(),
+            span.position_BT + 1,
+            table.scratch,
+            table.sizes,
+            slots,
+            model.config.rms_norm_eps,
+        )
+    finally:
+        for layer, name in fast:
+            table.layers[layer].fast[MLP.index(name)] = None
+    return y_BV[:, None]

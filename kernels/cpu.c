@@ -1,0 +1,232 @@
+/* float32 on a CPU: products of a few rows, and a whole decode step, that stream every weight once.
+   Built by cpu.py. Shapes: M rows, D model width, F MLP width, H heads, KH key/value heads, E head width,
+   S cache slots, V vocabulary, O out, I in, R slots of a log, n slots in use. All row-major. */
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+typedef float lanes __attribute__((vector_size(64), aligned(4)));
+
+/* ΔW of one linear: y += Σ_j w_j (k_j·h + bias_j) u_j; and what its rule needs of this token */
+typedef struct {
+  const float *U, *K, *bias, *w; /* [M, R, O], [M, R, I], [M, R] or NULL, [M, n] or NULL: all 1 */
+  float *h, *frozen, *a;         /* out: [M, I], [M, O] W h + b, [M, O] with ΔW */
+  float *c;                      /* scratch [M, n] */
+  long n, R;
+} Fast;
+
+typedef struct {
+  const float *norm1, *q, *k, *v, *o, *norm2, *gate, *up, *down;
+  const float *qb, *kb, *vb, *ob, *gateb, *upb, *downb; /* or NULL */
+  float *K, *V;                                         /* [M, KH, S, E] */
+  const Fast *fast[3];                                  /* gate, up, down; or NULL */
+} Layer;
+
+static float dot(const float *w, const float *x, long I) {
+  lanes s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+  long i = 0;
+  for (; i + 64 <= I; i += 64) {
+    s0 += *(const lanes *)(w + i) * *(const lanes *)(x + i);
+    s1 += *(const lanes *)(w + i + 16) * *(const lanes *)(x + i + 16);
+    s2 += *(const lanes *)(w + i + 32) * *(const lanes *)(x + i + 32);
+    s3 += *(const lanes *)(w + i + 48) * *(const lanes *)(x + i + 48);
+  }
+  s0 += s1 + s2 + s3;
+  float sum = 0;
+  for (int j = 0; j < 16; j++) sum += s0[j];
+  for (; i < I; i++) sum += w[i] * x[i];
+  return sum;
+}
+
+/* e^x with a relative error of (2 + |x|) 2^-24, 0 below 2^-126; the library's expf is not vectorised without
+   giving up NaN */
+static inline float exponential(float x) {
+  x = x > 89 ? 89 : x < -88 ? -88 : x; /* NaN stays */
+  float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  int bits = ((int)n + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+/* this thread's share of n */
+static void share(long n, long *from, long *to) {
+  long t = omp_get_thread_num(), T = omp_get_num_threads();
+  *from = n * t / T, *to = n * (t + 1) / T;
+}
+
+/* y[m, o] (+)= W[o]·x[m] + b[o] for neurons from:to */
+static void product(float *y, const float *W, const float *b, const float *x, long M, long O, long I, long from,
+                    long to, int add) {
+  for (long o = from; o < to; o++)
+    for (long m = 0; m < M; m++) {
+      float a = dot(W + o * I, x + m * I, I) + (b ? b[o] : 0);
+      y[m * O + o] = add ? y[m * O + o] + a : a;
+    }
+}
+
+void gemv(const float *W, const float *x, const float *b, float *y, long O, long I, long M, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    long from, to;
+    share(O, &from, &to);
+    product(y, W, b, x, M, O, I, from, to, 0);
+  }
+}
+
+static void rms_norm(float *y, const float *x, const float *w, long M, long D, float eps) {
+  for (long m = 0; m < M; m++, x += D, y += D) {
+    float s = dot(x, x, D);
+    s = 1 / sqrtf(s / D + eps);
+    for (long i = 0; i < D; i++) y[i] = x[i] * s * w[i];
+  }
+}
+
+/* c of this thread's share of the slots; a slot of weight 0 may hold anything and is not looked at */
+static void coefficients(const Fast *f, const float *h, long M, long I) {
+  long from, to;
+  share(M * f->n, &from, &to);
+  for (long j = from; j < to; j++) {
+    long m = j / f->n, slot = m * f->R + j % f->n;
+    float w = f->w ? f->w[j] : 1;
+    f->c[j] = w == 0 ? 0 : w * (dot(f->K + slot * I, h + m * I, I) + (f->bias ? f->bias[slot] : 0));
+  }
+}
+
+/* keeps W h + b of neurons from:to and adds ΔW h to it in place */
+static void add_fast(const Fast *f, float *y, long M, long O, long from, long to) {
+  for (long m = 0; m < M; m++, y += O) {
+    for (long o = from; o < to; o++) f->frozen[m * O + o] = y[o];
+    const float *c = f->c + m * f->n, *w = f->w ? f->w + m * f->n : 0;
+    const float *live[4];
+    float by[4];
+    for (long j = 0, k = 0; j < f->n || k; j++) {
+      if (j < f->n) {
+        if (w && w[j] == 0) continue;
+        live[k] = f->U + (m * f->R + j) * O, by[k++] = c[j];
+        if (k < 4 && j + 1 < f->n) continue;
+      }
+      for (; k < 4; k++) live[k] = live[0], by[k] = 0; /* the last few slots */
+      for (long o = from; o < to; o++)
+        y[o] += by[0] * live[0][o] + by[1] * live[1][o] + by[2] * live[2][o] + by[3] * live[3][o];
+      k = 0;
+    }
+    for (long o = from; o < to; o++) f->a[m * O + o] = y[o];
+  }
+}
+
+static void remember(const Fast *f, const float *h, long n) {
+  if (f && omp_get_thread_num() == 0)
+    for (long i = 0; i < n; i++) f->h[i] = h[i];
+}
+
+/* rows of q, k and v of this thread's share, in units of one row; rope turns rows j and j + E/2 of a head together */
+static void project(const Layer *p, float *q, const float *h, const float *cosine, const float *sine, const long *slot,
+                    long M, long D, long H, long KH, long E, long S) {
+  long from, to, half = E / 2, turned = (H + KH) * E;
+  share(turned + KH * E, &from, &to);
+  for (long u = from; u < to; u++) {
+    if (u >= turned) {
+      long r = u - turned;
+      for (long m = 0; m < M; m++)
+        p->V[((m * KH + r / E) * S + slot[m]) * E + r % E] = dot(p->v + r * D, h + m * D, D) + (p->vb ? p->vb[r] : 0);
+    } else if (u % 2 == 0) {
+      long head = u / E, j = u % E / 2, is_q = head < H, row = (is_q ? head : head - H) * E + j;
+      const float *W = (is_q ? p->q : p->k) + row * D, *b = is_q ? p->qb : p->kb;
+      for (long m = 0; m < M; m++) {
+        float *to_ = is_q ? q + (m * H + head) * E : p->K + ((m * KH + head - H) * S + slot[m]) * E;
+        float left = dot(W, h + m * D, D) + (b ? b[row] : 0);
+        float right = dot(W + half * D, h + m * D, D) + (b ? b[row + half] : 0);
+        to_[j] = left * cosine[m * E + j] - right * sine[m * E + j];
+        to_[j + half] = right * cosine[m * E + j] + left * sine[m * E + j];
+      }
+    }
+  }
+}
+
+static void attend(const Layer *p, float *z, const float *q, float *scores, const long *length, long M, long H, long KH,
+                   long E, long S) {
+  long from, to;
+  share(M * H, &from, &to);
+  for (long i = from; i < to; i++) {
+    long m = i / H, kv = (m * KH + i % H / (H / KH)) * S * E;
+    const float *K = p->K + kv, *V = p->V + kv, *query = q + i * E;
+    float *s = scores + i * S, *out = z + i * E, most = -INFINITY, sum = 0, root = 1 / sqrtf(E);
+    for (long t = 0; t < length[m]; t++) {
+      s[t] = root * dot(query, K + t * E, E);
+      most = s[t] > most ? s[t] : most;
+    }
+#pragma omp simd
+    for (long t = 0; t < length[m]; t++) s[t] = exponential(s[t] - most);
+    for (long t = 0; t < length[m]; t++) sum += s[t];
+    for (long e = 0; e < E; e++) out[e] = 0;
+    for (long t = 0; t < length[m]; t++)
+      for (long e = 0; e < E; e++) out[e] += s[t] * V[t * E + e];
+    for (long e = 0; e < E; e++) out[e] /= sum;
+  }
+}
+
+/* x [M, D] embeddings → y [M, V] logits. cosine, sine [M, E]; slot, length [M]: where a row's token is stored, and how
+   many slots it looks at. scratch: M (2 H E + 2 F + D + H S) floats. */
+void decode(const Layer *layers, long L, const float *norm, const float *head, float *x, float *y, const float *cosine,
+            const float *sine, const long *slot, const long *length, float *scratch, long M, long D, long F, long H,
+            long KH, long E, long S, long V, float eps, int threads) {
+  float *q = scratch, *z = q + M * H * E, *gate = z + M * H * E, *up = gate + M * F, *down = up + M * F,
+        *scores = down + M * D;
+#pragma omp parallel num_threads(threads)
+  {
+    float h[M * D];
+    long from, to;
+    for (const Layer *p = layers; p < layers + L; p++) {
+      const Fast *fast_gate = p->fast[0], *fast_up = p->fast[1], *fast_down = p->fast[2];
+      rms_norm(h, x, p->norm1, M, D, eps);
+      project(p, q, h, cosine, sine, slot, M, D, H, KH, E, S);
+#pragma omp barrier
+      attend(p, z, q, scores, length, M, H, KH, E, S);
+#pragma omp barrier
+      share(D, &from, &to);
+      product(x, p->o, p->ob, z, M, D, H * E, from, to, 1);
+#pragma omp barrier
+      rms_norm(h, x, p->norm2, M, D, eps);
+      share(F, &from, &to);
+      if (fast_gate) coefficients(fast_gate, h, M, D);
+      if (fast_up) coefficients(fast_up, h, M, D);
+      product(gate, p->gate, p->gateb, h, M, F, D, from, to, 0);
+      product(up, p->up, p->upb, h, M, F, D, from, to, 0);
+      remember(fast_gate, h, M * D);
+      remember(fast_up, h, M * D);
+      if (fast_gate || fast_up) {
+#pragma omp barrier
+        if (fast_gate) add_fast(fast_gate, gate, M, F, from, to);
+        if (fast_up) add_fast(fast_up, up, M, F, from, to);
+      }
+      for (long m = 0; m < M; m++)
+#pragma omp simd
+        for (long i = m * F + from; i < m * F + to; i++) gate[i] *= up[i] / (1 + exponential(-gate[i]));
+#pragma omp barrier
+      share(D, &from, &to);
+      if (fast_down) {
+        coefficients(fast_down, gate, M, F);
+        product(down, p->down, p->downb, gate, M, D, F, from, to, 0);
+        remember(fast_down, gate, M * F);
+#pragma omp barrier
+        add_fast(fast_down, down, M, D, from, to);
+        for (long m = 0; m < M; m++)
+          for (long i = m * D + from; i < m * D + to; i++) x[i] += down[i];
+      } else {
+        product(x, p->down, p->downb, gate, M, D, F, from, to, 1);
+      }
+#pragma omp barrier
+    }
+    rms_norm(h, x, norm, M, D, eps);
+    share(V, &from, &to);
+    product(y, head, 0, h, M, V, D, from, to, 0);
+  }
+}

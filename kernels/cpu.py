@@ -1,0 +1,63 @@
+"""cpu.c as a shared library: compiled once, by the machine's own `cc`, into the user's cache folder.
+
+MKL's product for one row reaches less than half of the memory's read stream on some CPUs, and a decode step is nothing
+but such products. Where the library cannot be built, a warning says so and torch computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu.c")
+# sums in any order, but NaN and inf as ever: -ffast-math would lose them
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+MOST_ROWS = 8  # of one product; more are as fast in torch
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None with a warning that says why. FASTWEIGHTS_CC="" asks for None."""
+    compiler = os.environ.get("FASTWEIGHTS_CC", "cc")
+    if not compiler:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        warnings.warn(f"no C helper, decode on the CPU runs on torch's slower product: {reason}", stacklevel=2)
+        return None
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    loaded.gemv.argtypes = [*[pointer] * 4, *[long] * 3, ctypes.c_int]
+    loaded.decode.argtypes = [pointer, long, *[pointer] * 9, *[long] * 8, ctypes.c_float, ctypes.c_int]
+    loaded.gemv.restype = loaded.decode.restype = None
+    return loaded
+
+
+def _built(compiler: str) -> Path:
+    """The shared library in the cache folder: one for each source, compiler and processor."""
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"there is no compiler {compiler!r}")
+    cpu = Path("/proc/cpuinfo")  # -march=native must not meet another processor in a shared home folder
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    identity = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), platform.processor(), flags)
+    name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
+    root = os.environ.get("FASTWEIGHTS_CACHE")
+    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            built = Path(temporary) / name
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(built, folder / name)
+    return folder / name
