@@ -66,7 +66,7 @@ class Episode:
             raise ValueError(f"Episode(max_length={max_length}): this model has positions up to {longest}")
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self._linears = plastic_linears(model)
-        self._stacks = Stacks(self._linears, batch_size)
+        self._stacks = Stacks(self._linears, batch_size, len(model.model.layers))
         self.generator = torch.Generator(model.device)
         self.reset()
         last_ran(model, self)
@@ -183,9 +183,9 @@ class Episode:
 
     def _keep(self, site: Site, counts: Sequence[int]) -> None:
         """Copies a log before a write after which the events written since `_before` could not be taken back."""
-        log = self.logs[site]
-        since = [now - then + c for now, then, c in zip(log.events, self._before[site], counts, strict=True)]
-        if site not in self._kept and not log.slots.fits(self._before[site], since):
+        log, before = self.logs[site], self._before[site]
+        since = [now - then + c for now, then, c in zip(log.events, before, counts, strict=True)]
+        if site not in self._kept and not log.slots.fits(before, since):
             self._kept[site] = log.clone()
 
     def _check_room(self, real_BT: Tensor, write_BT: Tensor) -> bool:
@@ -234,7 +234,8 @@ class Episode:
         if out_B1V is not None:
             last_ran(self.model, self)
             self.cache.advance(span)
-            self._commit(self._stacks.events(now, span.position_BT))
+            if now.write_BT is not None:
+                self._commit(self._stacks.write(now, span.position_BT))
         return out_B1V
 
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
@@ -257,6 +258,8 @@ class Episode:
                     k_BTI = h_BTI * scale_BT[..., None]
                     u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
                     events[site] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+                for site, new in events.items():
+                    self._keep(site, new.counts)
                 self._commit(events)
             if (pending.rows_B & ~known_B).any():
                 still.append(replace(pending, rows_B=pending.rows_B & ~known_B))
@@ -266,7 +269,6 @@ class Episode:
         for site, new in events.items():
             self.logs[site].check(new)
         for site, new in events.items():
-            self._keep(site, new.counts)
             self.logs[site].write(new)
 
     def generate(

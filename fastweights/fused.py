@@ -6,17 +6,17 @@ machine without a C compiler, and the modules run instead. Shape suffixes as in 
 
 from __future__ import annotations
 
-import ctypes
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from .kernels.cpu import MOST_ROWS, library
-from .kernels.decode import Fast, Layer, decode
+from .kernels.decode import FAST, LAYER, decode
 
 if TYPE_CHECKING:
     from .model import KVCache, Llama, Span
@@ -30,9 +30,9 @@ class Table:
 
     def __init__(self, model: Llama):
         modules = list(model.modules())
-        self.registries = [m._modules for m in modules]
+        self.registries = [m._modules for m in modules if m._modules]
         self.children = self._children()
-        self.parameters = [m._parameters for m in modules]
+        self.parameters = [m._parameters for m in modules if m._parameters]
         self.attributes = [m.__dict__ for m in modules]
         self.hooks = [m.__dict__[name] for m in modules for name in HOOKS]
         self.pointers = self._pointers()
@@ -50,16 +50,17 @@ class Table:
         config = model.config
         heads = (config.num_attention_heads, config.num_key_value_heads)
         self.sizes = (config.intermediate_size, *heads, config.head_dim)
-        self.layers = (Layer * len(blocks))()
+        self.layers = np.zeros(len(blocks), LAYER)
+        self.frozen = np.zeros(0, FAST), np.full((len(blocks), 3), -1)
         for layer, block in zip(self.layers, blocks, strict=True):
             attention, mlp = block.self_attn, block.mlp
-            layer.norm1 = block.input_layernorm.weight.data_ptr()
-            layer.norm2 = block.post_attention_layernorm.weight.data_ptr()
+            layer["norm1"] = block.input_layernorm.weight.data_ptr()
+            layer["norm2"] = block.post_attention_layernorm.weight.data_ptr()
             linears = {name[0]: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
             linears |= {name.removesuffix("_proj"): getattr(mlp, name) for name in MLP}
             for name, linear in linears.items():
-                setattr(layer, name, linear.weight.data_ptr())
-                setattr(layer, f"{name}b", None if linear.bias is None else linear.bias.data_ptr())
+                layer[name] = linear.weight.data_ptr()
+                layer[f"{name}b"] = 0 if linear.bias is None else linear.bias.data_ptr()
         self.cache: list[int] = []  # addresses of the KV buffers that `layers` names
         self.scratch = torch.empty(0)
 
@@ -90,12 +91,10 @@ class Table:
         )
 
     def point_at(self, cache: KVCache) -> None:
-        buffers = [*cache.keys, *cache.values]
-        addresses = [t.data_ptr() for t in buffers]
+        addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]
         if addresses != self.cache:
             self.cache = addresses
-            for layer, k, v in zip(self.layers, addresses, addresses[len(self.layers) :], strict=False):
-                layer.K, layer.V = k, v
+            self.layers["K"], self.layers["V"] = np.split(np.array(addresses, np.uint64), 2)
 
 
 _tables: weakref.WeakKeyDictionary[Llama, Table] = weakref.WeakKeyDictionary()
@@ -122,11 +121,11 @@ def step(
     input_ids: Tensor,
     span: Span,
     cache: KVCache | None,
-    read: Callable[[], Mapping[tuple[int, str], Fast]] | None = None,
+    read: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Tensor | None:
     """Logits [B, 1, V] of one token per row, stored in `cache`; None where the modules must run instead.
 
-    read: gives ΔW by (layer, linear) for C; None: the model as it stands, if no linear is plastic at the moment.
+    read: gives `fast` and `which` of `kernels.decode`; None: the model as it stands, if no linear is plastic just now.
     """
     rows = len(input_ids)
     table = usable(model, rows)
@@ -136,31 +135,27 @@ def step(
     table.point_at(cache)
     F, H, _, E = table.sizes
     slots = cache.capacity + 1
-    slot_B1 = span.position_BT
+    slot_B1 = position_B1 = span.position_BT.contiguous()
     if span.real_BT is not None:  # the last slot is scratch
         slot_B1 = torch.where(span.real_BT, slot_B1, slots - 1)
     x_BD = nn.functional.embedding(input_ids[:, 0], model.model.embed_tokens.weight)
     needed = rows * (2 * H * E + 2 * F + x_BD.shape[1] + H * slots)
     if len(table.scratch) < needed:
         table.scratch = torch.empty(needed)
-    fast = {} if read is None else read()
-    for (layer, name), record in fast.items():
-        table.layers[layer].fast[MLP.index(name)] = ctypes.pointer(record)
-    try:
-        y_BV = decode(
-            table.layers,
-            model.model.norm.weight,
-            model.lm_head.weight,
-            x_BD,
-            model.rope(span.position_BT),
-            slot_B1.contiguous(),
-            span.position_BT + 1,
-            table.scratch,
-            table.sizes,
-            slots,
-            model.config.rms_norm_eps,
-        )
-    finally:
-        for layer, name in fast:
-            table.layers[layer].fast[MLP.index(name)] = None
+    fast, which = table.frozen if read is None else read()
+    y_BV = decode(
+        table.layers,
+        fast,
+        which,
+        model.model.norm.weight,
+        model.lm_head.weight,
+        x_BD,
+        model.frequencies(),
+        position_B1,
+        slot_B1,
+        table.scratch,
+        table.sizes,
+        slots,
+        model.config.rms_norm_eps,
+    )
     return y_BV[:, None]

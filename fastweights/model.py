@@ -292,11 +292,15 @@ class Llama(nn.Module):
 
     def rope(self, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [B, 1, T, E] in the model's dtype; the angles are float32 as in transformers."""
-        if self.frequency is None or self.frequency.device != position_BT.device:
-            self.frequency = rope_frequencies(self.config).to(position_BT.device)
-        angle_BTe = position_BT[:, None, :, None].float() * self.frequency
+        angle_BTe = position_BT[:, None, :, None].float() * self.frequencies()
         angle_BTE = torch.cat((angle_BTe, angle_BTe), dim=-1)
         return angle_BTE.cos().to(self.dtype), angle_BTE.sin().to(self.dtype)
+
+    def frequencies(self) -> Tensor:
+        """Rope's angle per position, [E/2] float32."""
+        if self.frequency is None or self.frequency.device != self.device:
+            self.frequency = rope_frequencies(self.config).to(self.device)
+        return self.frequency
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
         return KVCache(self.config, batch_size, max_length, self.dtype, self.device)

@@ -59,6 +59,12 @@ class Slots:
         later = self.kept + (event - self.capacity) % (self.capacity - self.kept)
         return torch.where(event < self.capacity, event, later)
 
+    def next(self, events: int) -> int:
+        """The slot of event number `events`, as a whole number."""
+        if self.overflow in ("grow", "error") or events < self.capacity:
+            return events
+        return self.kept + (events - self.capacity) % (self.capacity - self.kept)
+
     def last_fold(self, events: int) -> int:
         """The event count at the last fold of a row that has so many events now; 0: never folded."""
         over = events - self.capacity

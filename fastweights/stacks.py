@@ -5,104 +5,138 @@ Linears of one rule, activation and shape form a stack; to the rule they are one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels.decode import Fast
-from .plastic import Pass, PlasticLinear, Site
+from .kernels.decode import FAST, put
+from .plastic import ACTIVATIONS, Pass, PlasticLinear, Site
 from .rules import Local, event_value, key_scale
 from .state import EventLog, Events
 
 
 @dataclass(frozen=True)
 class Stack:
-    """What C leaves of N linears: their inputs, W h + b, and that with ΔW h, float32."""
+    """What C leaves of N linears, float32: their inputs, W h + b, and that with ΔW h."""
 
     linears: list[PlasticLinear]
+    records: np.ndarray  # FAST [N], a view
     h_NB1I: Tensor
     frozen_NB1O: Tensor
     a_NB1O: Tensor
 
-    def events(self, position_B1: Tensor, write_B1: Tensor, whole: bool) -> dict[Site, Events]:
-        """Each linear's event of this token, by its rule."""
+    def event(self, position_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u [N, B, 1, O], k [N, B, 1, I] and bias key [N, B, 1] of this token, by the rule."""
         rule, activation = self.linears[0].rule, self.linears[0].activation
         at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1))
         scale_NB1 = key_scale(rule, self.h_NB1I)
         k_NB1I = self.h_NB1I * scale_NB1[..., None]
         norm_NB1 = scale_NB1 if rule.clip is None else k_NB1I.norm(dim=-1)
         u_NB1O = event_value(rule, rule.value(self.a_NB1O, activation(self.a_NB1O), at), norm_NB1)
-        if not whole:
-            u_NB1O = u_NB1O.masked_fill(~write_B1[..., None], 0)
-        bias_NB1 = scale_NB1 if rule.bias else [None] * len(self.linears)
-        each = zip(self.linears, u_NB1O, k_NB1I, bias_NB1, strict=True)
-        return {linear.site: Events(u, k, bias, write_B1, whole) for linear, u, k, bias in each}
+        return u_NB1O.contiguous(), k_NB1I, scale_NB1
 
 
 class Stacks:
     """The buffers of one episode's plastic linears, and the records that tell C of them."""
 
-    def __init__(self, linears: Mapping[Site, PlasticLinear], rows: int):
-        self.linears, self.rows = linears, rows
+    def __init__(self, linears: Mapping[Site, PlasticLinear], rows: int, layers: int):
         groups: dict[tuple, list[PlasticLinear]] = {}
         for linear in linears.values():
             key = (id(linear.rule), linear.activation.name, linear.out_features, linear.in_features)
             groups.setdefault(key, []).append(linear)
-        self.stacks, self.records = [], {}
+        self.rows = rows
+        self.linears = [linear for group in groups.values() for linear in group]  # in the order of the records
+        self.records = np.zeros(len(self.linears), FAST)
+        self.which = np.full((layers, 3), -1)
+        for n, linear in enumerate(self.linears):
+            self.which[linear.site[0], list(ACTIVATIONS).index(linear.site[1])] = n
+        self.stacks, start = [], 0
         for group in groups.values():
             sizes = (group[0].in_features, group[0].out_features, group[0].out_features)
             buffers = [torch.empty(len(group), rows, 1, size) for size in sizes]
-            self.stacks.append(Stack(group, *buffers))
-            for n, linear in enumerate(group):
-                h, frozen, a = (buffer[n].data_ptr() for buffer in buffers)
-                self.records[linear.site] = Fast(h=h, frozen=frozen, a=a)
-        self.scratch = torch.empty(0)
-        self.weights: dict[tuple, Tensor] = {}  # alive while C reads them
+            records = self.records[start : start + len(group)]
+            records["I"], records["O"], _ = sizes
+            for name, buffer in zip(("h", "frozen", "a"), buffers, strict=True):
+                records[name] = addresses(buffer)
+            self.stacks.append(Stack(group, records, *buffers))
+            start += len(group)
+        self.buffers: list[int] = []  # addresses that the records name
+        self.kept: list[Tensor] = []  # alive while C reads them
 
     def take(self, now: Pass) -> bool:
         """Whether C can read these logs, and this pass's rules can work on what it leaves."""
         if now.weights is not None or any(log.dtype != torch.float32 for log in now.logs.values()):
             return False
-        for linear in self.linears.values():
+        for linear in self.linears:
             target = getattr(linear.rule, "target", None)
             each_row = isinstance(target, Tensor) and target.dim() == 3  # the stack has no rows of its own to give it
             if linear.backend != "torch" or (now.write_BT is not None and (each_row or not linear.rule.neuron_local)):
                 return False
         return True
 
-    def read(self, now: Pass) -> dict[Site, Fast]:
-        """What C is to read, and where to leave what the rules need."""
-        most = max((log.used for log in now.logs.values()), default=0)
-        if self.scratch.numel() < 3 * self.rows * most:
-            self.scratch = torch.empty(3, self.rows * most)
-        self.weights = {}
-        records = {}
-        for (layer, name), log in now.logs.items():
-            if log.used or now.write_BT is not None:
-                records[layer, name] = self._record((layer, name), log)
-        return records
+    def read(self, now: Pass) -> tuple[np.ndarray, np.ndarray]:
+        """What C is to read: the records, and which linear each belongs to."""
+        logs = [now.logs[linear.site] for linear in self.linears]
+        if now.write_BT is not None:
+            for log in logs:
+                log.reserve(now.counts)
+        self._point_at(logs)
+        self.records["n"] = used = [log.used for log in logs]
+        weights: dict[tuple, Tensor] = {}
+        self.records["w"] = 0
+        for n, log in enumerate(logs):
+            if used[n] and not log.plain(1):
+                key = (log.slots, log.decay, tuple(log.events))  # what the weights are a function of
+                if key not in weights:
+                    weights[key] = log.weights(log.now())[:, 0].contiguous()
+                self.records["w"][n] = weights[key].data_ptr()
+        self.kept = list(weights.values())
+        return self.records, self.which
 
-    def _record(self, site: Site, log: EventLog) -> Fast:
-        record, lane = self.records[site], ("gate_proj", "up_proj", "down_proj").index(site[1])
-        record.n, record.R = log.used, log.capacity
-        record.U, record.K = log.U_BRO.data_ptr(), log.K_BRI.data_ptr()
-        record.bias = log.bias_BR.data_ptr() if self.linears[site].rule.bias else None
-        record.c = self.scratch.data_ptr() + lane * self.scratch.stride(0) * 4
-        record.w = None
-        if record.n and not log.plain(1):
-            key = (log.slots, log.decay, tuple(log.events))  # what the weights are a function of
-            if key not in self.weights:
-                self.weights[key] = log.weights(log.now())[:, 0].contiguous()
-            record.w = self.weights[key].data_ptr()
-        return record
+    def _point_at(self, logs: list[EventLog]) -> None:
+        buffers = [t.data_ptr() for log in logs for t in (log.U_BRO, log.K_BRI, log.birth_BR)]
+        if buffers == self.buffers:
+            return
+        self.buffers = buffers
+        for name, address in zip(("U", "K", "birth"), np.array(buffers, np.uint64).reshape(-1, 3).T, strict=True):
+            self.records[name] = address
+        biased = [linear.rule.bias for linear in self.linears]
+        self.records["bias"] = [log.bias_BR.data_ptr() if b else 0 for log, b in zip(logs, biased, strict=True)]
+        self.records["R"] = [log.capacity for log in logs]
+        self.scratch = torch.empty(len(logs), self.rows, max(log.capacity for log in logs))
+        self.records["c"] = addresses(self.scratch)
 
-    def events(self, now: Pass, position_B1: Tensor) -> dict[Site, Events]:
-        """The event of every linear, when the token is written."""
-        if now.write_BT is None:
-            return {}
-        stacked: dict[Site, Events] = {}
-        for stack in self.stacks:
-            stacked |= stack.events(position_B1, now.write_BT, now.whole)
-        return stacked
+    def write(self, now: Pass, position_B1: Tensor) -> dict[Site, Events]:
+        """Puts this token's events into their logs, or gives them back where there is more to do than that."""
+        events = [stack.event(position_B1) for stack in self.stacks]
+        slots = [now.logs[linear.site].next_slot() if now.whole else None for linear in self.linears]
+        if None in slots or not math.isfinite(sum(float(u.sum() + k.sum()) for u, k, _ in events)):
+            return self._events(now, events)
+        for stack, (u, k, key) in zip(self.stacks, events, strict=True):
+            stack.records["u"], stack.records["k"] = addresses(u), addresses(k)
+            stack.records["key"] = addresses(key) if stack.linears[0].rule.bias else 0
+        self.records["slot"] = slots
+        self.records["event"] = [now.logs[linear.site].events[0] for linear in self.linears]
+        put(self.records, self.rows)
+        for linear in self.linears:
+            now.logs[linear.site].counted()
+        return {}
+
+    def _events(self, now: Pass, events: list[tuple[Tensor, Tensor, Tensor]]) -> dict[Site, Events]:
+        assert now.write_BT is not None
+        made = {}
+        for stack, (u_NB1O, k_NB1I, key_NB1) in zip(self.stacks, events, strict=True):
+            u_NB1O = u_NB1O.masked_fill(~now.write_BT[..., None], 0)
+            for linear, u, k, key in zip(stack.linears, u_NB1O, k_NB1I, key_NB1, strict=True):
+                made[linear.site] = Events(u, k, key if linear.rule.bias else None, now.write_BT, now.whole)
+        return made
+
+
+def addresses(tensor: Tensor) -> np.ndarray:
+    """Where each entry of the first dimension begins."""
+    step = tensor.stride(0) * tensor.element_size()
+    return tensor.data_ptr() + step * np.arange(len(tensor), dtype=np.uint64)

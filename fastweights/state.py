@@ -195,6 +195,16 @@ class EventLog:
         if self.overflow == "grow":
             self._reserve(max(n + c for n, c in zip(self.events, counts, strict=True)))
 
+    def next_slot(self) -> int | None:
+        """Where a kernel may put the next event of every row by itself; None: rows differ, or there is more to do."""
+        rows = len(self.events)
+        simple = self.archive is None and self.events.count(self.events[0]) == rows and self.fits([1] * rows)
+        return self.slots.next(self.events[0]) if simple else None
+
+    def counted(self) -> None:
+        """Counts the event that a kernel has put into `next_slot`."""
+        self.events = [n + 1 for n in self.events]
+
     def landed(self, counts: Sequence[int], write_B1: Tensor) -> None:
         """Counts the events that a kernel has put into the next slot of each row; refuses non-finite ones."""
         row = write_B1[:, 0].nonzero()[:, 0]
@@ -224,7 +234,7 @@ class EventLog:
         n, tokens = self.events[0], new.write_BT.shape[1]
         if self.overflow == "grow":
             self._reserve(n + tokens)
-        first = int(self.slots.slot(torch.tensor(n)))
+        first = self.slots.next(n)
         slots = slice(first, first + tokens)
         self.U_BRO[:, slots], self.K_BRI[:, slots] = new.U_BTO, new.K_BTI
         if new.bias_BT is not None:

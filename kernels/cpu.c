@@ -7,19 +7,21 @@
 
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 
-/* ΔW of one linear: y += Σ_j w_j (k_j·h + bias_j) u_j; and what its rule needs of this token */
+/* ΔW of one linear: y += Σ_j w_j (k_j·h + bias_j) u_j; what its rule needs of this token; and the event it makes */
 typedef struct {
-  const float *U, *K, *bias, *w; /* [M, R, O], [M, R, I], [M, R] or NULL, [M, n] or NULL: all 1 */
-  float *h, *frozen, *a;         /* out: [M, I], [M, O] W h + b, [M, O] with ΔW */
-  float *c;                      /* scratch [M, n] */
-  long n, R;
+  float *U, *K, *bias, *w;  /* [M, R, O], [M, R, I], [M, R] or NULL, [M, n] or NULL: all 1 */
+  long *birth;              /* [M, R] */
+  float *h, *frozen, *a;    /* out: [M, I], [M, O] W h + b, [M, O] with ΔW */
+  float *c;                 /* scratch [M, n] */
+  const float *u, *k, *key; /* the event: [M, O], [M, I], bias key [M] or NULL */
+  long O, I, R, n;          /* n: slots in use */
+  long slot, event;         /* where the event belongs, and its number from 0 */
 } Fast;
 
 typedef struct {
   const float *norm1, *q, *k, *v, *o, *norm2, *gate, *up, *down;
   const float *qb, *kb, *vb, *ob, *gateb, *upb, *downb; /* or NULL */
   float *K, *V;                                         /* [M, KH, S, E] */
-  const Fast *fast[3];                                  /* gate, up, down; or NULL */
 } Layer;
 
 static float dot(const float *w, const float *x, long I) {
@@ -144,14 +146,14 @@ static void project(const Layer *p, float *q, const float *h, const float *cosin
         float *to_ = is_q ? q + (m * H + head) * E : p->K + ((m * KH + head - H) * S + slot[m]) * E;
         float left = dot(W, h + m * D, D) + (b ? b[row] : 0);
         float right = dot(W + half * D, h + m * D, D) + (b ? b[row + half] : 0);
-        to_[j] = left * cosine[m * E + j] - right * sine[m * E + j];
-        to_[j + half] = right * cosine[m * E + j] + left * sine[m * E + j];
+        to_[j] = left * cosine[m * half + j] - right * sine[m * half + j];
+        to_[j + half] = right * cosine[m * half + j] + left * sine[m * half + j];
       }
     }
   }
 }
 
-static void attend(const Layer *p, float *z, const float *q, float *scores, const long *length, long M, long H, long KH,
+static void attend(const Layer *p, float *z, const float *q, float *scores, const long *position, long M, long H, long KH,
                    long E, long S) {
   long from, to;
   share(M * H, &from, &to);
@@ -159,37 +161,44 @@ static void attend(const Layer *p, float *z, const float *q, float *scores, cons
     long m = i / H, kv = (m * KH + i % H / (H / KH)) * S * E;
     const float *K = p->K + kv, *V = p->V + kv, *query = q + i * E;
     float *s = scores + i * S, *out = z + i * E, most = -INFINITY, sum = 0, root = 1 / sqrtf(E);
-    for (long t = 0; t < length[m]; t++) {
+    for (long t = 0; t <= position[m]; t++) {
       s[t] = root * dot(query, K + t * E, E);
       most = s[t] > most ? s[t] : most;
     }
 #pragma omp simd
-    for (long t = 0; t < length[m]; t++) s[t] = exponential(s[t] - most);
-    for (long t = 0; t < length[m]; t++) sum += s[t];
+    for (long t = 0; t <= position[m]; t++) s[t] = exponential(s[t] - most);
+    for (long t = 0; t <= position[m]; t++) sum += s[t];
     for (long e = 0; e < E; e++) out[e] = 0;
-    for (long t = 0; t < length[m]; t++)
+    for (long t = 0; t <= position[m]; t++)
       for (long e = 0; e < E; e++) out[e] += s[t] * V[t * E + e];
     for (long e = 0; e < E; e++) out[e] /= sum;
   }
 }
 
-/* x [M, D] embeddings → y [M, V] logits. cosine, sine [M, E]; slot, length [M]: where a row's token is stored, and how
-   many slots it looks at. scratch: M (2 H E + 2 F + D + H S) floats. */
-void decode(const Layer *layers, long L, const float *norm, const float *head, float *x, float *y, const float *cosine,
-            const float *sine, const long *slot, const long *length, float *scratch, long M, long D, long F, long H,
-            long KH, long E, long S, long V, float eps, int threads) {
+/* x [M, D] embeddings → y [M, V] logits. position [M]; slot [M]: where a row's token is stored. frequency [E/2]: rope's
+   angle per position. fast: records, of which which[3 l], [3 l + 1], [3 l + 2] are layer l's gate, up and down; -1:
+   frozen. scratch: M (2 H E + 2 F + D + H S) floats. */
+void decode(const Layer *layers, long L, const Fast *fast, const long *which, const float *norm, const float *head,
+            float *x, float *y, const float *frequency, const long *position, const long *slot, float *scratch, long M,
+            long D, long F, long H, long KH, long E, long S, long V, float eps, int threads) {
   float *q = scratch, *z = q + M * H * E, *gate = z + M * H * E, *up = gate + M * F, *down = up + M * F,
         *scores = down + M * D;
 #pragma omp parallel num_threads(threads)
   {
-    float h[M * D];
+    float h[M * D], cosine[M * E / 2], sine[M * E / 2];
     long from, to;
-    for (const Layer *p = layers; p < layers + L; p++) {
-      const Fast *fast_gate = p->fast[0], *fast_up = p->fast[1], *fast_down = p->fast[2];
+    for (long m = 0, i = 0; m < M; m++)
+      for (long j = 0; j < E / 2; j++, i++) {
+        float angle = position[m] * frequency[j];
+        cosine[i] = cosf(angle), sine[i] = sinf(angle);
+      }
+    for (const Layer *p = layers; p < layers + L; p++, which += 3) {
+      const Fast *fast_gate = *which < 0 ? 0 : fast + which[0], *fast_up = which[1] < 0 ? 0 : fast + which[1],
+                 *fast_down = which[2] < 0 ? 0 : fast + which[2];
       rms_norm(h, x, p->norm1, M, D, eps);
       project(p, q, h, cosine, sine, slot, M, D, H, KH, E, S);
 #pragma omp barrier
-      attend(p, z, q, scores, length, M, H, KH, E, S);
+      attend(p, z, q, scores, position, M, H, KH, E, S);
 #pragma omp barrier
       share(D, &from, &to);
       product(x, p->o, p->ob, z, M, D, H * E, from, to, 1);
@@ -229,4 +238,16 @@ void decode(const Layer *layers, long L, const float *norm, const float *head, f
     share(V, &from, &to);
     product(y, head, 0, h, M, V, D, from, to, 0);
   }
+}
+
+/* writes the event of every record into its slot */
+void put(const Fast *f, long N, long M) {
+  for (const Fast *end = f + N; f < end; f++)
+    for (long m = 0; m < M; m++) {
+      long slot = m * f->R + f->slot;
+      memcpy(f->U + slot * f->O, f->u + m * f->O, f->O * sizeof(float));
+      memcpy(f->K + slot * f->I, f->k + m * f->I, f->I * sizeof(float));
+      if (f->key) f->bias[slot] = f->key[m];
+      f->birth[slot] = f->event;
+    }
 }

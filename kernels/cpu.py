@@ -37,8 +37,9 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
     loaded.gemv.argtypes = [*[pointer] * 4, *[long] * 3, ctypes.c_int]
-    loaded.decode.argtypes = [pointer, long, *[pointer] * 9, *[long] * 8, ctypes.c_float, ctypes.c_int]
-    loaded.gemv.restype = loaded.decode.restype = None
+    loaded.decode.argtypes = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, ctypes.c_int]
+    loaded.put.argtypes = [pointer, long, long]
+    loaded.gemv.restype = loaded.decode.restype = loaded.put.restype = None
     return loaded
 
 

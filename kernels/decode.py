@@ -1,48 +1,35 @@
 """decode: one token of each row through a whole float32 Llama on a CPU, in one call of C that reads every weight once.
 
-The model's own modules are its slow twin: `fastweights.fused` decides which of the two runs.
+The model's own modules are its slow twin: `fastweights.fused` decides which of the two runs. Records are numpy
+structures, field for field those of `cpu.c`.
 """
 
 from __future__ import annotations
 
-import ctypes
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cpu import library
 
-
-class Fast(ctypes.Structure):
-    """ΔW of one linear as C reads it, and what it leaves: see `cpu.c`."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("U", "K", "bias", "w", "h", "frozen", "a", "c")],
-        *[(name, ctypes.c_long) for name in ("n", "R")],
-    ]
-
-
+POINTER, LONG = np.uint64, np.int64
 WEIGHTS = ("norm1", "q", "k", "v", "o", "norm2", "gate", "up", "down")
 BIASES = ("qb", "kb", "vb", "ob", "gateb", "upb", "downb")
-
-
-class Layer(ctypes.Structure):
-    """One block's weights, cache and fast weights (gate, up, down) as C reads them."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in (*WEIGHTS, *BIASES, "K", "V")],
-        ("fast", ctypes.POINTER(Fast) * 3),
-    ]
+LAYER = np.dtype([(name, POINTER) for name in (*WEIGHTS, *BIASES, "K", "V")])
+POINTERS = ("U", "K", "bias", "w", "birth", "h", "frozen", "a", "c", "u", "k", "key")
+FAST = np.dtype([(n, POINTER) for n in POINTERS] + [(n, LONG) for n in ("O", "I", "R", "n", "slot", "event")])
 
 
 def decode(
-    layers: ctypes.Array[Layer],
+    layers: np.ndarray,
+    fast: np.ndarray,
+    which: np.ndarray,
     norm_D: Tensor,
     head_VD: Tensor,
     x_BD: Tensor,
-    rope: tuple[Tensor, Tensor],
+    frequency: Tensor,
+    position_B: Tensor,
     slot_B: Tensor,
-    length_B: Tensor,
     scratch: Tensor,
     sizes: tuple[int, int, int, int],
     slots: int,
@@ -50,15 +37,25 @@ def decode(
 ) -> Tensor:
     """Logits [B, V] of embeddings x [B, D], which are overwritten; float32, contiguous, on the CPU.
 
-    rope: cos and sin, [B, E] each. slot, length [B] int64: where each row's key and value are stored, and how many
-    slots it looks at. sizes: F, H, KH, E. slots: S of the cache. scratch: B (2 H E + 2 F + D + H S) numbers.
+    layers: LAYER [L]. fast: FAST [N], what is plastic; which [L, 3] int64: the record of each layer's gate, up and
+    down, -1 where it is frozen. frequency [E/2]: rope's angle per position. position, slot [B] int64: each row's
+    position, and where its key and value are stored. sizes: F, H, KH, E. slots: S of the cache. scratch:
+    B (2 H E + 2 F + D + H S) numbers.
     """
     helper = library()
     assert helper is not None
     (B, D), V = x_BD.shape, len(head_VD)
     y_BV = torch.empty(B, V)
-    pointers = [t.data_ptr() for t in (norm_D, head_VD, x_BD, y_BV, *rope, slot_B, length_B, scratch)]
+    tensors = (norm_D, head_VD, x_BD, y_BV, frequency, position_B, slot_B, scratch)
+    tables = (layers.ctypes.data, len(layers), fast.ctypes.data, which.ctypes.data)
     F, H, KH, E = sizes
-    table = ctypes.addressof(layers)
-    helper.decode(table, len(layers), *pointers, B, D, F, H, KH, E, slots, V, eps, torch.get_num_threads())
+    numbers = (B, D, F, H, KH, E, slots, V, eps, torch.get_num_threads())
+    helper.decode(*tables, *(t.data_ptr() for t in tensors), *numbers)
     return y_BV
+
+
+def put(fast: np.ndarray, rows: int) -> None:
+    """Writes each record's event into its slot: u, k and bias key of every row, and its number."""
+    helper = library()
+    assert helper is not None
+    helper.put(fast.ctypes.data, len(fast), rows)

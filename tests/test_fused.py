@@ -49,7 +49,7 @@ def steps(monkeypatch):
     """How often C has run."""
     calls = []
     real = fused.decode
-    monkeypatch.setattr(fused, "decode", lambda *args: (calls.append(len(args[3])), real(*args))[1])
+    monkeypatch.setattr(fused, "decode", lambda *args: (calls.append(len(args[5])), real(*args))[1])
     return calls
 
 
