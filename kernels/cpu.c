@@ -192,9 +192,10 @@ void decode(const Layer *layers, long L, const Fast *fast, const long *which, co
         float angle = position[m] * frequency[j];
         cosine[i] = cosf(angle), sine[i] = sinf(angle);
       }
-    for (const Layer *p = layers; p < layers + L; p++, which += 3) {
-      const Fast *fast_gate = *which < 0 ? 0 : fast + which[0], *fast_up = which[1] < 0 ? 0 : fast + which[1],
-                 *fast_down = which[2] < 0 ? 0 : fast + which[2];
+    for (const Layer *p = layers; p < layers + L; p++) {
+      const long *n = which + 3 * (p - layers);
+      const Fast *fast_gate = n[0] < 0 ? 0 : fast + n[0], *fast_up = n[1] < 0 ? 0 : fast + n[1],
+                 *fast_down = n[2] < 0 ? 0 : fast + n[2];
       rms_norm(h, x, p->norm1, M, D, eps);
       project(p, q, h, cosine, sine, slot, M, D, H, KH, E, S);
 #pragma omp barrier

@@ -53,6 +53,15 @@ def steps(monkeypatch):
     return calls
 
 
+@pytest.fixture(autouse=True, params=[1, 3])
+def threads(request):
+    """More of them than some shapes have heads or rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def relative(found, exact):
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
