@@ -8,8 +8,9 @@ import torch
 from tiny import CONFIG, tiny
 
 import fastweights as fw
-from fastweights.benchmarks import bench, cases, measure
-from fastweights.benchmarks.cases import Bed, Case
+from fastweights.benchmarks import bench, cases, decode, measure, passes, results
+from fastweights.benchmarks.bed import ALL, Bed
+from fastweights.benchmarks.cases import Case
 from fastweights.benchmarks.measure import Ceiling, Check, Experiment, Trial
 from fastweights.config import LlamaConfig
 
@@ -65,7 +66,7 @@ def test_what_is_wrong_is_not_timed(bed, ceiling):
 def test_a_broken_model_is_refused(ceiling, monkeypatch):
     model = tiny(dtype=torch.float32)
     bed = Bed(model, "tiny")
-    case = Case("prefill", "", lambda bed: cases.prefill(bed, tokens=12, count=2))
+    case = Case("prefill", "", lambda bed: passes.prefill(bed, tokens=12, count=2))
     assert run(case, bed, ceiling)["status"] == "measured"
     monkeypatch.setattr(fw.plastic.PlasticLinear, "_read", lambda self, now, log, h: torch.zeros(()))
     record = run(case, bed, ceiling)
@@ -86,7 +87,7 @@ def test_counts_by_hand():
     # 7 events: 7 rows of U and K read and one of each written, float32
     assert measure.plastic_decode_bytes(config, 2, ["gate_proj", "down_proj"], 7) == 2 * 2 * 4 * 8 * (24 + 52)
     # 5 tokens: 10 pairs; a Gram over D for gate and up together, one over F for down; outputs 52, 52, 24
-    assert measure.plastic_prefill_flops(config, 3, cases.ALL, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
+    assert measure.plastic_prefill_flops(config, 3, ALL, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
     assert measure.plastic_prefill_flops(config, 1, ["up_proj"], 5) == 2 * 10 * (24 + 52)
 
 
@@ -104,9 +105,9 @@ def test_counted_flops_are_those_that_torch_counts():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda bed: cases.frozen_decode(bed, context=10, steps=3),
-        lambda bed: cases.plastic_decode(bed, rank=7, count=2, context=10, steps=3),
-        lambda bed: cases.prefill(bed, tokens=9, count=2),
+        lambda bed: decode.frozen_decode(bed, context=10, steps=3),
+        lambda bed: decode.plastic_decode(bed, rank=7, count=2, context=10, steps=3),
+        lambda bed: passes.prefill(bed, tokens=9, count=2),
     ],
 )
 def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, build):
@@ -134,10 +135,10 @@ def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, 
     assert record["ceiling"]["matmul_GFLOPs"] > 0
 
     page = tmp_path / "RESULTS.md"
-    bench.write_results(
+    results.write_results(
         page, [record, {**record, "case": "surgery", "status": "unavailable", "reason": "no tokenizer"}]
     )
-    bench.write_results(page, [{**record, "commit": "another"}])  # the last run of a case replaces it, others stay
+    results.write_results(page, [{**record, "commit": "another"}])  # the last run of a case replaces it, others stay
     text = page.read_text(encoding="utf-8")
     assert "### decode.frozen" in text
     assert "commit another" in text
@@ -168,13 +169,13 @@ def test_a_disturbed_run_neither_meets_a_bar_nor_replaces_a_quiet_one(ceiling, b
     monkeypatch.setattr(measure, "QUIET", -1.0)
     disturbed |= run(Case("x", "", build), bed, ceiling)
     assert (quiet["status"], disturbed["status"]) == ("measured", "disturbed")
-    assert any("met" in line for line in bench.notes(quiet))
-    assert not any("met" in line for line in bench.notes(disturbed))
+    assert any("met" in line for line in results.notes(quiet))
+    assert not any("met" in line for line in results.notes(disturbed))
     page = tmp_path / "RESULTS.md"
-    bench.write_results(page, [quiet])
-    bench.write_results(page, [disturbed])
+    results.write_results(page, [quiet])
+    results.write_results(page, [disturbed])
     assert "### x" in page.read_text(encoding="utf-8")
-    assert "x (disturbed" in bench.page([disturbed])
+    assert "x (disturbed" in results.page([disturbed])
 
 
 def test_cases_are_chosen_by_name_or_beginning():
@@ -189,9 +190,9 @@ def test_a_bar_is_held_against_its_figure():
     ratio = {"median": 1.1, "min": 1.0, "max": 1.2}
     record = {"ratios": {"a ÷ b": ratio}, "trials": {"a": {"share_of_stream": {**ratio, "median": 0.7}}}}
     record["bars"] = {"a ÷ b": "≤ 1.05", "a share of stream": "≥ 80 %", "c ÷ d": "≤ 1"}
-    assert bench.verdict(record, "a ÷ b") == ("1.1", False)
-    assert bench.verdict(record, "a share of stream") == ("0.7", False)
-    assert bench.verdict(record, "c ÷ d") == ("not measured", None)
+    assert results.verdict(record, "a ÷ b") == ("1.1", False)
+    assert results.verdict(record, "a share of stream") == ("0.7", False)
+    assert results.verdict(record, "c ÷ d") == ("not measured", None)
 
 
 def test_the_list_needs_no_model(capsys):
