@@ -108,11 +108,20 @@ RULE = fw.Hebbian(rate=1e-3)
 class Plastic:
     """An episode of a plastic model; the model is plastic only while it runs, so others may use it frozen."""
 
-    def __init__(self, bed: Bed, layers: Sequence[int], linears: Sequence[str], rank: int, length: int):
+    def __init__(
+        self,
+        bed: Bed,
+        layers: Sequence[int],
+        linears: Sequence[str],
+        rank: int,
+        length: int,
+        overflow: str = "grow",
+        archive: bool = False,
+    ):
         self.bed = bed
         swap = [(bed.model.model.layers[n].mlp, name) for n in layers for name in linears]
         fw.detach(bed.model)
-        fw.attach(bed.model, layers, RULE, linears=linears, rank=rank, overflow="grow")
+        fw.attach(bed.model, layers, RULE, linears=linears, rank=rank, overflow=overflow, archive=archive)
         self.linears = [(mlp, name, getattr(mlp, name)) for mlp, name in swap]
         self.episode = fw.Episode(bed.model, max_length=length)
 

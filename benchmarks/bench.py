@@ -132,6 +132,7 @@ def run_case(
         for check in experiment.checks:
             say(f"{case.name}: checking {check.name}")
             record["checks"][check.name] = check.error()
+        peaks = {trial.name: measure.peak_bytes(trial, bed.device) for trial in experiment.trials if trial.memory}
         trials = [*experiment.trials, ceiling.trial(experiment.ceiling)]
         waiting = Patience(patience, lambda text: say(f"{case.name}: {text}"))
         rounds, noise = measure.alternate(trials, bed.device, repeats, seconds, waiting)
@@ -152,8 +153,11 @@ def run_case(
             if count and peak and trial is not top:  # the ceiling of the same round
                 shares = [count / r[trial.name] * r[top.name] / peak for r in rounds]
                 figures[trial.name][f"share_of_{top.name}"] = measure.spread(shares)
-    ratios = {f"{a} ÷ {b}": measure.spread([r[a] / r[b] for r in rounds]) for a, b in experiment.ratios}
+        if peaks.get(trial.name) is not None:
+            figures[trial.name]["peak_bytes"] = peaks[trial.name]
+    ratios = {" ÷ ".join(map(str, names)): measure.ratio(rounds, *names) for names in experiment.ratios}
     record |= {"status": "measured", "trials": figures, "ratios": ratios, "ceiling_trial": top.name}
+    record["times"] = experiment.times(rounds)
     record |= {"repeats": len(rounds), "noise": noise}
     if noise > measure.QUIET:
         record["status"] = "disturbed"

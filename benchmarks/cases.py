@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .bed import ALL, Bed
-from .decode import CONTEXT, frozen_decode, plastic_decode
+from .decode import CONTEXT, frozen_decode, overflow, plastic_decode
 from .measure import Experiment
 from .passes import moments, prefill
 from .whole import load, surgery
@@ -32,10 +32,12 @@ def _cases() -> list[Case]:
     for name, linears in (*((n, (n,)) for n in ALL), ("gate_proj+up_proj", ("gate_proj", "up_proj"))):
         about = f"3 layers, {name} alone, R = 64: against frozen"
         cases.append(Case(f"decode.plastic.{name}", about, partial(plastic_decode, rank=64, linears=linears)))
+    about = "3 layers, three linears, R = 64, logs that are full: compress, evict and grow against frozen"
+    cases.append(Case("decode.overflow", about, overflow))
     for tokens in (128, 512, 2048):
         about = f"{tokens} tokens in one pass, all written: against frozen and transformers"
         cases.append(Case(f"prefill.{tokens}", about, partial(prefill, tokens=tokens)))
-    cases.append(Case("reads.moments", "a probe at many moments in one batch: against one by one", moments))
+    cases.append(Case("reads.moments", "a probe at 8, 32 and 128 moments: against one probe at now", moments))
     cases.append(Case("surgery", "the experiment: against a hook loop on transformers with dense updates", surgery))
     cases.append(Case("load", "load time and peak memory: against reading the file", measure=load))
     return cases

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 import fastweights as fw
+from fastweights.slots import Slots
+from fastweights.state import EventLog
 
 from . import measure, peers
 from .bed import ALL, RULE, Bed, Plastic
@@ -20,10 +24,13 @@ CONTEXT = 256  # tokens in the KV cache when a decode run begins
 STEPS = 8  # tokens of a decode run
 
 
-def decoded(episode: fw.Episode, update: str, steps: int) -> Tensor:
-    """Greedy tokens; the logits after the last of them, [1, V]."""
+def decoded(episode: fw.Episode, update: str, steps: int, ticks: list[list[float]] | None = None) -> Tensor:
+    """Greedy tokens; the logits after the last of them, [1, V]. Adds the seconds of each token to `ticks`."""
+    stamps = [time.perf_counter()]
     for _ in episode.generate(None, steps, update=update, stop_token_ids=()):
-        pass
+        stamps.append(time.perf_counter())
+    if ticks is not None:
+        ticks.append([after - before for before, after in itertools.pairwise(stamps)])
     assert episode.logits_BV is not None
     return episode.logits_BV
 
@@ -87,7 +94,8 @@ def frozen_decode(bed: Bed, context: int = CONTEXT, steps: int = STEPS) -> Exper
             return fw.Episode(bed.model).feed(tokens, update="none", logits="last")[:, -1]
 
         checks.append(Check("steps = one pass", ours, at_once, bed.tolerance))
-    bars = {"transformers ÷ frozen": "≥ 1.6", "frozen share of stream": "≥ 80 %"} if bed.device.type == "cpu" else {}
+    f32 = bed.device.type == "cpu" and bed.dtype == torch.float32
+    bars = {"transformers ÷ frozen": "≥ 1.6", "frozen share of stream": "≥ 80 %"} if f32 else {}
     return Experiment(trials, checks, ratios, notes, "stream", bars)
 
 
@@ -151,3 +159,123 @@ def plastic_decode(
         "stream",
         bar,
     )
+
+
+def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -> Experiment:
+    """Decoding that writes every token into logs that are full: `folds` blocks of tokens under each policy.
+
+    All begin just after the event that fills a log under "compress", so every block of tokens has one fold.
+    """
+    layers = bed.layers()
+    slots = Slots.of("compress", rank, bed.config.intermediate_size, bed.config.hidden_size)
+    full, block = slots.capacity, slots.capacity - slots.kept
+    steps, linears = folds * block, len(layers) * len(ALL)
+    if context <= full:
+        raise ValueError(f"a context of {context} tokens cannot write {full} of them after the first")
+    ids, written = bed.ids(context), list(range(context - full, context))
+    frozen, frozen_episode, _ = frozen_trial(bed, context, steps)
+    ticks: dict[str, list[list[float]]] = {name: [] for name in ("frozen", "compress", "evict", "grow")}
+    trials = [replace(frozen, run=partial(decoded, frozen_episode, "none", steps, ticks["frozen"]))]
+    episodes = {}
+    read = {"compress": rank + block // 2, "evict": rank, "grow": full + steps // 2}
+    for policy in read:
+        plastic = Plastic(bed, layers, ALL, rank, context + steps, policy)
+        episodes[policy] = plastic.episode
+        plastic.episode.feed(ids, update=written, logits="last")
+        start = plastic.episode.snapshot()
+
+        def prepare(plastic: Plastic = plastic, start: Any = start) -> None:
+            plastic.on()
+            plastic.episode.reset()  # new buffers: "grow" doubles its own again in every run
+            plastic.episode.restore(start)
+
+        extra = measure.plastic_decode_bytes(bed.config, len(layers), ALL, read[policy])
+        trials.append(
+            replace(
+                frozen,
+                name=policy,
+                run=partial(decoded, plastic.episode, "generated", steps, ticks[policy]),
+                prepare=prepare,
+                bytes=frozen.bytes + extra,
+                flops=frozen.flops + extra // 2,
+            )
+        )
+    trial = {each.name: each for each in trials}
+
+    def after(policy: str) -> Tensor:
+        trial[policy].prepare()
+        return decoded(episodes[policy], "generated", steps)
+
+    def at_once(policy: str) -> Tensor:
+        """The same tokens, all in one pass."""
+        episode = Plastic(bed, layers, ALL, rank, context + steps, policy).episode
+        everything = list(range(context - full, context + steps))
+        return episode.feed(episodes[policy].seen, update=everything, logits="last")[:, -1]
+
+    def archived(policy: str) -> list[EventLog]:
+        """The archives of an episode that reads the same tokens one by one: every event as it was written."""
+        episode = Plastic(bed, layers, ALL, rank, context + steps, policy, archive=True).episode
+        episode.feed(ids, update=written, logits="last")
+        for token in episodes[policy].seen[0][context:]:
+            episode.feed([[token]], update="all", logits="last")
+        return [log.archive for log in episode.logs.values() if log.archive is not None]
+
+    def rings() -> Tensor:
+        after("evict")
+        return torch.cat([_through(*log.factors()[:2]) for log in episodes["evict"].logs.values()])
+
+    def windows() -> Tensor:
+        return torch.cat([_through(*(f[:, -rank:] for f in log.factors()[:2])) for log in archived("evict")])
+
+    after("compress")
+    logs = episodes["compress"].logs.values()
+    lost = [
+        float((exact.delta_weight(0, torch.float64) - log.delta_weight(0, torch.float64).cpu()).norm())
+        for exact, log in zip(archived("compress"), logs, strict=True)
+    ]
+    bound, norm = [log.certificate(0)[1] for log in logs], [log.delta_norm(0) for log in logs]
+
+    def share(errors: list[float]) -> str:
+        return f"{max(error / whole for error, whole in zip(errors, norm, strict=True)):.1e}"
+
+    def times(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+        found = {f"{name}, slowest token": _slowest(runs[1:]) for name, runs in ticks.items()}  # the first is warm-up
+        for policy in read:
+            each = measure.spread([(r[policy] - r["frozen"]) / linears for r in rounds])
+            found[f"{policy} − frozen, an event of one linear"] = each
+        return found
+
+    return Experiment(
+        trials,
+        [
+            Check(
+                f"compress: ‖exact − kept‖ ≤ its certificate in {linears} linears",
+                lambda: (torch.tensor(lost) / torch.tensor(bound)).clamp(min=1),
+                lambda: torch.ones(linears),
+                0.0,
+            ),
+            Check(f"evict: ΔW = the last {rank} events", rings, windows, bed.tolerance),
+            *(
+                Check(f"{name}: steps = one pass", partial(after, name), partial(at_once, name), 10 * bed.tolerance)
+                for name in ("evict", "grow")
+            ),
+        ],
+        [("compress", "evict"), *((policy, "frozen") for policy in read)],
+        {"context": context, "tokens": steps, "layers": layers, "linears": list(ALL), "rank": rank}
+        | {"events": f"{full} to {full + steps}", "folds": f"{folds} of each linear, every {block} events"}
+        | {"compress, at the end, largest of the linears": f"certificate {share(bound)} of ‖ΔW‖, error {share(lost)}"}
+        | {"rule": repr(RULE)},
+        "stream",
+        times=times,
+    )
+
+
+def _through(U_BRO: Tensor, K_BRI: Tensor) -> Tensor:
+    """ΔW of the first row times three random columns, [O · 3] float64: any other ΔW gives another result."""
+    X_I3 = torch.randn(K_BRI.shape[2], 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return (U_BRO[0].double().cpu().T @ (K_BRI[0].double().cpu() @ X_I3)).flatten()
+
+
+def _slowest(runs: list[list[float]]) -> dict[str, float]:
+    """Over the runs, the seconds of the token that has the largest median."""
+    return max((measure.spread(each) for each in zip(*runs, strict=True)), key=lambda found: found["median"])

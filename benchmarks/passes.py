@@ -103,66 +103,63 @@ def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str]
     return Experiment(trials, checks, ratios, notes, "matmul", bar)
 
 
-def moments(bed: Bed, context: int = 64, tokens: int = 45, every: int = 4) -> Experiment:
-    """One probe of many moments against one probe per moment."""
-    plastic = Plastic(bed, bed.layers(), ALL, context, context)
-    plastic.on()
-    episode, ids = plastic.episode, bed.ids(context + tokens)
-    question = ids[:, context:]
-    at = list(range(0, context + 1, every))
-    snapshots = []
-    for t in range(context + 1):
-        if t in at:
-            snapshots.append(episode.snapshot())
-        if t < context:
-            episode.feed(ids[:, t : t + 1], update="all", logits="last")
-    end = episode.snapshot()
-    try:
-        episode.probe(question, at=at, logits="last")
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise Unavailable(f"episode.probe(at=[...]) refuses: {str(error).splitlines()[0][:120]}") from error
+def moments(
+    bed: Bed, events: int = 128, tokens: int = 45, counts: Sequence[int] = (8, 32, 128), budget_bytes: int = 1 << 28
+) -> Experiment:
+    """A probe of many moments, spread evenly over the episode, against one probe of the last."""
+    layers = bed.layers()
+    plastic = Plastic(bed, layers, ALL, events, events)
+    episode, ids = plastic.episode, bed.ids(events + tokens)
+    context, question = ids[:, :events], ids[:, events:]
+    episode.feed(context, update="all", logits="last")
+    at = {count: [events * (n + 1) // count for n in range(count)] for count in counts}
+    batches: list[str] = []
 
-    def prepare() -> None:
+    def batched(count: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        return episode.probe(question, at=at[count], logits="last", budget_bytes=budget_bytes, progress=progress).logits
+
+    def together() -> Tensor:
         plastic.on()
-        episode.restore(end)
-
-    def batched() -> Tensor:
-        return episode.probe(question, at=at, logits="last").logits
+        seen = []
+        for count in counts:
+            done: list[int] = []
+            seen.append(batched(count, lambda moments, _, done=done: done.append(moments)))  # type: ignore[misc]
+            batches.append(f"{count} in {len(done)}")
+        return torch.cat(seen)
 
     def one_by_one() -> Tensor:
-        seen = []
-        for snapshot in snapshots:
-            episode.restore(snapshot)
-            seen.append(episode.probe(question, logits="last").logits)
-        return torch.stack(seen)
+        plastic.on()
+        episode.reset()
+        seen = {}
+        for n in range(events):
+            episode.feed(context[:, n : n + 1], update="all", logits="last")
+            seen[n + 1] = episode.probe(question, logits="last").logits
+        return torch.stack([seen[n] for count in counts for n in at[count]])
 
-    def checked(run: Callable[[], Tensor]) -> Tensor:
-        prepare()
-        return run()
-
-    flops = measure.forward_flops(bed.config, tokens)
-    below = (flops - measure.forward_flops(bed.config, 0)) * bed.layers()[0] // bed.config.num_hidden_layers
-    shared = flops - below * (len(at) - 1) // len(at)  # the layers below the first plastic one run once
+    # every moment reads the same factors, through its own weights; the layers below the first plastic one run once
+    read = tokens * measure.plastic_decode_bytes(bed.config, len(layers), ALL, events) // 2
+    flops = measure.forward_flops(bed.config, tokens) + read
+    below = (measure.forward_flops(bed.config, tokens, heads=0)) * layers[0] // bed.config.num_hidden_layers
+    now = Trial(
+        "one probe",
+        lambda: episode.probe(question, logits="last"),
+        prepare=plastic.on,
+        flops=flops,
+        memory=True,
+    )
+    trials = [now]
+    ratios: list[tuple[str, str] | tuple[str, str, int]] = []
+    for count in counts:
+        name, all_flops = f"{count} moments", below + count * (flops - below)
+        trials.append(replace(now, name=name, run=partial(batched, count), flops=all_flops))
+        ratios += [(name, "one probe"), (name, "one probe", count)]
     return Experiment(
-        [
-            Trial("batched", batched, len(at), prepare, flops=shared),
-            Trial("one by one", one_by_one, len(at), prepare, flops=flops),
-        ],
-        [
-            Check(
-                "batched = one by one",
-                partial(checked, batched),
-                partial(checked, one_by_one),
-                10 * bed.tolerance,
-            )
-        ],
-        [("one by one", "batched")],
-        {
-            "moments": len(at),
-            "events": context,
-            "probe tokens": tokens,
-            "layers": bed.layers(),
-            "per": "moment",
-        },
+        trials,
+        [Check("batched = token by token, a probe after each", together, one_by_one, 10 * bed.tolerance)],
+        ratios,
+        {"events": events, "probe tokens": tokens, "layers": layers, "linears": list(ALL)}
+        | {"factors": f"{sum(log.bytes for log in episode.logs.values()) / 1e6:.1f} MB, shared by all moments"}
+        | {"budget": f"{budget_bytes / 1e6:.0f} MB a batch", "batches": batches}
+        | {"peak": "above the resting level, of one run"},
         "matmul",
     )

@@ -55,6 +55,9 @@ def verdict(record: dict[str, Any], bar: str) -> tuple[str, bool | None]:
 def notes(record: dict[str, Any]) -> list[str]:
     """Ratios, bars, context and checks of one measured case, a line each."""
     lines = [f"{name}: {_ratio(values)}" for name, values in record["ratios"].items()]
+    for name, spread in record.get("times", {}).items():
+        median, low, high = (duration(spread[key]) for key in ("median", "min", "max"))
+        lines.append(f"{name}: {median} ({low} to {high})")
     for bar, wanted in record["bars"].items() if record["status"] == "measured" else ():
         value, met = verdict(record, bar)
         lines.append(f"bar: {bar} {wanted}: {value}, {'met' if met else 'not met' if met is not None else '?'}")

@@ -75,6 +75,85 @@ def test_a_broken_model_is_refused(ceiling, monkeypatch):
     assert not isinstance(model.model.layers[1].mlp.up_proj, fw.plastic.PlasticLinear)  # it is left frozen
 
 
+def few_moments(bed):
+    return passes.moments(bed, events=12, tokens=5, counts=(3, 6), budget_bytes=1 << 16)
+
+
+def small_overflow(bed):
+    return decode.overflow(bed, rank=8, context=24, folds=2)
+
+
+def test_moments_are_timed_against_one_probe(bed, ceiling):
+    record = run(Case("reads.moments", "", few_moments), bed, ceiling)
+    assert record["status"] == "measured", record
+    assert record["trials"].keys() == {"one probe", "3 moments", "6 moments", "matmul"}
+    assert all("peak_bytes" in record["trials"][name] for name in ("one probe", "6 moments"))
+    whole, each = record["ratios"]["6 moments ÷ one probe"], record["ratios"]["6 moments ÷ one probe ÷ 6"]
+    assert whole["median"] == pytest.approx(6 * each["median"])
+    assert any(line.startswith("6 moments ÷ one probe ÷ 6: ") for line in results.notes(record))
+
+
+def test_moments_that_see_other_events_are_refused(bed, ceiling, monkeypatch):
+    weights = fw.Moment.weights
+
+    def off_by_one(self, log, site, row):
+        return weights(fw.Moment(events=self.events - 1), log, site, row)
+
+    monkeypatch.setattr(fw.Moment, "weights", off_by_one)
+    record = run(Case("reads.moments", "", few_moments), bed, ceiling)
+    assert record["status"] == "refused"
+    assert "batched = token by token" in record["reason"]
+
+
+def test_every_overflow_policy_is_timed_per_event(bed, ceiling):
+    record = run(Case("decode.overflow", "", small_overflow), bed, ceiling)
+    assert record["status"] == "measured", record
+    assert record["trials"].keys() == {"frozen", "compress", "evict", "grow", "stream"}
+    assert record["context"]["events"] == "16 to 32"  # 8 slots that are kept and 8 to fill: two folds
+    assert record["ratios"].keys() == {"compress ÷ evict", *(f"{p} ÷ frozen" for p in ("compress", "evict", "grow"))}
+    assert record["times"]["compress, slowest token"]["median"] > 0
+    assert any(line.startswith("evict − frozen, an event of one linear: ") for line in results.notes(record))
+
+
+def no_certificate(self, row):
+    return 1e-9, 1e-9
+
+
+def one_too_few(self, birth, events, dtype, weigh=fw.state.EventLog._weigh):
+    alive = weigh(self, birth, events, dtype)
+    return alive * (events - 1 - birth < self.rank - 1) if self.overflow == "evict" else alive
+
+
+def first_slot(self, events_BT, slots=None, weights=fw.state.EventLog.weights):
+    return weights(self, events_BT, slots) * (torch.arange(slots or self.used) > 0)
+
+
+def one_slot_back(self, event, slot=fw.slots.Slots.slot):
+    return slot(self, (event - 1).clamp(min=0)) if self.overflow == "evict" else slot(self, event)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "reason"),
+    [
+        (fw.state.EventLog, "certificate", no_certificate, "≤ its certificate"),
+        (fw.slots.Slots, "slot", one_slot_back, "evict: "),
+        (fw.state.EventLog, "plain", lambda self, tokens: True, "evict: "),
+    ],
+)
+def test_an_overflow_that_is_wrong_is_refused(ceiling, monkeypatch, owner, name, wrong, reason):
+    monkeypatch.setattr(owner, name, wrong)
+    record = run(Case("decode.overflow", "", small_overflow), Bed(tiny(dtype=torch.float32), "tiny"), ceiling)
+    assert record["status"] == "refused"
+    assert reason in record["reason"]
+
+
+def test_peak_memory_is_what_a_run_adds():
+    held = torch.ones(250_000)
+    trial = Trial("20 MB", lambda: [torch.ones(250_000) for _ in range(20)])
+    peak = measure.peak_bytes(trial, held.device)
+    assert peak is None or 19e6 < peak < 30e6
+
+
 def test_counts_by_hand():
     # D 24, F 52, 4 layers, 4 heads of 6, 2 KV heads, vocabulary 61, untied
     config = LlamaConfig.from_dict(CONFIG, "tiny")
