@@ -222,10 +222,12 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
 
     def rings() -> Tensor:
         after("evict")
-        return torch.cat([_through(*log.factors()[:2]) for log in episodes["evict"].logs.values()])
+        logs = episodes["evict"].logs.values()
+        return torch.cat([log.delta_weight(0, torch.float64).flatten().cpu() for log in logs])
 
     def windows() -> Tensor:
-        return torch.cat([_through(*(f[:, -rank:] for f in log.factors()[:2])) for log in archived("evict")])
+        last = [[factor[0, -rank:].double() for factor in log.factors()[:2]] for log in archived("evict")]
+        return torch.cat([(U_RO.T @ K_RI).flatten() for U_RO, K_RI in last])
 
     after("compress")
     logs = episodes["compress"].logs.values()
@@ -268,12 +270,6 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
         "stream",
         times=times,
     )
-
-
-def _through(U_BRO: Tensor, K_BRI: Tensor) -> Tensor:
-    """ΔW of the first row times three random columns, [O · 3] float64: any other ΔW gives another result."""
-    X_I3 = torch.randn(K_BRI.shape[2], 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return (U_BRO[0].double().cpu().T @ (K_BRI[0].double().cpu() @ X_I3)).flatten()
 
 
 def _slowest(runs: list[list[float]]) -> dict[str, float]:

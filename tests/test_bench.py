@@ -119,24 +119,15 @@ def no_certificate(self, row):
     return 1e-9, 1e-9
 
 
-def one_too_few(self, birth, events, dtype, weigh=fw.state.EventLog._weigh):
-    alive = weigh(self, birth, events, dtype)
-    return alive * (events - 1 - birth < self.rank - 1) if self.overflow == "evict" else alive
-
-
-def first_slot(self, events_BT, slots=None, weights=fw.state.EventLog.weights):
-    return weights(self, events_BT, slots) * (torch.arange(slots or self.used) > 0)
-
-
-def one_slot_back(self, event, slot=fw.slots.Slots.slot):
-    return slot(self, (event - 1).clamp(min=0)) if self.overflow == "evict" else slot(self, event)
+def ring_too_small(self, event, slot=fw.slots.Slots.slot):
+    return event % (self.window - 1) if self.overflow == "evict" else slot(self, event)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "wrong", "reason"),
     [
         (fw.state.EventLog, "certificate", no_certificate, "≤ its certificate"),
-        (fw.slots.Slots, "slot", one_slot_back, "evict: "),
+        (fw.slots.Slots, "slot", ring_too_small, "evict: "),
         (fw.state.EventLog, "plain", lambda self, tokens: True, "evict: "),
     ],
 )
