@@ -67,7 +67,7 @@ def frozen_decode(bed: Bed, context: int = CONTEXT, steps: int = STEPS) -> Exper
 
     def theirs(decoder: peers.Decoder) -> Tensor:
         decoder.rewind()
-        return decoder.run()[1]
+        return decoder.run(episode.seen[0][context:])[1]  # our tokens: in half precision the best two may tie
 
     for name, static in (("transformers", False), ("transformers-static", True)):
         try:

@@ -81,8 +81,8 @@ INTRO = """# Results
 
 The last run of every case on every device. Written by `fastweights bench --out benchmarks/RESULTS.md` from
 `RESULTS.jsonl`; not edited by hand. Every case was checked against its reference in the same run before it was
-timed. Times are per token for decode, per prompt for prefill, per moment for reads; trials ran in alternation,
-shares and ratios are medians over the rounds, of figures of the same round, with the lowest and highest in
+timed. Times are per token for decode, per prompt for prefill, per probe (all its moments) for reads; trials ran in
+alternation, shares and ratios are medians over the rounds, of figures of the same round, with the lowest and highest in
 brackets. `+` after a commit: the library differed from it.
 """
 
@@ -113,6 +113,10 @@ def page(records: list[dict[str, Any]]) -> str:
                 parts.append(_section(record))
             else:
                 missing.append(f"{record['case']} ({record['status']}: {record['reason']})")
+        newest = max(mine.values(), key=lambda record: record["time"])["commit"]
+        older = [f"{r['case']} ({r['commit']})" for r in mine.values() if r["commit"] != newest]
+        if older:
+            parts.append(f"**Not run again at {newest}, the last commit run here:** {', '.join(older)}.\n")
         if missing:
             parts.append("**Not measured here:** " + "; ".join(missing) + ".\n")
     unseen = [name for name in SHAPES if not any(r["model"] == f"random {name}" for r in records)]

@@ -208,10 +208,12 @@ def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, 
     results.write_results(
         page, [record, {**record, "case": "surgery", "status": "unavailable", "reason": "no tokenizer"}]
     )
-    results.write_results(page, [{**record, "commit": "another"}])  # the last run of a case replaces it, others stay
+    later = {**record, "time": "9999", "commit": "another"}
+    results.write_results(page, [later])  # the last run of a case replaces it, others stay
     text = page.read_text(encoding="utf-8")
     assert "### decode.frozen" in text
     assert "commit another" in text
+    assert f"Not run again at another, the last commit run here:** surgery ({record['commit']})" in text
     assert "surgery (unavailable: no tokenizer)" in text
     assert "load (not run)" in text
     assert "no GPU has run this" in text
