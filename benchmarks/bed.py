@@ -80,7 +80,11 @@ class Bed:
         self.model, self.name, self.tokenizer, self.folder = model, name, tokenizer, folder
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         # relative, of logits: float32 as DESIGN §8 asks of the real model; half precision by its epsilon
-        self.tolerance = 1e-5 if self.dtype.itemsize >= 4 else 16 * torch.finfo(self.dtype).eps
+        self.tolerance = 1e-5 if self.dtype.itemsize >= 4 else 4 * torch.finfo(self.dtype).eps
+
+    def amplified(self, times: int) -> float:
+        """The tolerance where events amplify rounding; in half precision `times` of it would pass anything."""
+        return self.tolerance * (times if self.dtype.itemsize >= 4 else min(times, 2))
 
     @cached_property
     def peer(self) -> Any:

@@ -152,7 +152,7 @@ def plastic_decode(
     return Experiment(
         [frozen, trial],
         # one pass and steps round differently, and Hebbian writes amplify that
-        [Check("prompt in one pass = token by token", fast, one_by_one, 10 * bed.tolerance)],
+        [Check("prompt in one pass = token by token", fast, one_by_one, bed.amplified(10))],
         [("plastic", "frozen")],
         {"context": context, "tokens": steps, "layers": layers, "linears": list(linears), "rank": rank}
         | {"events": f"{rank - steps} to {rank}", "rule": repr(RULE)},
@@ -258,7 +258,7 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
             ),
             Check(f"evict: ΔW = the last {rank} events", rings, windows, bed.tolerance),
             *(
-                Check(f"{name}: steps = one pass", partial(after, name), partial(at_once, name), 10 * bed.tolerance)
+                Check(f"{name}: steps = one pass", partial(after, name), partial(at_once, name), bed.amplified(10))
                 for name in ("evict", "grow")
             ),
         ],

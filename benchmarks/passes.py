@@ -71,7 +71,7 @@ def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str]
         for t in range(tokens - 4, tokens):
             plastic_episode.feed(ids[:, t : t + 1], update="all", logits="last")
 
-    checks = [Check(f"one pass = its last {stepped} tokens stepped", at_once, end_stepped, 20 * bed.tolerance)]
+    checks = [Check(f"one pass = its last {stepped} tokens stepped", at_once, end_stepped, bed.amplified(20))]
     trials, ratios = [frozen, trial], [("plastic", "frozen")]
     notes: dict[str, Any] = {"tokens": tokens, "layers": layers, "linears": list(linears), "rule": repr(RULE)}
     notes["work added"] = f"{extra / flops:.1%} of the frozen FLOPs"
@@ -89,7 +89,7 @@ def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str]
             prepare()
             return frozen.run()[:, -1]
 
-        checks.append(Check("frozen logits = transformers", ours, theirs, 2 * bed.tolerance))
+        checks.append(Check("frozen logits = transformers", ours, theirs, bed.amplified(2)))
         trials.append(replace(frozen, name="transformers", run=theirs, prepare=lambda: None))
         ratios.append(("transformers", "frozen"))
     except Unavailable as reason:
@@ -155,7 +155,7 @@ def moments(
         ratios += [(name, "one probe"), (name, "one probe", count)]
     return Experiment(
         trials,
-        [Check("batched = token by token, a probe after each", together, one_by_one, 10 * bed.tolerance)],
+        [Check("batched = token by token, a probe after each", together, one_by_one, bed.amplified(10))],
         ratios,
         {"events": events, "probe tokens": tokens, "layers": layers, "linears": list(ALL)}
         | {"factors": f"{sum(log.bytes for log in episode.logs.values()) / 1e6:.1f} MB, shared by all moments"}

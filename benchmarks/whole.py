@@ -78,7 +78,7 @@ def surgery(bed: Bed, context_tokens: int = 62, question_tokens: int = 45) -> Ex
                 "distances and log-probabilities = hook loop",
                 ours_checked,
                 theirs_checked,
-                100 * bed.tolerance,
+                bed.amplified(100),
             )
         ],
         [("hook loop", "surgery")],
