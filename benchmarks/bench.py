@@ -23,9 +23,11 @@ import torch
 import fastweights as fw
 from fastweights import hub, weights
 
-from . import cases, measure
-from .cases import CASES, Bed, Case
+from . import measure
+from .bed import SHAPES, Bed, random_model, shape_config
+from .cases import CASES, Case
 from .measure import Ceiling, Patience, Unavailable, Wrong
+from .results import ceilings, notes, table, write_results
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="a case, or all that begin so")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--model", metavar="NAME", help="folder or name; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--shape", choices=sorted(cases.SHAPES), help="random weights of this shape instead")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -100,7 +102,7 @@ def make_bed(name: str | None, shape: str | None, dtype: torch.dtype, device: to
         folder = Path(name) if name else hub.default_folder(weights._convert)
         return Bed(model, Path(name or "SmolLM2-135M-Instruct").name, tokenizer, folder if folder.is_dir() else None)
     try:
-        model = cases.random_model(cases.shape(shape), dtype, device)
+        model = random_model(shape_config(shape), dtype, device)
     except Unavailable as reason:
         raise ValueError(f"--shape {shape} --dtype {str(dtype)[6:]}: {reason}") from reason
     return Bed(model, f"random {shape}")
@@ -130,6 +132,7 @@ def run_case(
         for check in experiment.checks:
             say(f"{case.name}: checking {check.name}")
             record["checks"][check.name] = check.error()
+        peaks = {trial.name: measure.peak_bytes(trial, bed.device) for trial in experiment.trials if trial.memory}
         trials = [*experiment.trials, ceiling.trial(experiment.ceiling)]
         waiting = Patience(patience, lambda text: say(f"{case.name}: {text}"))
         rounds, noise = measure.alternate(trials, bed.device, repeats, seconds, waiting)
@@ -150,8 +153,11 @@ def run_case(
             if count and peak and trial is not top:  # the ceiling of the same round
                 shares = [count / r[trial.name] * r[top.name] / peak for r in rounds]
                 figures[trial.name][f"share_of_{top.name}"] = measure.spread(shares)
-    ratios = {f"{a} ÷ {b}": measure.spread([r[a] / r[b] for r in rounds]) for a, b in experiment.ratios}
+        if peaks.get(trial.name) is not None:
+            figures[trial.name]["peak_bytes"] = peaks[trial.name]
+    ratios = {" ÷ ".join(map(str, names)): measure.ratio(rounds, *names) for names in experiment.ratios}
     record |= {"status": "measured", "trials": figures, "ratios": ratios, "ceiling_trial": top.name}
+    record["times"] = experiment.times(rounds)
     record |= {"repeats": len(rounds), "noise": noise}
     if noise > measure.QUIET:
         record["status"] = "disturbed"
@@ -220,59 +226,6 @@ def _commit() -> str:
 # ---- for people
 
 
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def _ratio(values: dict[str, float]) -> str:
-    return f"{values['median']:.3f} ({values['min']:.3f} to {values['max']:.3f})"
-
-
-def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(heading, rows) of one measured case."""
-    rows = []
-    for name, trial in record["trials"].items():
-        # of the ceiling's unit alone: decode is bytes, prefill is FLOPs
-        unit, word = {"stream": ("bytes", "GB/s"), "matmul": ("flops", "GFLOP/s")}[
-            record.get("ceiling_trial", "stream")
-        ]
-        rate = [f"{trial[f'G{unit}_per_s']:.1f} {word}"] if unit in trial else []
-        share = [f"{v['median']:.0%} of {k[9:]}" for k, v in trial.items() if k.startswith("share_of_")]
-        peak = [f"{trial['peak_bytes'] / 1e6:.0f} MB peak"] if "peak_bytes" in trial else []
-        spread = trial["seconds"]
-        times = [duration(spread[key]) for key in ("median", "min", "max")]
-        rows.append([name, *times, ", ".join(rate + peak), ", ".join(share)])
-    return ["", "median", "min", "max", "rate", "share"], rows
-
-
-def verdict(record: dict[str, Any], bar: str) -> tuple[str, bool | None]:
-    """(the figure a bar speaks of, whether it is met)."""
-    figure = record["ratios"].get(bar)
-    if figure is None and " share of " in bar:
-        trial, _, ceiling = bar.partition(" share of ")
-        figure = record["trials"].get(trial, {}).get(f"share_of_{ceiling}")
-    if figure is None:
-        return "not measured", None
-    sign, number = record["bars"][bar].split(maxsplit=1)
-    limit = float(number.rstrip(" %")) / (100 if number.endswith("%") else 1)
-    value = figure["median"]
-    return f"{value:.3g}", value >= limit if sign == "≥" else value <= limit
-
-
-def notes(record: dict[str, Any]) -> list[str]:
-    """Ratios, bars, context and checks of one measured case, a line each."""
-    lines = [f"{name}: {_ratio(values)}" for name, values in record["ratios"].items()]
-    for bar, wanted in record["bars"].items() if record["status"] == "measured" else ():
-        value, met = verdict(record, bar)
-        lines.append(f"bar: {bar} {wanted}: {value}, {'met' if met else 'not met' if met is not None else '?'}")
-    lines.append(", ".join(f"{key} {value}" for key, value in record["context"].items()))
-    lines.append("checked: " + "; ".join(f"{name} (error {error:.1e})" for name, error in record["checks"].items()))
-    return lines
-
-
 class Display:
     """Tables on stdout, what is going on now on stderr; plain text where rich is missing or nobody watches."""
 
@@ -319,77 +272,3 @@ class Display:
             self.console.print(grid)
         for line in notes(record):
             self.print(f"  {line}")
-
-
-def ceilings(run: dict[str, Any]) -> str:
-    found = run["ceiling"]
-    threads = ", ".join(f"{n} threads {rate:.1f}" for n, rate in found["stream_GBps_by_threads"].items())
-    stream = f"read stream of {found['stream_buffer_MB']} MB {found['stream_GBps']:.1f} GB/s" + (
-        f" ({threads})" if threads else ""
-    )
-    return f"{stream}; {found['matmul_size']}³ matmul {found['matmul_GFLOPs']:.0f} GFLOP/s"
-
-
-# ---- the page
-
-INTRO = """# Results
-
-The last run of every case on every device. Written by `fastweights bench --out benchmarks/RESULTS.md` from
-`RESULTS.jsonl`; not edited by hand. Every case was checked against its reference in the same run before it was
-timed. Times are per token for decode, per prompt for prefill, per moment for reads; trials ran in alternation,
-shares and ratios are medians over the rounds, of figures of the same round, with the lowest and highest in
-brackets. `+` after a commit: the library differed from it.
-"""
-
-
-def write_results(path: Path, records: list[dict[str, Any]]) -> None:
-    """Adds this run's records to the .jsonl beside `path`, the last of each case counting, and writes the page."""
-    store = path.with_suffix(".jsonl")
-    kept: dict[tuple, dict[str, Any]] = {}
-    old = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()] if store.exists() else []
-    for record in [*old, *records]:
-        key = tuple(record[key] for key in ("device", "model", "dtype", "case"))
-        if record["status"] != "disturbed" or key not in kept:  # a disturbed run says nothing new
-            kept[key] = record
-    lines = [json.dumps(record, ensure_ascii=False) for record in kept.values()]
-    store.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    path.write_text(page(list(kept.values())), encoding="utf-8")
-
-
-def page(records: list[dict[str, Any]]) -> str:
-    parts = [INTRO]
-    for group in dict.fromkeys((r["device"], r["model"], r["dtype"]) for r in records):
-        mine = {r["case"]: r for r in records if (r["device"], r["model"], r["dtype"]) == group}
-        device, model, dtype = group
-        parts.append(f"## {device}: {model}, {dtype}\n")
-        missing = [f"{name} (not run)" for name in CASES if name not in mine]
-        for record in mine.values():
-            if record["status"] == "measured":
-                parts.append(_section(record))
-            else:
-                missing.append(f"{record['case']} ({record['status']}: {record['reason']})")
-        if missing:
-            parts.append("**Not measured here:** " + "; ".join(missing) + ".\n")
-    unseen = [name for name in cases.SHAPES if not any(r["model"] == f"random {name}" for r in records)]
-    if unseen := [name for name in unseen if name != "135m"]:
-        parts.append(f"**Not measured on any device:** the shapes {', '.join(unseen)} with random weights.\n")
-    if not any(r["device_type"] == "cuda" for r in records):
-        parts.append(
-            "## CUDA\n\n**Not measured: no GPU has run this.** "
-            "That is every case above on a GPU, and with it every GPU bar ("
-            "frozen decode ≤ 5.5 ms per token at 8B shape in bfloat16 on one H100; plastic ÷ frozen ≤ 1.01 with 3 "
-            "layers and ≤ 1.03 with all; prefill of 2048 tokens ≤ 1.08; the experiment ≥ 30 times a hook loop).\n"
-        )
-    return "\n".join(parts)
-
-
-def _section(record: dict[str, Any]) -> str:
-    heading, rows = table(record)
-    lines = [f"### {record['case']}", "", f"{record['about']}.", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows)]
-    lines += ["", *(f"- {line}" for line in notes(record))]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    state = f"commit {record['commit']}, {record['threads']} threads, {record['repeats']} rounds"
-    lines.append(f"- {record['time']}, {state}; {versions}")
-    lines.append(f"- ceilings of that run: {ceilings(record)}")
-    return "\n".join(lines) + "\n"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,18 +59,24 @@ class Trial:
     prepare: Callable[[], Any] = lambda: None
     bytes: int = 0
     flops: int = 0
+    memory: bool = False  # whether to say what one run holds at most
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a case builds: checks first, then trials in alternation, then ratios (over, under) of their times."""
+    """What a case builds: checks first, then trials in alternation, then ratios of their times.
+
+    ratios: (over, under), or (over, under, n): over ÷ under ÷ n.
+    times: from the seconds per unit of every round, other times in seconds → their spread.
+    """
 
     trials: list[Trial]
     checks: list[Check]
-    ratios: list[tuple[str, str]]
+    ratios: Sequence[tuple[str, str] | tuple[str, str, int]]
     context: dict[str, Any] = field(default_factory=dict)  # what the numbers hold for
     ceiling: str = "stream"  # or "matmul": which ceiling runs in alternation with the trials
     bars: dict[str, str] = field(default_factory=dict)  # "a ÷ b" → "≤ 1.05"
+    times: Callable[[list[dict[str, float]]], dict[str, dict[str, float]]] = lambda rounds: {}
 
 
 # ---- timing
@@ -151,8 +160,37 @@ def alternate(
     return [seconds for _, seconds in calm], max(noise for noise, _ in calm)
 
 
+def ratio(rounds: list[dict[str, float]], over: str, under: str, *parts: int) -> dict[str, float]:
+    return spread([r[over] / r[under] / math.prod(parts) for r in rounds])
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+# ---- memory
+
+
+def peak_bytes(trial: Trial, device: torch.device) -> int | None:
+    """Memory above the resting level at the highest point of one run; None where the system does not tell."""
+    trial.prepare()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        rest = torch.cuda.memory_allocated(device)
+        trial.run()
+        return torch.cuda.max_memory_allocated(device) - rest
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc holds back would hide as much of the peak
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        rest = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    trial.run()
+    return max(_resident("VmHWM") - rest, 0)
+
+
+def _resident(key: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
 # ---- ceilings
@@ -166,7 +204,8 @@ class Ceiling:
         self.device, self.dtype = device, dtype
         # far larger than any last-level cache that CPUs of today share, and than an H100's 50 MB
         megabytes = megabytes or (4096 if cuda else 512)
-        size = size or (8192 if cuda else 2048)
+        # torch's float16 product on a CPU without AMX runs at 0.4 GFLOP/s: 2048³ would take a minute
+        size = size or (8192 if cuda else 256 if dtype == torch.float16 else 2048)
         self._buffer = torch.randn(megabytes * 250_000, device=device)
         self._a = torch.randn(size, size, device=device).to(dtype)
 

@@ -93,11 +93,12 @@ class Decoder:
                 layer.cumulative_length = count
 
     @torch.no_grad()
-    def run(self) -> tuple[list[Tensor], Tensor]:
-        """(the tokens chosen, the logits after the last)."""
+    def run(self, tokens: Sequence[int] | None = None) -> tuple[list[Tensor], Tensor]:
+        """(the tokens chosen, the logits after the last); `tokens` are read instead of the best if given."""
         logits_BV, chosen = self.first, []
         for n in range(self.steps):
-            chosen.append(logits_BV.argmax(-1))
+            best = logits_BV.argmax(-1)
+            chosen.append(best if tokens is None else best.new_tensor([tokens[n]]))
             position = torch.tensor([[self.length + n]], device=logits_BV.device)
             out = self.step(chosen[-1][:, None], past_key_values=self.cache, position_ids=position, use_cache=True)
             logits_BV = out.logits[:, -1]

@@ -8,8 +8,9 @@ import torch
 from tiny import CONFIG, tiny
 
 import fastweights as fw
-from fastweights.benchmarks import bench, cases, measure
-from fastweights.benchmarks.cases import Bed, Case
+from fastweights.benchmarks import bench, cases, decode, measure, passes, results
+from fastweights.benchmarks.bed import ALL, Bed
+from fastweights.benchmarks.cases import Case
 from fastweights.benchmarks.measure import Ceiling, Check, Experiment, Trial
 from fastweights.config import LlamaConfig
 
@@ -65,13 +66,83 @@ def test_what_is_wrong_is_not_timed(bed, ceiling):
 def test_a_broken_model_is_refused(ceiling, monkeypatch):
     model = tiny(dtype=torch.float32)
     bed = Bed(model, "tiny")
-    case = Case("prefill", "", lambda bed: cases.prefill(bed, tokens=12, count=2))
+    case = Case("prefill", "", lambda bed: passes.prefill(bed, tokens=12, count=2))
     assert run(case, bed, ceiling)["status"] == "measured"
     monkeypatch.setattr(fw.plastic.PlasticLinear, "_read", lambda self, now, log, h: torch.zeros(()))
     record = run(case, bed, ceiling)
     assert record["status"] == "refused"
     assert "one pass = its last" in record["reason"]
     assert not isinstance(model.model.layers[1].mlp.up_proj, fw.plastic.PlasticLinear)  # it is left frozen
+
+
+def few_moments(bed):
+    return passes.moments(bed, events=12, tokens=5, counts=(3, 6), budget_bytes=1 << 16)
+
+
+def small_overflow(bed):
+    return decode.overflow(bed, rank=8, context=24, folds=2)
+
+
+def test_moments_are_timed_against_one_probe(bed, ceiling):
+    record = run(Case("reads.moments", "", few_moments), bed, ceiling)
+    assert record["status"] == "measured", record
+    assert record["trials"].keys() == {"one probe", "3 moments", "6 moments", "matmul"}
+    assert all("peak_bytes" in record["trials"][name] for name in ("one probe", "6 moments"))
+    whole, each = record["ratios"]["6 moments ÷ one probe"], record["ratios"]["6 moments ÷ one probe ÷ 6"]
+    assert whole["median"] == pytest.approx(6 * each["median"])
+    assert any(line.startswith("6 moments ÷ one probe ÷ 6: ") for line in results.notes(record))
+
+
+def test_moments_that_see_other_events_are_refused(bed, ceiling, monkeypatch):
+    weights = fw.Moment.weights
+
+    def off_by_one(self, log, site, row):
+        return weights(fw.Moment(events=self.events - 1), log, site, row)
+
+    monkeypatch.setattr(fw.Moment, "weights", off_by_one)
+    record = run(Case("reads.moments", "", few_moments), bed, ceiling)
+    assert record["status"] == "refused"
+    assert "batched = token by token" in record["reason"]
+
+
+def test_every_overflow_policy_is_timed_per_event(bed, ceiling):
+    record = run(Case("decode.overflow", "", small_overflow), bed, ceiling)
+    assert record["status"] == "measured", record
+    assert record["trials"].keys() == {"frozen", "compress", "evict", "grow", "stream"}
+    assert record["context"]["events"] == "16 to 32"  # 8 slots that are kept and 8 to fill: two folds
+    assert record["ratios"].keys() == {"compress ÷ evict", *(f"{p} ÷ frozen" for p in ("compress", "evict", "grow"))}
+    assert record["times"]["compress, slowest token"]["median"] > 0
+    assert any(line.startswith("evict − frozen, an event of one linear: ") for line in results.notes(record))
+
+
+def no_certificate(self, row):
+    return 1e-9, 1e-9
+
+
+def ring_too_small(self, event, slot=fw.slots.Slots.slot):
+    return event % (self.window - 1) if self.overflow == "evict" else slot(self, event)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "reason"),
+    [
+        (fw.state.EventLog, "certificate", no_certificate, "≤ its certificate"),
+        (fw.slots.Slots, "slot", ring_too_small, "evict: "),
+        (fw.state.EventLog, "plain", lambda self, tokens: True, "evict: "),
+    ],
+)
+def test_an_overflow_that_is_wrong_is_refused(ceiling, monkeypatch, owner, name, wrong, reason):
+    monkeypatch.setattr(owner, name, wrong)
+    record = run(Case("decode.overflow", "", small_overflow), Bed(tiny(dtype=torch.float32), "tiny"), ceiling)
+    assert record["status"] == "refused"
+    assert reason in record["reason"]
+
+
+def test_peak_memory_is_what_a_run_adds():
+    held = torch.ones(250_000)
+    trial = Trial("20 MB", lambda: [torch.ones(250_000) for _ in range(20)])
+    peak = measure.peak_bytes(trial, held.device)
+    assert peak is None or 19e6 < peak < 30e6
 
 
 def test_counts_by_hand():
@@ -86,7 +157,7 @@ def test_counts_by_hand():
     # 7 events: 7 rows of U and K read and one of each written, float32
     assert measure.plastic_decode_bytes(config, 2, ["gate_proj", "down_proj"], 7) == 2 * 2 * 4 * 8 * (24 + 52)
     # 5 tokens: 10 pairs; a Gram over D for gate and up together, one over F for down; outputs 52, 52, 24
-    assert measure.plastic_prefill_flops(config, 3, cases.ALL, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
+    assert measure.plastic_prefill_flops(config, 3, ALL, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
     assert measure.plastic_prefill_flops(config, 1, ["up_proj"], 5) == 2 * 10 * (24 + 52)
 
 
@@ -104,9 +175,9 @@ def test_counted_flops_are_those_that_torch_counts():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda bed: cases.frozen_decode(bed, context=10, steps=3),
-        lambda bed: cases.plastic_decode(bed, rank=7, count=2, context=10, steps=3),
-        lambda bed: cases.prefill(bed, tokens=9, count=2),
+        lambda bed: decode.frozen_decode(bed, context=10, steps=3),
+        lambda bed: decode.plastic_decode(bed, rank=7, count=2, context=10, steps=3),
+        lambda bed: passes.prefill(bed, tokens=9, count=2),
     ],
 )
 def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, build):
@@ -134,13 +205,15 @@ def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, 
     assert record["ceiling"]["matmul_GFLOPs"] > 0
 
     page = tmp_path / "RESULTS.md"
-    bench.write_results(
+    results.write_results(
         page, [record, {**record, "case": "surgery", "status": "unavailable", "reason": "no tokenizer"}]
     )
-    bench.write_results(page, [{**record, "commit": "another"}])  # the last run of a case replaces it, others stay
+    later = {**record, "time": "9999", "commit": "another"}
+    results.write_results(page, [later])  # the last run of a case replaces it, others stay
     text = page.read_text(encoding="utf-8")
     assert "### decode.frozen" in text
     assert "commit another" in text
+    assert f"Not run again at another, the last commit run here:** surgery ({record['commit']})" in text
     assert "surgery (unavailable: no tokenizer)" in text
     assert "load (not run)" in text
     assert "no GPU has run this" in text
@@ -168,13 +241,13 @@ def test_a_disturbed_run_neither_meets_a_bar_nor_replaces_a_quiet_one(ceiling, b
     monkeypatch.setattr(measure, "QUIET", -1.0)
     disturbed |= run(Case("x", "", build), bed, ceiling)
     assert (quiet["status"], disturbed["status"]) == ("measured", "disturbed")
-    assert any("met" in line for line in bench.notes(quiet))
-    assert not any("met" in line for line in bench.notes(disturbed))
+    assert any("met" in line for line in results.notes(quiet))
+    assert not any("met" in line for line in results.notes(disturbed))
     page = tmp_path / "RESULTS.md"
-    bench.write_results(page, [quiet])
-    bench.write_results(page, [disturbed])
+    results.write_results(page, [quiet])
+    results.write_results(page, [disturbed])
     assert "### x" in page.read_text(encoding="utf-8")
-    assert "x (disturbed" in bench.page([disturbed])
+    assert "x (disturbed" in results.page([disturbed])
 
 
 def test_cases_are_chosen_by_name_or_beginning():
@@ -189,9 +262,9 @@ def test_a_bar_is_held_against_its_figure():
     ratio = {"median": 1.1, "min": 1.0, "max": 1.2}
     record = {"ratios": {"a ÷ b": ratio}, "trials": {"a": {"share_of_stream": {**ratio, "median": 0.7}}}}
     record["bars"] = {"a ÷ b": "≤ 1.05", "a share of stream": "≥ 80 %", "c ÷ d": "≤ 1"}
-    assert bench.verdict(record, "a ÷ b") == ("1.1", False)
-    assert bench.verdict(record, "a share of stream") == ("0.7", False)
-    assert bench.verdict(record, "c ÷ d") == ("not measured", None)
+    assert results.verdict(record, "a ÷ b") == ("1.1", False)
+    assert results.verdict(record, "a share of stream") == ("0.7", False)
+    assert results.verdict(record, "c ÷ d") == ("not measured", None)
 
 
 def test_the_list_needs_no_model(capsys):

@@ -1,0 +1,135 @@
+"""What the cases run on: the model under test, frozen or plastic for the while."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastweights as fw
+from fastweights.config import LlamaConfig
+from fastweights.model import Llama
+
+from . import measure, peers
+from .measure import Unavailable
+
+ALL = ("gate_proj", "up_proj", "down_proj")
+
+# vocabulary, width, MLP width, layers, heads, KV heads, tied, rope base
+SHAPES = {
+    "135m": (49152, 576, 1536, 30, 9, 3, True, 100000.0),  # SmolLM2-135M
+    "1b": (128256, 2048, 8192, 16, 32, 8, True, 500000.0),  # Llama-3.2-1B
+    "8b": (128256, 4096, 14336, 32, 32, 8, False, 500000.0),  # Llama-3.1-8B
+}
+
+
+def shape_config(name: str) -> LlamaConfig:
+    vocabulary, width, mlp, layers, heads, groups, tied, theta = SHAPES[name]
+    return LlamaConfig.from_dict(
+        {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+            "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5, "rope_theta": theta, "tie_word_embeddings": tied,
+        },
+        f"shape {name}",
+    )  # fmt: skip
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize
+
+
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:
+    """Random weights of a scale that keeps activations of the order of 1."""
+    need = dtype.itemsize * (measure.linear_parameters(config) * (1 if config.tie_word_embeddings else 2))
+    if need * 1.3 > available_bytes(device):
+        raise Unavailable(f"{need / 1e9:.1f} GB of weights, {available_bytes(device) / 1e9:.1f} GB are free")
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    model.frequency = None
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.fill_(1)
+            else:
+                scale = 0.5 / weight.shape[-1] ** 0.5
+                weight.normal_(
+                    0, 1 if "embed" in name and not config.tie_word_embeddings else scale, generator=generator
+                )
+    return model.requires_grad_(False).eval()
+
+
+class Bed:
+    """The model under test and what the cases share; a fresh `peer` is made once."""
+
+    def __init__(self, model: Llama, name: str, tokenizer: Any = None, folder: Path | None = None):
+        self.model, self.name, self.tokenizer, self.folder = model, name, tokenizer, folder
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        # relative, of logits: float32 as DESIGN §8 asks of the real model; half precision by its epsilon
+        self.tolerance = 1e-5 if self.dtype.itemsize >= 4 else 4 * torch.finfo(self.dtype).eps
+
+    def amplified(self, times: int) -> float:
+        """The tolerance where events amplify rounding; in half precision `times` of it would pass anything."""
+        return self.tolerance * (times if self.dtype.itemsize >= 4 else min(times, 2))
+
+    @cached_property
+    def peer(self) -> Any:
+        need = measure.decode_bytes(self.config, self.dtype.itemsize, 0)
+        if need * 1.2 > available_bytes(self.device):
+            raise Unavailable(f"no memory for a copy of {need / 1e9:.1f} GB of weights for transformers")
+        return peers.transformers_model(self.model)
+
+    def ids(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(self.config.vocab_size, (1, tokens), generator=generator)
+
+    def layers(self, count: int | None = 3) -> list[int]:
+        """`count` layers from a third of the depth on (11, 12, 13 of 30), or all."""
+        depth = self.config.num_hidden_layers
+        if count is None or count >= depth:
+            return list(range(depth))
+        first = 11 if depth >= 14 else (depth - count) // 2
+        return list(range(first, first + count))
+
+
+RULE = fw.Hebbian(rate=1e-3)
+
+
+class Plastic:
+    """An episode of a plastic model; the model is plastic only while it runs, so others may use it frozen."""
+
+    def __init__(
+        self,
+        bed: Bed,
+        layers: Sequence[int],
+        linears: Sequence[str],
+        rank: int,
+        length: int,
+        overflow: str = "grow",
+        archive: bool = False,
+    ):
+        self.bed = bed
+        swap = [(bed.model.model.layers[n].mlp, name) for n in layers for name in linears]
+        fw.detach(bed.model)
+        fw.attach(bed.model, layers, RULE, linears=linears, rank=rank, overflow=overflow, archive=archive)
+        self.linears = [(mlp, name, getattr(mlp, name)) for mlp, name in swap]
+        self.episode = fw.Episode(bed.model, max_length=length)
+
+    def on(self) -> None:
+        fw.detach(self.bed.model)
+        for mlp, name, linear in self.linears:
+            setattr(mlp, name, linear)
