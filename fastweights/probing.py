@@ -67,7 +67,9 @@ def run(
             x_BTD = model.blocks(model.model.embed_tokens(ids_BT.to(device)), span, stop=first)
         parts = []
         batches = (
-            [None] if moments is None else _batches(episode, moments, len(ids_BT), span, sites, columns, budget_bytes)
+            [None]
+            if moments is None
+            else _batches(episode, moments, len(ids_BT), span, sites, columns, last, budget_bytes)
         )
         for batch in batches:
             times = 1 if batch is None else len(batch)
@@ -114,6 +116,7 @@ def _batches(
     span: Span,
     sites: Sequence[str],
     columns: Tensor | None,
+    last: bool,
     budget_bytes: int,
 ) -> list[list[Moment]]:
     """As many moments at once as the budget holds: activations of one block, kept sites, logits."""
@@ -121,8 +124,7 @@ def _batches(
     kept = tokens if columns is None else len(columns)
     slots = max((log.used for log in episode.logs.values()), default=0)
     per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 2 * slots
-    numbers = tokens * per_token + kept * (
-        2 * config.vocab_size + 2 * len(sites) * config.num_hidden_layers * config.hidden_size
-    )
+    numbers = tokens * per_token + (1 if last else kept) * 2 * config.vocab_size
+    numbers += kept * 2 * len(sites) * config.num_hidden_layers * config.hidden_size
     size = max(1, budget_bytes // (rows * numbers * episode.model.dtype.itemsize))
     return [moments[n : n + size] for n in range(0, len(moments), size)]
