@@ -1,4 +1,4 @@
-/* float32 on a CPU: products of a few rows, and a whole decode step, that stream every weight once.
+/* On a CPU: products of a few rows, and a whole decode step, that stream every weight once. float32, or bfloat16 bits.
    Built by cpu.py. Shapes: M rows, D model width, F MLP width, H heads, KH key/value heads, E head width,
    S cache slots, V vocabulary, O out, I in, R slots of a log, n slots in use. All row-major. */
 #include <math.h>
@@ -24,6 +24,20 @@ typedef struct {
   float *K, *V;                                         /* [M, KH, S, E] */
 } Layer;
 
+static inline float from_bfloat16(unsigned short bits) {
+  unsigned int wide = (unsigned int)bits << 16;
+  float x;
+  memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+static inline unsigned short to_bfloat16(float x) {
+  unsigned int bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
+}
+
 static float dot(const float *w, const float *x, long I) {
   lanes s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
   long i = 0;
@@ -37,6 +51,27 @@ static float dot(const float *w, const float *x, long I) {
   float sum = 0;
   for (int j = 0; j < 16; j++) sum += s0[j];
   for (; i < I; i++) sum += w[i] * x[i];
+  return sum;
+}
+
+typedef unsigned short half16 __attribute__((vector_size(32), aligned(2)));
+typedef unsigned int bits16 __attribute__((vector_size(64), aligned(4)));
+
+static inline lanes widen(const unsigned short *w) {
+  return (lanes)(__builtin_convertvector(*(const half16 *)w, bits16) << 16);
+}
+
+static float dot_bfloat16(const unsigned short *w, const float *x, long I) {
+  lanes s0 = {0}, s1 = {0};
+  long i = 0;
+  for (; i + 32 <= I; i += 32) {
+    s0 += widen(w + i) * *(const lanes *)(x + i);
+    s1 += widen(w + i + 16) * *(const lanes *)(x + i + 16);
+  }
+  s0 += s1;
+  float sum = 0;
+  for (int j = 0; j < 16; j++) sum += s0[j];
+  for (; i < I; i++) sum += from_bfloat16(w[i]) * x[i];
   return sum;
 }
 
@@ -80,6 +115,21 @@ void gemv(const float *W, const float *x, const float *b, float *y, long O, long
     long from, to;
     share(O, &from, &to);
     product(y, W, b, x, M, O, I, from, to, 0);
+  }
+}
+
+/* the same, all in bfloat16, summed in float32 and rounded once */
+void gemv_bfloat16(const unsigned short *W, const unsigned short *x, const unsigned short *b, unsigned short *y, long O,
+                   long I, long M, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    float h[M * I];
+    for (long i = 0; i < M * I; i++) h[i] = from_bfloat16(x[i]);
+    long from, to;
+    share(O, &from, &to);
+    for (long o = from; o < to; o++)
+      for (long m = 0; m < M; m++)
+        y[m * O + o] = to_bfloat16(dot_bfloat16(W + o * I, h + m * I, I) + (b ? from_bfloat16(b[o]) : 0));
   }
 }
 

@@ -36,10 +36,10 @@ def library() -> ctypes.CDLL | None:
         warnings.warn(f"no C helper, decode on the CPU runs on torch's slower product: {reason}", stacklevel=2)
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_long
-    loaded.gemv.argtypes = [*[pointer] * 4, *[long] * 3, ctypes.c_int]
+    loaded.gemv.argtypes = loaded.gemv_bfloat16.argtypes = [*[pointer] * 4, *[long] * 3, ctypes.c_int]
     loaded.decode.argtypes = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, ctypes.c_int]
     loaded.put.argtypes = [pointer, long, long]
-    loaded.gemv.restype = loaded.decode.restype = loaded.put.restype = None
+    loaded.gemv.restype = loaded.gemv_bfloat16.restype = loaded.decode.restype = loaded.put.restype = None
     return loaded
 
 

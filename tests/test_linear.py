@@ -26,6 +26,28 @@ def test_a_few_rows_equal_the_float64_product(rows, O, I, has_bias):
     assert float((found - exact).norm() / exact.norm()) < 3e-7
 
 
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (8,)])
+@pytest.mark.parametrize(("O", "I"), [(257, 300), (1536, 576)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_bfloat16_is_the_float64_product_rounded_once(rows, O, I, has_bias):
+    h, W, b = (torch.randn(*size).bfloat16() for size in ((*rows, I), (O, I), (O,)))
+    exact = h.double() @ W.double().T + (b.double() if has_bias else 0)
+    found = linear(h, W, b if has_bias else None)
+    assert found.dtype == torch.bfloat16
+    step = 2.0 ** (exact.abs().log2().floor() - 7)  # between neighbours of bfloat16
+    assert bool(((found.double() - exact).abs() <= 0.5 * step + 1e-5 * h.double().norm()).all())
+    assert float((found == exact.bfloat16()).double().mean()) > 0.99
+
+
+def test_bfloat16_nan_and_infinity_come_through():
+    W, h = torch.ones(300, 300).bfloat16(), torch.ones(1, 300).bfloat16()
+    W[7, 3], W[8, 299] = float("nan"), float("inf")
+    y = linear(h, W, None)[0]
+    assert y[7].isnan()
+    assert y[8].isinf()
+    assert y[0] == 300
+
+
 def test_the_helper_is_built_where_there_is_a_compiler_and_takes_views():
     assert cpu.library() is not None
     W, h = torch.randn(300, 300), torch.randn(300, 2)
