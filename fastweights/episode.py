@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .budget import OneByOne
 from .inputs import Ids, Mask, Update, tokens, written
-from .model import Llama
+from .model import Llama, Span
 from .moments import At, moments
 from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
 from .probes.capture import check_sites
@@ -137,29 +138,37 @@ class Episode:
         check_targets(self._linears, self.batch_size, span.position_BT, write_BT)
         step = self._check_room(real_BT, write_BT)
         self.cache.reserve(span.end)
-        with self._whole_or_not_at_all():
-            if self.pending:
-                first_B = real_BT.int().argmax(1, keepdim=True)
-                self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
-            if not step:
-                out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
-                last_BV = span.last(out_BTV)[:, 0]
-            else:
-                columns = []
-                for t in range(ids_BT.shape[1]):
-                    if t:
-                        self._settle(ids_BT[:, t], real_BT[:, t])
-                    column = slice(t, t + 1)
-                    columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
-                out_BTV = torch.cat(columns, dim=1)
-                last_B1V = span.last(out_BTV)
-                last_BV, out_BTV = last_B1V[:, 0], out_BTV if logits == "all" else last_B1V
+        try:
+            out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step)
+        except OneByOne:
+            out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step=True)
         if self.logits_BV is not None and span.real_BT is not None:
             last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
         self.logits_BV = last_BV.clone()  # a caller may change, or drop, what is returned
         for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
             seen.extend(i for i, r in zip(ids, real, strict=True) if r)
         return out_BTV
+
+    def _read(
+        self, ids_BT: Tensor, real_BT: Tensor, write_BT: Tensor, span: Span, logits: str, step: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and those of the last token [B, V], in one pass or (`step`) token by token; all of it or nothing."""
+        with self._whole_or_not_at_all():
+            if self.pending:
+                first_B = real_BT.int().argmax(1, keepdim=True)
+                self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
+            if not step:
+                out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
+                return out_BTV, span.last(out_BTV)[:, 0]
+            columns = []
+            for t in range(ids_BT.shape[1]):
+                if t:
+                    self._settle(ids_BT[:, t], real_BT[:, t])
+                column = slice(t, t + 1)
+                columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
+            out_BTV = torch.cat(columns, dim=1)
+            last_B1V = span.last(out_BTV)
+            return out_BTV if logits == "all" else last_B1V, last_B1V[:, 0]
 
     @contextlib.contextmanager
     def _whole_or_not_at_all(self) -> Iterator[None]:
@@ -240,7 +249,8 @@ class Episode:
                     scale_BT = key_scale(rule, h_BTI)
                     k_BTI = h_BTI * scale_BT[..., None]
                     u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
-                    events[site] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+                    new = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+                    events[site] = self.logs[site].measured(new)
                 self._commit(events)
             if (pending.rows_B & ~known_B).any():
                 still.append(replace(pending, rows_B=pending.rows_B & ~known_B))

@@ -11,7 +11,7 @@ FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
     *("config", "tokenizer", "hub", "kernels", "model", "gguf", "weights"),
-    *("rules", "slots", "compress", "state", "probes", "inputs", "sampling"),
+    *("rules", "budget", "slots", "compress", "state", "probes", "inputs", "sampling"),
     *(
         "plastic",
         "moments",
@@ -25,7 +25,8 @@ ORDER = [
         "__init__",
     ),
 ]
-ALONE = {"config": set(), "rules": set(), "slots": set(), "compress": set(), "state": {"slots", "compress"}}
+ALONE = {"config": set(), "rules": set(), "budget": set(), "slots": set(), "compress": set()}
+ALONE |= {"state": {"budget", "slots", "compress"}}
 ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "model": {"config", "kernels"}}
 
 
