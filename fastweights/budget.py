@@ -5,13 +5,15 @@
 Nothing that was written is rewritten: a slot keeps ‖ΔW′‖_F of its event, so f is known, and an event weighs the
 product of its own f and all later ones. The norm comes from the factors:
 
-    ‖D + x‖² = ‖D‖² + 2 ⟨D, x⟩ + ‖x‖²       ⟨Σ_j w_j u_j k_jᵀ, u kᵀ⟩ = Σ_j w_j (u_j·u) (k_j·k)
+    ‖D + u kᵀ‖² = ‖D‖² + 2 Σ_j w_j (u_j·u) (k_j·k) + ‖u‖² ‖k‖²
 
-Everything here is float64. Shape suffixes: B rows, T tokens, R slots, O out, I in.
+Products of factors are in the factors' dtype, everything else is in float64.
+Shape suffixes: B rows, T tokens, R and S slots, O out, I in.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +50,22 @@ class Budget:
         return (until - before).clamp(max=0).exp()  # above 0 where a slot is not born yet
 
 
-def norms(U_BRO: Tensor, K_BRI: Tensor, w_BTR: Tensor) -> Tensor:
-    """‖Σ_j w_j u_j k_jᵀ‖_F for each weight row, [B, T]: ‖·‖² = Σ_ij w_i w_j (u_i·u_j) (k_i·k_j)."""
-    gram_BRR = (U_BRO @ U_BRO.mT) * (K_BRI @ K_BRI.mT)
-    return ((w_BTR @ gram_BRR) * w_BTR).sum(-1).clamp(min=0).sqrt()
+def inner(U_BTO: Tensor, K_BTI: Tensor, V_BSO: Tensor, L_BSI: Tensor) -> Tensor:
+    """⟨u_t k_tᵀ, v_s l_sᵀ⟩ = (u_t·v_s) (k_t·l_s), [B, T, S] float64; the two products in the factors' own dtype."""
+    return (U_BTO @ V_BSO.mT).double() * (K_BTI @ L_BSI.mT)
 
 
-def inner(U_BRO: Tensor, K_BRI: Tensor, w_BR: Tensor, u_BO: Tensor, k_BI: Tensor) -> Tensor:
-    """⟨Σ_j w_j u_j k_jᵀ, u kᵀ⟩ of each row, [B]; a slot of weight 0 may hold anything."""
-    dot_BR = (U_BRO @ u_BO[..., None] * (K_BRI @ k_BI[..., None]))[..., 0]
-    return (w_BR * dot_BR.masked_fill(w_BR == 0, 0)).sum(-1)
+def norms(U_BSO: Tensor, K_BSI: Tensor, w_BTS: Tensor) -> Tensor:
+    """‖Σ_s w_s u_s k_sᵀ‖_F for each weight row, [B, T]."""
+    return ((w_BTS @ inner(U_BSO, K_BSI, U_BSO, K_BSI)) * w_BTS).sum(-1).clamp(min=0).sqrt()
+
+
+def grown(square_B: Tensor, more_BT: Tensor, write_BT: Tensor, keep: float) -> Tensor:
+    """The norms after each event, [B, T]: ‖·‖² ← keep ‖·‖² + more where one is written; `square_B` before the first."""
+    norm_BT: list[list[float]] = []
+    for square, row in zip(square_B.tolist(), zip(more_BT.tolist(), write_BT.tolist(), strict=True), strict=True):
+        norm_BT.append([])
+        for more, write in zip(*row, strict=True):
+            square = max(0.0, keep * square + more) if write else square
+            norm_BT[-1].append(math.sqrt(square))
+    return torch.tensor(norm_BT, dtype=torch.float64, device=more_BT.device)

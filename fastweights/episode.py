@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .budget import OneByOne
+from .drift import Drift, drift
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
 from .moments import At, moments
-from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
+from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears, weight_norm
 from .probes.capture import check_sites
 from .probing import Trace, run
 from .rules import event_value, key_scale
@@ -410,6 +411,15 @@ class Episode:
             raise ValueError(f"probe(positions={list(positions or [])}): expected columns from 0 to {width - 1}")
         wanted = None if at == "now" else moments(at, self.events)
         return run(self, ids_BT, mask_BT, check_sites(sites), wanted, columns, logits == "last", budget_bytes, progress)
+
+    def drift(self) -> Drift:
+        """What changed, where, and how much of it the capacity lost: per plastic linear and row, from the factors.
+
+        Example:
+            print(episode.drift())                     # a table, what moved most first
+            episode.drift().rows[0].relative           # ‖ΔW‖_F / ‖W‖_F of the first plastic linear
+        """
+        return drift(self.logs, {site: weight_norm(linear) for site, linear in self._linears.items()})
 
     # ---- moving through time
 

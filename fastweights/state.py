@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import Budget, OneByOne, inner, norms
+from .budget import Budget, OneByOne, grown, inner, norms
 from .compress import effective_rank, fold, spectrum
 from .slots import OVERFLOW, Slots
 
@@ -230,30 +230,35 @@ class EventLog:
     def _norms(self, new: Events) -> Tensor:
         """‖ΔW‖_F after each event of one pass if none of them is scaled, [B, T] float64; any number if not written."""
         assert self.norm_BR is not None
-        n, counted_BT = self.used, new.write_BT.cumsum(1)
-        (U_BRO, K_BRI, _), birth_BR = self.factors(), self.birth_BR[:, :n]
-        norm_BR, events_B1 = self.norm_BR[:, :n], self.now()
+        n, tokens = self.used, new.write_BT.shape[1]
+        (U_BRO, K_BRI, _), before_B1 = self.factors(), self.now()
+        after_BT = before_B1 + new.write_BT.cumsum(1)
+        new_BT = torch.where(new.write_BT, after_BT - 1, -1)
         # a kernel may have put this event into its slot already
-        birth_BR = birth_BR.masked_fill(birth_BR >= events_B1, -1)
-        if new.write_BT.shape[1] > 1:
-            new_BT = torch.where(new.write_BT, events_B1 + counted_BT - 1, -1)
-            birth_BS = torch.cat([birth_BR, new_BT], 1)
-            norm_BS = torch.cat([norm_BR, norm_BR.new_zeros(new_BT.shape)], 1)
-            w_BTS = self._weigh(birth_BS[:, None], norm_BS[:, None], (events_B1 + counted_BT)[..., None], torch.float64)
+        birth_BR = self.birth_BR[:, :n].masked_fill(self.birth_BR[:, :n] >= before_B1, -1)
+        birth_BS = torch.cat([birth_BR, new_BT], 1)
+        norm_BS = torch.cat([self.norm_BR[:, :n], self.norm_BR.new_zeros(new_BT.shape)], 1)
+        w_BTS = self._weigh(birth_BS[:, None], norm_BS[:, None], after_BT[..., None], torch.float64)
+        ring = self.overflow == "evict"
+        if ring and (tokens > 1 or max(self.events) % self.capacity == 0):  # once per turn, so that no error adds up
             dead_BS1 = (birth_BS < 0)[..., None]
             U_BSO, K_BSI = torch.cat([U_BRO, new.U_BTO], 1), torch.cat([K_BRI, new.K_BTI], 1)
-            return norms(U_BSO.double().masked_fill(dead_BS1, 0), K_BSI.double().masked_fill(dead_BS1, 0), w_BTS)
-        U_BRO, K_BRI, u_BO, k_BI = (f.double() for f in (U_BRO, K_BRI, new.U_BTO[:, 0], new.K_BTI[:, 0]))
-        w_BR = (1 - self.decay) * self._weigh(birth_BR, norm_BR, events_B1, torch.float64)
-        square_B = ((1 - self.decay) * self._norm_now()).square()
-        if self.overflow == "evict" and max(self.events) >= self.rank:  # D − y first, then + x
-            leaves_BR = (birth_BR >= 0) & (birth_BR == events_B1 - self.rank)
-            stays_BR, slot_B11 = w_BR.masked_fill(leaves_BR, 0), leaves_BR.int().argmax(1)[:, None, None]
-            y = (f.take_along_dim(slot_B11, 1)[:, 0] for f in (U_BRO, K_BRI))
-            square_B = square_B - (w_BR - stays_BR).sum(1) * inner(U_BRO, K_BRI, w_BR + stays_BR, *y)
-            w_BR = stays_BR
-        own_B = u_BO.square().sum(1) * k_BI.square().sum(1)
-        return (square_B + 2 * inner(U_BRO, K_BRI, w_BR, u_BO, k_BI) + own_B).clamp(min=0).sqrt()[:, None]
+            return norms(U_BSO.masked_fill(dead_BS1, 0), K_BSI.masked_fill(dead_BS1, 0), w_BTS)
+        square_B = self._norm_now().square()
+        if ring and max(self.events) >= self.rank:  # ‖D − y‖² = ‖D‖² − ⟨D + (D − y), y⟩ for the y that leaves
+            w_BR = self._weigh(birth_BR, self.norm_BR[:, :n], before_B1, torch.float64)
+            leaves_BR = (birth_BR >= 0) & (birth_BR == before_B1 - self.rank)
+            slot_B11 = leaves_BR.int().argmax(1)[:, None, None]
+            dot_BR = inner(U_BRO.take_along_dim(slot_B11, 1), K_BRI.take_along_dim(slot_B11, 1), U_BRO, K_BRI)[:, 0]
+            w_y_B1 = w_BR.masked_fill(~leaves_BR, 0).sum(1, keepdim=True)
+            both_BR = w_BR + w_BR.masked_fill(leaves_BR, 0)
+            square_B = square_B - (w_y_B1 * both_BR * dot_BR.masked_fill(w_BR == 0, 0)).sum(1)
+        own_BTT = inner(new.U_BTO, new.K_BTI, new.U_BTO, new.K_BTI)
+        dot_BTS = torch.cat([inner(new.U_BTO, new.K_BTI, U_BRO, K_BRI), own_BTT], 2)
+        w_BTS = w_BTS.masked_fill(birth_BS[:, None] == new_BT[..., None], 0)  # what an event finds, faded by it
+        found_BT = (w_BTS * dot_BTS.masked_fill(w_BTS == 0, 0)).sum(-1)
+        more_BT = 2 * found_BT + own_BTT.diagonal(dim1=1, dim2=2)
+        return grown(square_B, more_BT, new.write_BT, (1 - self.decay) ** 2)
 
     def _norm_now(self) -> Tensor:
         """‖ΔW‖_F of every row as it is now, [B] float64; only with a budget."""
@@ -352,7 +357,7 @@ class EventLog:
         self.birth_BR[row, :kept] = n - 1  # weight 1 now; later decay applies to the sum as a whole
         if norm_R is not None and self.budget is not None:
             w_11R = w_R.new_ones(1, 1, kept)
-            norm = norms(best.U_RO[None].double(), best.K_RI[None].double(), w_11R)[0, 0]
+            norm = norms(best.U_RO[None], best.K_RI[None], w_11R)[0, 0]
             norm_R[:kept] = norm.clamp(max=self.budget.limit)  # a fold rounds, it is not scaled
 
     def _fade(self, row: int, fold: int) -> float:

@@ -143,7 +143,7 @@ def test_a_pass_over_the_budget_goes_back_and_then_token_by_token(monkeypatch):
 
 @pytest.mark.parametrize("overflow", ["compress", "evict"])
 def test_an_explosion_that_only_the_pass_without_scaling_would_see_is_no_refusal(overflow):
-    rule = fw.Hebbian(rate=1e30, mu=0.1)
+    rule = fw.Hebbian(rate=1e12, mu=0.1)
     model = tiny(torch.float32)
     fw.attach(model, [1], rule, rank=3, overflow=overflow, budget=0.1)
     fw.attach(model, [2], fw.Hebbian(rate=0.1), rank=3, overflow=overflow)

@@ -15,6 +15,7 @@ ORDER = [
     *(
         "plastic",
         "moments",
+        "drift",
         "probing",
         "snapshot",
         "episode",
