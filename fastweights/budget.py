@@ -66,6 +66,6 @@ def grown(square_B: Tensor, more_BT: Tensor, write_BT: Tensor, keep: float) -> T
     for square, row in zip(square_B.tolist(), zip(more_BT.tolist(), write_BT.tolist(), strict=True), strict=True):
         norm_BT.append([])
         for more, write in zip(*row, strict=True):
-            square = max(0.0, keep * square + more) if write else square
-            norm_BT[-1].append(math.sqrt(square))
+            square = keep * square + more if write else square
+            norm_BT[-1].append(math.sqrt(max(square, 0.0)))  # NaN stays NaN in this order
     return torch.tensor(norm_BT, dtype=torch.float64, device=more_BT.device)

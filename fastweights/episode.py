@@ -453,6 +453,8 @@ class Episode:
                 f"restore() got a snapshot with plastic linears {sorted(snapshot.logs)}, "
                 f"but this episode has {sorted(self.logs)}"
             )
+        for site, log in snapshot.logs.items():
+            self.logs[site].check_form(log.form(), "snapshot's")
         end = max(snapshot.lengths)
         self.cache.reserve(end)
         self.cache.lengths = list(snapshot.lengths)

@@ -538,7 +538,7 @@ class EventLog:
         """Everything that moves: tensors (copies of the used slots), and values that JSON holds exactly."""
         n = self.used
         tensors = {key: buffer[:, :n].clone() for key, buffer in self._buffers().items()}
-        meta = {**self._form(), "events": list(self.events), "errors": [list(pair) for pair in self.errors]}
+        meta = {**self.form(), "events": list(self.events), "errors": [list(pair) for pair in self.errors]}
         if self.budget is not None:
             meta["scaled"] = list(self.scaled)
         if self.archive is not None:
@@ -565,10 +565,14 @@ class EventLog:
         if self.archive is not None:
             self.archive.load_state_dict(_without_prefix(tensors), meta["archive"])
 
+    def check_form(self, form: Mapping[str, Any], saved: str) -> None:
+        """Refuses a log, by its `form`, that this one could not `become`; `saved` names it."""
+        for key, wanted in self.form().items():
+            if form.get(key) != wanted:
+                raise ValueError(f"{self.name}: the {saved} log has {key} {form.get(key)!r}, expected {wanted!r}")
+
     def _check_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        for key, wanted in self._form().items():
-            if meta.get(key) != wanted:
-                raise ValueError(f"{self.name}: the saved log has {key} {meta.get(key)!r}, expected {wanted!r}")
+        self.check_form(meta, "saved")
         if (self.archive is None) != ("archive" not in meta):
             raise ValueError(
                 f"{self.name}: the saved log has {'an' if 'archive' in meta else 'no'} archive, "
@@ -587,7 +591,7 @@ class EventLog:
         every = {name: getattr(self, attribute) for name, attribute in BUFFERS.items()}
         return {name: buffer for name, buffer in every.items() if buffer is not None}
 
-    def _form(self) -> dict[str, Any]:
+    def form(self) -> dict[str, Any]:
         """What a saved log must have in common with the one that loads it."""
         size = {"rows": len(self.events), "out_features": self.U_BRO.shape[2], "in_features": self.K_BRI.shape[2]}
         policy = {"rank": self.rank, "overflow": self.overflow, "decay": self.decay, "dtype": str(self.dtype)[6:]}

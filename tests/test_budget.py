@@ -316,6 +316,19 @@ def test_a_saved_episode_with_another_budget_is_refused(tmp_path):
             fw.Episode.load(model, tmp_path / "life")
 
 
+def test_a_snapshot_under_another_budget_or_rank_is_refused():
+    model, _ = plastic(RULES["hebbian"], budget=0.03)
+    snapshot = fw.Episode(model).snapshot()
+    for options, message in (
+        ({"rank": 64}, "budget {'share': 0.03"),
+        ({"rank": 8, "budget": 0.03}, "rank 64, expected 8"),
+    ):
+        fw.detach(model)
+        fw.attach(model, [1, 2], RULES["hebbian"], overflow="grow", **options)
+        with pytest.raises(ValueError, match=f"layers.1.mlp.gate_proj: the snapshot's log has {message}"):
+            fw.Episode(model).restore(snapshot)
+
+
 def test_factors_in_float64_of_a_float32_model_hold_what_float32_rounds():
     ids, errors = prompt(1, 30), []
     for dtype in (None, F64):
