@@ -100,7 +100,7 @@ class Drift:
             lost = f"the capacity lost at most {worst.lost:.2%} of ‖ΔW‖ ({worst.name})"
         if forgotten := max(each.forgotten for each in self.rows):
             lost = f"up to {forgotten} of {max(each.events for each in self.rows)} events are forgotten"
-        return f"{where}; {lost}. The logs take {mebibytes:.1f} MiB."
+        return f"{where};\n{lost}. The logs take {mebibytes:.1f} MiB."
 
 
 def drift(logs: Mapping[tuple[int, str], EventLog], weight_norms: Mapping[tuple[int, str], float]) -> Drift:

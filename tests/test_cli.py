@@ -57,7 +57,7 @@ def test_run_keeps_to_a_budget_and_prints_and_returns_the_drift(folder, capsys):
     assert [each["name"] for each in whole["drift"]] == ["layers.1.mlp.up_proj", "layers.2.mlp.up_proj"]
     assert [each["scaled"] for each in whole["drift"]] == [4, 4]
     assert [each["relative"] for each in whole["drift"]] == pytest.approx([0.05, 0.05])
-    assert "changed most, by 5.000% of ‖W‖; the capacity has lost nothing." in out
+    assert "changed most, by 5.000% of ‖W‖;\nthe capacity has lost nothing." in out
     assert main([*RUN, "--model", folder, *options, "--over-budget", "stop"]) == 2
     assert "event 1 of layers.1.mlp.up_proj (row 0) makes ‖ΔW‖" in capsys.readouterr().err
 

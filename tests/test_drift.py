@@ -81,9 +81,9 @@ def test_the_table_has_the_worst_first_and_a_verdict():
     assert shares == sorted(shares, reverse=True)
     worst = max(episode.drift().rows, key=lambda each: each.relative)
     assert lines[1].startswith(worst.name)
-    assert lines[-1].startswith(
-        f"{worst.name} changed most, by {worst.relative:.3%} of ‖W‖; the capacity lost at most "
-    )
+    assert lines[-2] == f"{worst.name} changed most, by {worst.relative:.3%} of ‖W‖;"
+    loser = max(episode.drift().rows, key=lambda each: each.lost)
+    assert lines[-1].startswith(f"the capacity lost at most {loser.lost:.2%} of ‖ΔW‖ ({loser.name}). ")
     mebibytes = sum(log.bytes for log in episode.logs.values()) / 2**20
     assert lines[-1].endswith(f"The logs take {mebibytes:.1f} MiB.")
     assert str(fed(3, rows=2)[2].drift()).splitlines()[0].split()[:2] == ["linear", "row"]
