@@ -74,10 +74,10 @@ def test_scaled_and_forgotten_events_are_counted():
 def test_the_table_has_the_worst_first_and_a_verdict():
     _, _, episode = fed(30, overflow="compress", rank=4)
     lines = str(episode.drift()).splitlines()
-    assert len(lines) == 1 + 6 + 1
+    assert len(lines) == 1 + 6 + 2
     assert lines[0].split()[:7] == ["linear", "events", "‖ΔW‖/‖W‖", "‖ΔW‖", "‖ΔW‖₂", "rank", "slots"]
     assert lines[0].endswith("  lost ≤  scaled  largest event")
-    shares = [float(line.split()[2].rstrip("%")) for line in lines[1:-1]]
+    shares = [float(line.split()[2].rstrip("%")) for line in lines[1:-2]]
     assert shares == sorted(shares, reverse=True)
     worst = max(episode.drift().rows, key=lambda each: each.relative)
     assert lines[1].startswith(worst.name)
