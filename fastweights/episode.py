@@ -250,14 +250,14 @@ class Episode:
                     scale_BT = key_scale(rule, h_BTI)
                     k_BTI = h_BTI * scale_BT[..., None]
                     u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
-                    new = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
-                    events[site] = self.logs[site].measured(new)
+                    events[site] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
                 self._commit(events)
             if (pending.rows_B & ~known_B).any():
                 still.append(replace(pending, rows_B=pending.rows_B & ~known_B))
         self.pending = still
 
     def _commit(self, events: dict[Site, Events]) -> None:
+        events = {site: self.logs[site].measured(new) for site, new in events.items()}
         for site, new in events.items():
             self.logs[site].check(new)
         for site, new in events.items():

@@ -209,7 +209,7 @@ class EventLog:
             ValueError: the one token's event is over a budget that stops.
             OneByOne: an event is over the budget, but the next token must see its scaling: several are too many.
         """
-        if self.budget is None:
+        if self.budget is None or new.norm_BT is not None:
             return new
         norm_BT = self._norms(new)
         over_BT = new.write_BT & ~(norm_BT <= self.budget.limit)  # NaN is over as well
