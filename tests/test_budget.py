@@ -354,3 +354,16 @@ def test_float64_factors_are_refused_by_triton_and_taken_by_a_half_precision_mod
     assert episode.feed(prompt(1, 5)).dtype == torch.bfloat16
     episode.save(tmp_path / "life")
     assert fw.Episode.load(model, tmp_path / "life").logs[1, "up_proj"].U_BRO.dtype == F64
+
+
+def test_steps_in_float32_scale_as_those_with_float64_factors_do():
+    """Whatever runs one token: no linear's scalings may end up in another's weights."""
+    seen = []
+    for factor_dtype in (None, F64):
+        model, _ = plastic(fw.Hebbian(rate=0.2, mu=0.1), "compress", 5, 0.03, torch.float32, factor_dtype=factor_dtype)
+        episode, ids = fw.Episode(model), prompt(1, 30)
+        logits = torch.cat([episode.feed(ids[:, t : t + 1]) for t in range(30)], 1)
+        seen.append((logits, {site: log.scaled for site, log in episode.logs.items()}))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-4, atol=1e-4)
+    assert seen[0][1] == seen[1][1]
+    assert all(scaled[0] > 10 for scaled in seen[0][1].values())
