@@ -1,5 +1,6 @@
 """fastweights: a Llama whose MLP weights change while it reads and writes."""
 
+from .drift import Drift
 from .episode import Episode
 from .inputs import token_ids
 from .moments import Moment
@@ -10,6 +11,7 @@ from .weights import load, save
 
 __all__ = [
     "Delta",
+    "Drift",
     "Episode",
     "GradientAscent",
     "Hebbian",

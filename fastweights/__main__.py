@@ -105,12 +105,14 @@ def run(options: argparse.Namespace) -> None:
         linears=options.linears,
         rank=options.rank,
         overflow=options.overflow,
+        budget=options.budget,
+        over_budget=options.over_budget,
         update=options.update,
         max_new_tokens=options.max_new_tokens,
         probe_every=options.probe_every,
     )
     print(report.table(record))
-    print(f"\n{_wrapped(report.paragraph(record))}")
+    print(f"\n{_wrapped(report.paragraph(record))}\n\n{record.drift}")
     if options.out:
         record.save(options.out)
         print(f"\nsaved to {options.out}: record.json, arrays.safetensors")
@@ -126,7 +128,8 @@ def generate(options: argparse.Namespace) -> None:
     rule = _rule(options) if options.layers else None
     model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
     if rule is not None:
-        attach(model, options.layers, rule, options.linears, options.rank, options.overflow)
+        budget = {"budget": options.budget, "over_budget": options.over_budget}
+        attach(model, options.layers, rule, options.linears, options.rank, options.overflow, **budget)
     text = options.prompt
     if options.chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -153,8 +156,11 @@ def generate(options: argparse.Namespace) -> None:
             print(step.text[0], end="", flush=True)
     print()
     print(f"{len(new)} tokens, {episode.events} events", file=sys.stderr)
+    if options.drift:
+        print(episode.drift(), file=sys.stderr)
     if options.json:
         whole = {"prompt_ids": ids, "token_ids": new, "text": tokenizer.decode(new), "events": episode.events}
+        whole |= {"drift": episode.drift().to_list()} if options.drift else {}
         print(json.dumps({**whole, "model": _name(options)}))
 
 
@@ -295,6 +301,9 @@ def _parser() -> argparse.ArgumentParser:
     plastic.add_argument("--bias", action="store_true", default=None, help="change the bias too")
     plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
     plastic.add_argument("--overflow", default="grow", help="grow or error: what happens when they are full")
+    plastic.add_argument("--budget", type=float, help="largest ‖ΔW‖ / ‖W‖ of each linear")
+    over = ("scale", "stop")
+    plastic.add_argument("--over-budget", choices=over, default="scale", help="what an event over it does")
 
     command = commands.add_parser("demo", parents=[common], help="the founding experiment, no further argument")
     command.add_argument("--layers", type=_numbers)
@@ -324,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--min-p", type=float, default=0.0)
     command.add_argument("--repetition-penalty", type=float, default=1.0)
     command.add_argument("--seed", type=int)
+    command.add_argument("--drift", action="store_true", help="say at the end what changed, and where")
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
     command.set_defaults(command=generate)
 

@@ -104,10 +104,14 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
     return Folded(U_RO, K_RI[:, :-1], K_RI[:, -1], error_2, float(rounding + lost.norm()))
 
 
-def effective_rank(U_SO: Tensor, K_SI: Tensor) -> float:
-    """exp(−Σ p ln p) of p = σ / Σσ, σ the singular values of Σ_j u_j k_jᵀ (Roy & Vetterli 2007); 0 where it is zero."""
+def spectrum(U_SO: Tensor, K_SI: Tensor) -> Tensor:
+    """The singular values of Σ_j u_j k_jᵀ, descending, float64."""
     R_u, R_k = (torch.linalg.qr(factor.double().T, mode="r").R for factor in (U_SO, K_SI))
-    sigma = torch.linalg.svdvals(R_u @ R_k.T)
-    if not sigma.sum() > 0:
+    return torch.linalg.svdvals(R_u @ R_k.T)
+
+
+def effective_rank(sigma_R: Tensor) -> float:
+    """exp(−Σ p ln p) of p = σ / Σσ (Roy & Vetterli 2007); 0 where every σ is."""
+    if not sigma_R.sum() > 0:
         return 0.0
-    return float(torch.special.entr(sigma / sigma.sum()).sum().exp())
+    return float(torch.special.entr(sigma_R / sigma_R.sum()).sum().exp())

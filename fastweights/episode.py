@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from . import fused
+from .budget import OneByOne
+from .drift import Drift, drift
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
 from .moments import At, moments
-from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
+from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears, weight_norm
 from .probes.capture import check_sites
 from .probing import Trace, run
 from .rules import event_value, key_scale
@@ -140,29 +142,37 @@ class Episode:
         check_targets(self._linears, self.batch_size, span.position_BT, write_BT)
         step = self._check_room(real_BT, write_BT)
         self.cache.reserve(span.end)
-        with self._whole_or_not_at_all():
-            if self.pending:
-                first_B = real_BT.int().argmax(1, keepdim=True)
-                self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
-            if not step:
-                out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
-                last_BV = span.last(out_BTV)[:, 0]
-            else:
-                columns = []
-                for t in range(ids_BT.shape[1]):
-                    if t:
-                        self._settle(ids_BT[:, t], real_BT[:, t])
-                    column = slice(t, t + 1)
-                    columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
-                out_BTV = torch.cat(columns, dim=1)
-                last_B1V = span.last(out_BTV)
-                last_BV, out_BTV = last_B1V[:, 0], out_BTV if logits == "all" else last_B1V
+        try:
+            out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step)
+        except OneByOne:
+            out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step=True)
         if self.logits_BV is not None and span.real_BT is not None:
             last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
         self.logits_BV = last_BV.clone()  # a caller may change, or drop, what is returned
         for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
             seen.extend(i for i, r in zip(ids, real, strict=True) if r)
         return out_BTV
+
+    def _read(
+        self, ids_BT: Tensor, real_BT: Tensor, write_BT: Tensor, span: Span, logits: str, step: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and those of the last token [B, V], in one pass or (`step`) token by token; all of it or nothing."""
+        with self._whole_or_not_at_all():
+            if self.pending:
+                first_B = real_BT.int().argmax(1, keepdim=True)
+                self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
+            if not step:
+                out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
+                return out_BTV, span.last(out_BTV)[:, 0]
+            columns = []
+            for t in range(ids_BT.shape[1]):
+                if t:
+                    self._settle(ids_BT[:, t], real_BT[:, t])
+                column = slice(t, t + 1)
+                columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
+            out_BTV = torch.cat(columns, dim=1)
+            last_B1V = span.last(out_BTV)
+            return out_BTV if logits == "all" else last_B1V, last_B1V[:, 0]
 
     @contextlib.contextmanager
     def _whole_or_not_at_all(self) -> Iterator[None]:
@@ -266,6 +276,7 @@ class Episode:
         self.pending = still
 
     def _commit(self, events: dict[Site, Events]) -> None:
+        events = {site: self.logs[site].measured(new) for site, new in events.items()}
         for site, new in events.items():
             self.logs[site].check(new)
         for site, new in events.items():
@@ -419,6 +430,15 @@ class Episode:
         wanted = None if at == "now" else moments(at, self.events)
         return run(self, ids_BT, mask_BT, check_sites(sites), wanted, columns, logits == "last", budget_bytes, progress)
 
+    def drift(self) -> Drift:
+        """What changed, where, and how much of it the capacity lost: per plastic linear and row, from the factors.
+
+        Example:
+            print(episode.drift())                     # a table, what moved most first
+            episode.drift().rows[0].relative           # ‖ΔW‖_F / ‖W‖_F of the first plastic linear
+        """
+        return drift(self.logs, {site: weight_norm(linear) for site, linear in self._linears.items()})
+
     # ---- moving through time
 
     def snapshot(self) -> Snapshot:
@@ -451,6 +471,8 @@ class Episode:
                 f"restore() got a snapshot with plastic linears {sorted(snapshot.logs)}, "
                 f"but this episode has {sorted(self.logs)}"
             )
+        for site, log in snapshot.logs.items():
+            self.logs[site].check_form(log.form(), "snapshot's")
         end = max(snapshot.lengths)
         self.cache.reserve(end)
         self.cache.lengths = list(snapshot.lengths)

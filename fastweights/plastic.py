@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 import weakref
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .budget import OVER_BUDGET, Budget
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, scan
@@ -86,6 +88,8 @@ class PlasticLinear(nn.Module):
         backend: str,
         archive: bool,
         binding: Binding,
+        budget: Budget | None,
+        factor_dtype: torch.dtype,
     ):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
@@ -93,6 +97,7 @@ class PlasticLinear(nn.Module):
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
         self.site, self.rule, self.rank, self.overflow = site, rule, rank, overflow
         self.backend, self.archive = backend, archive
+        self.budget, self.factor_dtype = budget, factor_dtype
         self.activation: Activation = ACTIVATIONS[site[1]]
         self.binding = binding
 
@@ -111,9 +116,9 @@ class PlasticLinear(nn.Module):
         return self.binding.now is None
 
     def new_log(self, rows: int) -> EventLog:
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        size = (rows, self.out_features, self.in_features, self.rank)
-        return EventLog(self.name, *size, self.overflow, self.rule.decay, dtype, self.weight.device, self.archive)
+        size, policy = (rows, self.out_features, self.in_features, self.rank), (self.overflow, self.rule.decay)
+        place = (self.factor_dtype, self.weight.device)
+        return EventLog(self.name, *size, *policy, *place, self.archive, self.budget)
 
     def forward(self, h_BTI: Tensor) -> Tensor:
         now = self.binding.now
@@ -183,7 +188,7 @@ class PlasticLinear(nn.Module):
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
             events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole)
             if fits:
-                now.staged[self.site] = events
+                now.staged[self.site] = log.measured(events)
             else:
                 log.append(events)
             parts.append(a_BCO)
@@ -294,6 +299,10 @@ class FastWeights:
         """(error_2, error_F): bounds on ‖ΔW_exact − ΔW‖ of one linear, see `EventLog.certificate`."""
         return self._log(layer, linear, episode).certificate(row)
 
+    def delta_norm(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
+        """‖ΔW‖_F of one linear, from the factors."""
+        return self._log(layer, linear, episode).delta_norm(row)
+
     def effective_rank(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
         """exp of the entropy of the normalised singular values of ΔW (Roy & Vetterli 2007)."""
         return self._log(layer, linear, episode).effective_rank(row)
@@ -357,6 +366,9 @@ def attach(
     overflow: str = "compress",
     backend: str = "auto",
     archive: bool = False,
+    budget: float | None = None,
+    over_budget: str = "scale",
+    factor_dtype: torch.dtype | None = None,
 ) -> FastWeights:
     """Makes MLP linears of some layers plastic; may be called again for other linears with another rule.
 
@@ -369,6 +381,10 @@ def attach(
         backend: "torch"; "triton": the fused kernels, for float32 and half precision on CUDA; "auto": Triton on
             CUDA where the rule has a Triton twin, torch elsewhere. `PlasticLinear.backend` tells which.
         archive: keep every event on the CPU as well, so that any moment stays exact after an overflow.
+        budget: largest ‖ΔW‖_F / ‖W‖_F, per linear and row; None = no limit.
+        over_budget: what an event that goes over the budget does: "scale": ΔW (and Δb) is scaled back onto it; "stop":
+            its feed is refused.
+        factor_dtype: of U and K; None = float32 (float64 for a float64 model). float64 runs on torch.
 
     Raises:
         ValueError: a layer, linear, rule or option that does not exist, or a linear that is already plastic;
@@ -393,20 +409,21 @@ def attach(
         raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
-    chosen = _choose_backend(backend, model, rule)
+    factor_dtype = _factor_dtype(factor_dtype, model)
+    chosen = _choose_backend(backend, model, rule, factor_dtype)
     sites = sorted({(layer, name) for layer in layers for name in linears})
     for layer, name in sites:
         if isinstance(getattr(model.model.layers[layer].mlp, name), PlasticLinear):
             raise ValueError(f"layers.{layer}.mlp.{name} is already plastic: fw.detach(model) first")
     _check_target(model, rule, sites)
+    budgets = {site: _budget(model, site, budget, over_budget) for site in sites}
     binding = next((linear.binding for linear in plastic_linears(model).values()), Binding())
     plastic = {}
     for layer, name in sites:
-        mlp = model.model.layers[layer].mlp
-        plastic[layer, name] = PlasticLinear(
-            getattr(mlp, name), (layer, name), rule, rank, overflow, chosen, archive, binding
-        )
-        setattr(mlp, name, plastic[layer, name])
+        site, mlp = (layer, name), model.model.layers[layer].mlp
+        options = (rule, rank, overflow, chosen, archive, binding, budgets[site], factor_dtype)
+        plastic[site] = PlasticLinear(getattr(mlp, name), site, *options)
+        setattr(mlp, name, plastic[site])
     return FastWeights(model, plastic)
 
 
@@ -416,7 +433,35 @@ def detach(model: Llama) -> None:
         setattr(model.model.layers[layer].mlp, name, plastic.base)
 
 
-def _choose_backend(backend: str, model: Llama, rule: Rule) -> str:
+def _factor_dtype(asked: torch.dtype | None, model: Llama) -> torch.dtype:
+    least = torch.float64 if model.dtype == torch.float64 else torch.float32
+    if asked is not None and asked not in (least, torch.float64):
+        raise ValueError(
+            f"factor_dtype={asked}: expected {' or '.join({str(least): 0, 'torch.float64': 0})} for a "
+            f"{str(model.dtype)[6:]} model (small events vanish in narrower sums)"
+        )
+    return asked or least
+
+
+def _budget(model: Llama, site: Site, share: float | None, over: str) -> Budget | None:
+    if over not in OVER_BUDGET:
+        raise ValueError(f"over_budget={over!r}: expected one of {', '.join(map(repr, OVER_BUDGET))}")
+    if share is None:
+        return None
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < math.inf:
+        raise ValueError(f"budget={share!r}: expected a share of ‖W‖, a number above 0, or None")
+    norm = weight_norm(getattr(model.model.layers[site[0]].mlp, site[1]))
+    if not norm:
+        raise ValueError(f"budget={share!r}: layers.{site[0]}.mlp.{site[1]} is zero, and so is any share of it")
+    return Budget(float(share), over, share * norm)
+
+
+def weight_norm(linear: nn.Linear | PlasticLinear) -> float:
+    """‖W‖_F, summed in float64."""
+    return float(torch.linalg.vector_norm(linear.weight.detach(), dtype=torch.float64))
+
+
+def _choose_backend(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) -> str:
     has_twin, cuda = hasattr(rule, "twin"), model.device.type == "cuda"
     match backend:
         case "torch":
@@ -424,12 +469,14 @@ def _choose_backend(backend: str, model: Llama, rule: Rule) -> str:
         case "auto":
             if cuda and not has_twin and rule.neuron_local:
                 warnings.warn(f"{type(rule).__name__} has no Triton twin: it runs on torch", stacklevel=3)
-            return "triton" if cuda and has_twin and model.dtype != torch.float64 else "torch"
+            return "triton" if cuda and has_twin and factor_dtype != torch.float64 else "torch"
         case "triton":
             if not has_twin:
                 raise ValueError(f"backend='triton': {type(rule).__name__} has no Triton twin, use 'torch'")
             if model.dtype == torch.float64:
                 raise ValueError("backend='triton' computes in float32: use 'torch' for a float64 model")
+            if factor_dtype == torch.float64:
+                raise ValueError("backend='triton' computes in float32: use 'torch' for factor_dtype=torch.float64")
             if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
                 raise ValueError(
                     f"backend='triton' needs CUDA (or TRITON_INTERPRET=1): this model is on {model.device}"

@@ -90,7 +90,8 @@ class Stacks:
         self.records["w"] = 0
         for n, log in enumerate(logs):
             if used[n] and not log.plain(1):
-                key = (log.slots, log.decay, tuple(log.events))  # what the weights are a function of
+                key: tuple = (log.slots, log.decay, tuple(log.events))  # what the weights are a function of
+                key = (n, *key) if any(log.scaled) else key  # a budget has scaled this one by itself
                 if key not in weights:
                     weights[key] = log.weights(log.now())[:, 0].contiguous()
                 self.records["w"][n] = weights[key].data_ptr()

@@ -3,25 +3,29 @@
     ΔW_n = Σ_j w_j u_j k_jᵀ      w_j = (1 − decay)^(n − 1 − birth_j), 0 for an empty slot
     Δb_n = Σ_j w_j s_j u_j       s_j = the bias key of event j (0 for rules without bias)
 
-Decay lives in the weights alone: nothing that was written is rewritten, except by a fold. `slots` says where an
-event lies, `compress` how slots are folded. Knows nothing of modules.
+Decay and the scalings of a budget (one more factor of w_j) live in the weights alone: nothing that was written is
+rewritten, except by a fold. `slots` says where an event lies, `compress` how slots are folded, `budget` how ΔW is
+kept from growing. Knows nothing of modules.
 Shape suffixes: B rows, T tokens, R slots, O out, I in, M moments.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compress import effective_rank, fold
+from .budget import Budget, OneByOne, grown, inner, norms
+from .compress import effective_rank, fold, spectrum
 from .slots import OVERFLOW, Slots
 
 __all__ = ["OVERFLOW", "EventLog", "Events"]
+
+BUFFERS = {"U": "U_BRO", "K": "K_BRI", "bias": "bias_BR", "birth": "birth_BR", "norm": "norm_BR"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Events:
     bias_BT: Tensor | None
     write_BT: Tensor  # bool: which of them are written
     whole: bool = False  # whether that is all of them, when the caller knows
+    norm_BT: Tensor | None = None  # ‖ΔW‖_F after each of them, before a budget scales it: see `EventLog.measured`
 
     @property
     def counts(self) -> list[int]:
@@ -42,18 +47,20 @@ class Events:
 
     def part(self, start: int, end: int) -> Events:
         """The events of tokens start to end."""
-        bias_BT = None if self.bias_BT is None else self.bias_BT[:, start:end]
-        return Events(
-            self.U_BTO[:, start:end], self.K_BTI[:, start:end], bias_BT, self.write_BT[:, start:end], self.whole
-        )
+        return self._each(lambda t: t[:, start:end])
 
     def finite_BT(self) -> Tensor:
         finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
         return finite_BT if self.bias_BT is None else finite_BT & self.bias_BT.isfinite()
 
     def to(self, device: torch.device) -> Events:
-        bias_BT = None if self.bias_BT is None else self.bias_BT.to(device)
-        return Events(self.U_BTO.to(device), self.K_BTI.to(device), bias_BT, self.write_BT.to(device), self.whole)
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Events:
+        bias_BT, norm_BT = (None if t is None else change(t) for t in (self.bias_BT, self.norm_BT))
+        return Events(
+            change(self.U_BTO), change(self.K_BTI), bias_BT, change(self.write_BT), whole=self.whole, norm_BT=norm_BT
+        )
 
 
 class EventLog:
@@ -70,6 +77,7 @@ class EventLog:
         decay: share of ΔW lost at each event.
         archive: with "compress" and "evict", keep every event on the CPU as well, so that any moment can be read
             exactly and any number of events undone. "grow" and "error" keep every event anyway.
+        budget: on ‖ΔW‖_F after every event; None = no limit.
 
     Raises:
         ValueError: an overflow or dtype that does not exist.
@@ -87,12 +95,14 @@ class EventLog:
         dtype: torch.dtype,
         device: torch.device,
         archive: bool = False,
+        budget: Budget | None = None,
     ):
         if overflow not in OVERFLOW:
             raise ValueError(f"{name}: overflow={overflow!r}, expected one of {', '.join(map(repr, OVERFLOW))}")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name}: factors in {dtype} would stop moving, expected torch.float32 or torch.float64")
         self.name, self.rank, self.overflow, self.decay = name, rank, overflow, decay
+        self.budget = budget
         self.slots = Slots.of(overflow, rank, out_features, in_features)
         slots = self.slots.capacity
         self.U_BRO = torch.zeros(rows, slots, out_features, dtype=dtype, device=device)
@@ -101,10 +111,13 @@ class EventLog:
         self.birth_BR = torch.full((rows, slots), -1, dtype=torch.int64, device=device)  # -1: empty
         self.events = [0] * rows  # events so far, per row
         self.errors = [(0.0, 0.0)] * rows  # (error_2, error_F) as of each row's last fold
+        # ‖ΔW‖_F after the event of each slot, before it was scaled
+        self.norm_BR = None if budget is None else torch.zeros(rows, slots, dtype=torch.float64, device=device)
+        self.scaled = [0] * rows  # events so far that the budget scaled, per row
         self.archive: EventLog | None = None
         if archive and overflow in ("compress", "evict"):
             size = (rows, out_features, in_features, rank)
-            self.archive = EventLog(name, *size, "grow", decay, dtype, torch.device("cpu"))
+            self.archive = EventLog(name, *size, "grow", decay, dtype, torch.device("cpu"), budget=budget)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,12 +144,14 @@ class EventLog:
 
     def weights(self, events_BT: Tensor, slots: int | None = None) -> Tensor:
         """w [B, T, `slots` or used] as seen after `events_BT` events of each row (int64), the last fold or later."""
-        return self._weigh(self.birth_BR[:, None, : slots or self.used], events_BT[..., None], self.dtype)
+        slots = slots or self.used
+        norm = None if self.norm_BR is None else self.norm_BR[:, None, :slots]
+        return self._weigh(self.birth_BR[:, None, :slots], norm, events_BT[..., None], self.dtype)
 
     def plain(self, tokens: int) -> bool:
         """Whether every used slot of every row weighs 1 for the next `tokens` tokens, whatever they write."""
         full = self.overflow == "evict" and (tokens > 1 or self.used == self.capacity)
-        return self.decay == 0 and len(set(self.events)) == 1 and not full
+        return self.decay == 0 and len(set(self.events)) == 1 and not full and not any(self.scaled)
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `weights`."""
@@ -165,8 +180,11 @@ class EventLog:
         """Writes the events of one pass, in token order; rows may write different numbers of them.
 
         Raises:
-            ValueError: for events that do not fit ("error") or cannot be folded ("compress"); nothing is written then.
+            ValueError: for events that do not fit ("error"), are not finite or over a budget that stops; nothing is
+                written then.
+            OneByOne: one of several tokens is over the budget; nothing is written then.
         """
+        new = self.measured(new)
         self.check(new)
         self.write(new)
 
@@ -184,8 +202,73 @@ class EventLog:
                 f"this feed is written (a smaller rate, a clip or mu > 0 may help)"
             )
 
+    def measured(self, new: Events) -> Events:
+        """The same events, with ‖ΔW‖_F after each where there is a budget on it: what `write` takes.
+
+        Raises:
+            ValueError: the one token's event is over a budget that stops.
+            OneByOne: an event is over the budget, but the next token must see its scaling: several are too many.
+        """
+        if self.budget is None or new.norm_BT is not None:
+            return new
+        norm_BT = self._norms(new)
+        over_BT = new.write_BT & ~(norm_BT <= self.budget.limit)  # NaN is over as well
+        if over_BT.any():
+            if new.write_BT.shape[1] > 1:
+                raise OneByOne
+            self.check(new)
+            row = int(over_BT.nonzero()[0, 0])
+            norm = float(norm_BT[row, 0])
+            if self.budget.over == "stop" or not math.isfinite(norm):
+                raise ValueError(
+                    f"event {self.events[row] + 1} of {self.name} (row {row}) makes ‖ΔW‖ {norm:.6g}, over its budget "
+                    f"of {self.budget.share:g} · ‖W‖ = {self.budget.limit:.6g}; nothing of this feed is written (a "
+                    f'smaller rate, more decay or over_budget="scale" may help)'
+                )
+        return replace(new, norm_BT=norm_BT)
+
+    def _norms(self, new: Events) -> Tensor:
+        """‖ΔW‖_F after each event of one pass if none of them is scaled, [B, T] float64; any number if not written."""
+        assert self.norm_BR is not None
+        n, tokens = self.used, new.write_BT.shape[1]
+        (U_BRO, K_BRI, _), before_B1 = self.factors(), self.now()
+        after_BT = before_B1 + new.write_BT.cumsum(1)
+        new_BT = torch.where(new.write_BT, after_BT - 1, -1)
+        # a kernel may have put this event into its slot already
+        birth_BR = self.birth_BR[:, :n].masked_fill(self.birth_BR[:, :n] >= before_B1, -1)
+        birth_BS = torch.cat([birth_BR, new_BT], 1)
+        norm_BS = torch.cat([self.norm_BR[:, :n], self.norm_BR.new_zeros(new_BT.shape)], 1)
+        w_BTS = self._weigh(birth_BS[:, None], norm_BS[:, None], after_BT[..., None], torch.float64)
+        ring = self.overflow == "evict"
+        if ring and (tokens > 1 or max(self.events) % self.capacity == 0):  # once per turn, so that no error adds up
+            dead_BS1 = (birth_BS < 0)[..., None]
+            U_BSO, K_BSI = torch.cat([U_BRO, new.U_BTO], 1), torch.cat([K_BRI, new.K_BTI], 1)
+            return norms(U_BSO.masked_fill(dead_BS1, 0), K_BSI.masked_fill(dead_BS1, 0), w_BTS)
+        square_B = self._norm_now().square()
+        if ring and max(self.events) >= self.rank:  # ‖D − y‖² = ‖D‖² − ⟨D + (D − y), y⟩ for the y that leaves
+            w_BR = self._weigh(birth_BR, self.norm_BR[:, :n], before_B1, torch.float64)
+            leaves_BR = (birth_BR >= 0) & (birth_BR == before_B1 - self.rank)
+            slot_B11 = leaves_BR.int().argmax(1)[:, None, None]
+            dot_BR = inner(U_BRO.take_along_dim(slot_B11, 1), K_BRI.take_along_dim(slot_B11, 1), U_BRO, K_BRI)[:, 0]
+            w_y_B1 = w_BR.masked_fill(~leaves_BR, 0).sum(1, keepdim=True)
+            both_BR = w_BR + w_BR.masked_fill(leaves_BR, 0)
+            square_B = square_B - (w_y_B1 * both_BR * dot_BR.masked_fill(w_BR == 0, 0)).sum(1)
+        own_BTT = inner(new.U_BTO, new.K_BTI, new.U_BTO, new.K_BTI)
+        dot_BTS = torch.cat([inner(new.U_BTO, new.K_BTI, U_BRO, K_BRI), own_BTT], 2)
+        w_BTS = w_BTS.masked_fill(birth_BS[:, None] == new_BT[..., None], 0)  # what an event finds, faded by it
+        found_BT = (w_BTS * dot_BTS.masked_fill(w_BTS == 0, 0)).sum(-1)
+        more_BT = 2 * found_BT + own_BTT.diagonal(dim1=1, dim2=2)
+        return grown(square_B, more_BT, new.write_BT, (1 - self.decay) ** 2)
+
+    def _norm_now(self) -> Tensor:
+        """‖ΔW‖_F of every row as it is now, [B] float64; only with a budget."""
+        assert self.norm_BR is not None
+        assert self.budget is not None
+        last_BR = (self.birth_BR >= 0) & (self.birth_BR == self.now() - 1)
+        return torch.where(last_BR, self.norm_BR.clamp(max=self.budget.limit), 0).amax(1)
+
     def write(self, new: Events) -> None:
-        """Writes events that `check` has passed."""
+        """Writes events that `measured` and `check` have passed."""
         if self.archive is not None:
             self.archive.write(new.to(torch.device("cpu")))
         self._append(new)
@@ -198,8 +281,8 @@ class EventLog:
     def next_slot(self) -> int | None:
         """Where a kernel may put the next event of every row by itself; None: rows differ, or there is more to do."""
         rows = len(self.events)
-        simple = self.archive is None and self.events.count(self.events[0]) == rows and self.fits([1] * rows)
-        return self.slots.next(self.events[0]) if simple else None
+        alike = self.archive is None and self.budget is None and self.events.count(self.events[0]) == rows
+        return self.slots.next(self.events[0]) if alike and self.fits([1] * rows) else None
 
     def counted(self) -> None:
         """Counts the event that a kernel has put into `next_slot`."""
@@ -215,11 +298,21 @@ class EventLog:
         bias_BT[row, 0] = self.bias_BR[row, slot]
         new = Events(U_BTO, K_BTI, bias_BT, write_B1)
         self.check(new)
+        new = self.measured(new)
+        if new.norm_BT is not None and self.norm_BR is not None:
+            self.norm_BR[row, slot] = new.norm_BT[row, 0]
         if self.archive is not None:
             self.archive.write(new.to(torch.device("cpu")))
+        self._count_scaled(new)
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
 
+    def _count_scaled(self, new: Events) -> None:
+        if self.budget is not None and new.norm_BT is not None:
+            more = (new.write_BT & (new.norm_BT > self.budget.limit)).sum(1).tolist()
+            self.scaled = [n + m for n, m in zip(self.scaled, more, strict=True)]
+
     def _append(self, new: Events) -> None:
+        self._count_scaled(new)
         if new.whole and len(set(self.events)) == 1 and self.fits(new.counts):
             return self._write_whole(new)
         for start, end in self.segments(new.write_BT):
@@ -239,6 +332,8 @@ class EventLog:
         self.U_BRO[:, slots], self.K_BRI[:, slots] = new.U_BTO, new.K_BTI
         if new.bias_BT is not None:
             self.bias_BR[:, slots] = new.bias_BT
+        if self.norm_BR is not None and new.norm_BT is not None:
+            self.norm_BR[:, slots] = new.norm_BT
         self.birth_BR[:, slots] = torch.arange(n, n + tokens, device=self.birth_BR.device)
         self.events = [n + tokens] * len(self.events)
 
@@ -255,26 +350,40 @@ class EventLog:
         self.K_BRI[row, slot] = new.K_BTI[row, token].to(self.dtype)
         if new.bias_BT is not None:
             self.bias_BR[row, slot] = new.bias_BT[row, token].to(self.dtype)
+        if self.norm_BR is not None and new.norm_BT is not None:
+            self.norm_BR[row, slot] = new.norm_BT[row, token]
         self.birth_BR[row, slot] = event
 
     def _fold(self, row: int) -> None:
-        """Keeps the best of a full row: E ← (1 − decay)^(events since the last fold) E + what is lost."""
+        """Keeps the best of a full row: E ← what decay and scalings since the last fold leave of E, + what is lost."""
         n, kept = self.events[row], self.slots.kept
-        w_R = self._weigh(self.birth_BR[row], n, torch.float64)
+        norm_R = None if self.norm_BR is None else self.norm_BR[row]
+        w_R = self._weigh(self.birth_BR[row], norm_R, n, torch.float64)
         best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
-        fade = (1.0 - self.decay) ** (n - self.slots.last_fold(n - 1))
+        fade = self._fade(row, self.slots.last_fold(n - 1))
         self.errors[row] = (fade * self.errors[row][0] + best.error_2, fade * self.errors[row][1] + best.error_F)
         self.U_BRO[row, :kept], self.K_BRI[row, :kept], self.bias_BR[row, :kept] = best.U_RO, best.K_RI, best.bias_R
         self.birth_BR[row] = -1
         self.birth_BR[row, :kept] = n - 1  # weight 1 now; later decay applies to the sum as a whole
+        if norm_R is not None and self.budget is not None:
+            w_11R = w_R.new_ones(1, 1, kept)
+            norm = norms(best.U_RO[None], best.K_RI[None], w_11R)[0, 0]
+            norm_R[:kept] = norm.clamp(max=self.budget.limit)  # a fold rounds, it is not scaled
+
+    def _fade(self, row: int, fold: int) -> float:
+        """What decay and scalings have left of a row's last fold, at event count `fold`: slot 0 is part of it."""
+        fade, n = (1.0 - self.decay) ** (self.events[row] - fold), self.events[row]
+        if self.budget is None or self.norm_BR is None or not self.scaled[row]:
+            return fade
+        return fade * float(self.budget.left(self.birth_BR[row], self.norm_BR[row], n)[0])
 
     def _reserve(self, slots: int) -> None:
         if slots <= self.capacity:
             return
         extra = max(slots, 2 * self.capacity) - self.capacity
-        for name, fill in (("U_BRO", 0), ("K_BRI", 0), ("bias_BR", 0), ("birth_BR", -1)):
-            old = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_full((old.shape[0], extra, *old.shape[2:]), fill)], dim=1))
+        for name, old in self._buffers().items():
+            more = old.new_full((old.shape[0], extra, *old.shape[2:]), -1 if name == "birth" else 0)
+            setattr(self, BUFFERS[name], torch.cat([old, more], dim=1))
 
     # ---- other moments
 
@@ -312,7 +421,8 @@ class EventLog:
                 )
         known = self.archive or self
         birth_R = known.birth_BR[row, : known.used]
-        return self._weigh(birth_R, torch.tensor(list(moments), device=birth_R.device)[:, None], self.dtype)
+        norm_R = None if known.norm_BR is None else known.norm_BR[row, : known.used]
+        return self._weigh(birth_R, norm_R, torch.tensor(list(moments), device=birth_R.device)[:, None], self.dtype)
 
     def rewind(self, events: Sequence[int]) -> None:
         """Forgets the events after `events` [B]: the log as if they had never been written.
@@ -336,8 +446,12 @@ class EventLog:
 
     def roll_back(self, events: Sequence[int]) -> None:
         """Takes back events that `fits` said fit: unlike `rewind`, it does not ask what came before them."""
-        keep_B1 = torch.tensor(list(events), device=self.birth_BR.device)[:, None]
-        self.birth_BR.masked_fill_(self.birth_BR >= keep_B1, -1)
+        gone_BR = self.birth_BR >= torch.tensor(list(events), device=self.birth_BR.device)[:, None]
+        if self.budget is not None and self.norm_BR is not None:
+            counted_BR = gone_BR & (self.birth_BR < self.now())  # a kernel may have put in one that was then refused
+            fewer = (counted_BR & (self.norm_BR > self.budget.limit)).sum(1).tolist()
+            self.scaled = [n - f for n, f in zip(self.scaled, fewer, strict=True)]
+        self.birth_BR.masked_fill_(gone_BR, -1)
         self.events = list(events)
         if self.archive is not None:
             self.archive.roll_back(events)
@@ -349,11 +463,12 @@ class EventLog:
             return
         self.birth_BR[rows] = -1
         for row in rows:
-            self.events[row], self.errors[row] = 0, (0.0, 0.0)
+            self.events[row], self.errors[row], self.scaled[row] = 0, (0.0, 0.0), 0
         live_BR = self.archive.birth_BR >= 0
         chosen_BR = torch.zeros_like(live_BR)
         chosen_BR[rows] = live_BR[rows]
-        everything = Events(self.archive.U_BRO, self.archive.K_BRI, self.archive.bias_BR, chosen_BR)
+        past = self.archive
+        everything = Events(past.U_BRO, past.K_BRI, past.bias_BR, chosen_BR, norm_BT=past.norm_BR)
         for start in range(0, self.archive.used, self.capacity):  # by parts: the archive may be larger than the device
             self._append(everything.part(start, start + self.capacity).to(self.U_BRO.device))
 
@@ -361,7 +476,7 @@ class EventLog:
         other = object.__new__(EventLog)
         for key, value in self.__dict__.items():
             other.__dict__[key] = value.clone() if isinstance(value, (Tensor, EventLog)) else value
-        other.events, other.errors = list(self.events), list(self.errors)
+        other.events, other.errors, other.scaled = list(self.events), list(self.errors), list(self.scaled)
         return other
 
     def become(self, other: EventLog) -> None:
@@ -371,16 +486,17 @@ class EventLog:
         self.birth_BR[:, slots:] = -1
         for key, buffer in self._buffers().items():
             buffer[:, :slots] = other._buffers()[key]
-        self.events, self.errors = list(other.events), list(other.errors)
+        self.events, self.errors, self.scaled = list(other.events), list(other.errors), list(other.scaled)
         if self.archive is not None and other.archive is not None:
             self.archive.become(other.archive)
 
     def rows(self, chosen: Sequence[int]) -> EventLog:
         """A copy whose row n is row `chosen[n]` of this log."""
         other = self.clone()
-        for name in ("U_BRO", "K_BRI", "bias_BR", "birth_BR"):
-            setattr(other, name, getattr(self, name)[list(chosen)])
+        for name, buffer in self._buffers().items():
+            setattr(other, BUFFERS[name], buffer[list(chosen)])
         other.events, other.errors = [self.events[r] for r in chosen], [self.errors[r] for r in chosen]
+        other.scaled = [self.scaled[r] for r in chosen]
         other.archive = None if self.archive is None else self.archive.rows(chosen)
         return other
 
@@ -392,9 +508,8 @@ class EventLog:
         return U_RO.T @ K_RI
 
     def delta_norm(self, row: int) -> float:
-        """‖ΔW‖_F of one row, from the factors alone: ‖Σ u kᵀ‖² = Σ_ij (u_i·u_j)(k_i·k_j)."""
-        U_RO, K_RI, _ = self._weighted(row, torch.float64)
-        return float(((U_RO @ U_RO.T) * (K_RI @ K_RI.T)).sum().clamp(min=0).sqrt())
+        """‖ΔW‖_F of one row, from the factors alone."""
+        return float(self.spectrum(row).norm())
 
     def delta_bias(self, row: int, dtype: torch.dtype | None = None) -> Tensor:
         """Δb of one row, [O], computed in `dtype` (the log's own unless given)."""
@@ -407,14 +522,17 @@ class EventLog:
         Exact is the sum over the events as they were given, in the log's dtype ("evict": over those of the window,
         so 0); what is bounded is the sum over the factors as they are stored, in exact arithmetic.
         """
-        n = self.events[row]
-        fade = (1.0 - self.decay) ** (n - self.slots.last_fold(n))
+        fade = self._fade(row, self.slots.last_fold(self.events[row]))
         return fade * self.errors[row][0], fade * self.errors[row][1]
 
     def effective_rank(self, row: int) -> float:
         """exp of the entropy of the normalised singular values of ΔW of one row; 0 where ΔW is zero."""
+        return effective_rank(self.spectrum(row))
+
+    def spectrum(self, row: int) -> Tensor:
+        """The singular values of ΔW of one row, descending, float64; as many as it has slots, at most."""
         U_RO, K_RI, _ = self._weighted(row, torch.float64)
-        return effective_rank(U_RO, K_RI)
+        return spectrum(U_RO, K_RI)
 
     def event_norms(self, row: int) -> Tensor:
         """‖u‖‖k‖ of every event of one row as it was written, [events] float64; NaN before `oldest_event`."""
@@ -430,7 +548,9 @@ class EventLog:
         """Everything that moves: tensors (copies of the used slots), and values that JSON holds exactly."""
         n = self.used
         tensors = {key: buffer[:, :n].clone() for key, buffer in self._buffers().items()}
-        meta = {**self._form(), "events": list(self.events), "errors": [list(pair) for pair in self.errors]}
+        meta = {**self.form(), "events": list(self.events), "errors": [list(pair) for pair in self.errors]}
+        if self.budget is not None:
+            meta["scaled"] = list(self.scaled)
         if self.archive is not None:
             saved, meta["archive"] = self.archive.state_dict()
             tensors |= {f"archive.{key}": t for key, t in saved.items()}
@@ -451,13 +571,18 @@ class EventLog:
             buffer[:, :slots] = tensors[key]
         self.events = [int(n) for n in meta["events"]]
         self.errors = [(float(error_2), float(error_F)) for error_2, error_F in meta["errors"]]
+        self.scaled = [int(n) for n in meta.get("scaled", [0] * len(self.events))]
         if self.archive is not None:
             self.archive.load_state_dict(_without_prefix(tensors), meta["archive"])
 
+    def check_form(self, form: Mapping[str, Any], saved: str) -> None:
+        """Refuses a log, by its `form`, that this one could not `become`; `saved` names it."""
+        for key, wanted in self.form().items():
+            if form.get(key) != wanted:
+                raise ValueError(f"{self.name}: the {saved} log has {key} {form.get(key)!r}, expected {wanted!r}")
+
     def _check_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        for key, wanted in self._form().items():
-            if meta.get(key) != wanted:
-                raise ValueError(f"{self.name}: the saved log has {key} {meta.get(key)!r}, expected {wanted!r}")
+        self.check_form(meta, "saved")
         if (self.archive is None) != ("archive" not in meta):
             raise ValueError(
                 f"{self.name}: the saved log has {'an' if 'archive' in meta else 'no'} archive, "
@@ -473,31 +598,34 @@ class EventLog:
             self.archive._check_state(_without_prefix(tensors), meta["archive"])
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {"U": self.U_BRO, "K": self.K_BRI, "bias": self.bias_BR, "birth": self.birth_BR}
+        every = {name: getattr(self, attribute) for name, attribute in BUFFERS.items()}
+        return {name: buffer for name, buffer in every.items() if buffer is not None}
 
-    def _form(self) -> dict[str, Any]:
+    def form(self) -> dict[str, Any]:
         """What a saved log must have in common with the one that loads it."""
         size = {"rows": len(self.events), "out_features": self.U_BRO.shape[2], "in_features": self.K_BRI.shape[2]}
         policy = {"rank": self.rank, "overflow": self.overflow, "decay": self.decay, "dtype": str(self.dtype)[6:]}
-        return {"name": self.name, **size, **policy}
+        return {"name": self.name, **size, **policy, "budget": None if self.budget is None else asdict(self.budget)}
 
     # ---- weights
 
-    def _weigh(self, birth: Tensor, events: Tensor | int, dtype: torch.dtype) -> Tensor:
-        """w of slots born at event `birth`, after `events` events; broadcasts."""
+    def _weigh(self, birth: Tensor, norm: Tensor | None, events: Tensor | int, dtype: torch.dtype) -> Tensor:
+        """w of slots born at event `birth`, after `events` events; [..., R], broadcasts."""
         age = events - 1 - birth
         alive = (birth >= 0) & (age >= 0)
         if self.overflow == "evict":
             alive &= age < self.rank
-        if self.decay == 0:
-            return alive.to(dtype)
         # float64: a power with thousands of events in the exponent
-        return (alive * torch.pow(1.0 - self.decay, age.clamp(min=0).double())).to(dtype)
+        w = alive if self.decay == 0 else alive * torch.pow(1.0 - self.decay, age.clamp(min=0).double())
+        if self.budget is not None and norm is not None and any(self.scaled):
+            w = w * self.budget.left(birth, norm, events)
+        return w.to(dtype)
 
     def _weighted(self, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """w ⊙ U, K and bias keys of one row as it is now."""
         n = self.used
-        w_R = self._weigh(self.birth_BR[row, :n], self.events[row], torch.float64).to(dtype)
+        norm_R = None if self.norm_BR is None else self.norm_BR[row, :n]
+        w_R = self._weigh(self.birth_BR[row, :n], norm_R, self.events[row], torch.float64).to(dtype)
         U_RO, K_RI, bias_R = (factor[row].to(dtype) for factor in self.factors())
         return U_RO * w_R[:, None], K_RI, bias_R
 

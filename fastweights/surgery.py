@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .drift import Drift
 from .episode import Episode
 from .inputs import Update, written
 from .model import Llama
@@ -56,6 +57,7 @@ class Record:
         after ℓ layers (0 = embedding, L = before the final norm).
     top: the likeliest next tokens after the question, per row: (token, log-probability).
     delta_norm [N]: Frobenius norm of ΔW over all plastic linears together.
+    drift: what had changed at the end, and where.
     """
 
     tokens: list[str]
@@ -73,13 +75,15 @@ class Record:
     delta_norm: Tensor
     top: list[list[tuple[str, float]]]
     target_top: list[tuple[str, float]]
+    drift: Drift
     settings: dict = field(default_factory=dict)
 
     ARRAYS: ClassVar = ("logprob", "target_logprob", "distance", "cosine", "relative", "delta_norm")
 
     def to_dict(self) -> dict:
         """Everything as plain JSON values."""
-        whole = {key: value for key, value in self.__dict__.items() if key not in (*self.ARRAYS, "events")}
+        whole = {key: value for key, value in self.__dict__.items() if key not in (*self.ARRAYS, "events", "drift")}
+        whole["drift"] = self.drift.to_list()
         whole |= {name: getattr(self, name).tolist() for name in self.ARRAYS}
         drop = ("logprob", "distance")  # they are the record's rows
         whole["events"] = [
@@ -110,6 +114,8 @@ def surgery(
     linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
     rank: int = 64,
     overflow: str = "grow",
+    budget: float | None = None,
+    over_budget: str = "scale",
     update: Update = "all",
     max_new_tokens: int = 0,
     probe_every: int = 1,
@@ -128,7 +134,7 @@ def surgery(
     Args:
         answers: texts that may follow the question, scored over all their tokens; the first is the one that
             the context argues for.
-        layers, rule, linears, rank, overflow: as in `attach`.
+        layers, rule, linears, rank, overflow, budget, over_budget: as in `attach`.
         update: which tokens are written, as in `feed` and `generate`.
         max_new_tokens: how many tokens the model goes on to generate (greedily) after the context.
         probe_every: probe after every this many events.
@@ -155,7 +161,7 @@ def surgery(
     positions = torch.arange(len(ids))[None]
     if not max_new_tokens and not written(update, torch.tensor([ids]), positions, generated=False).any():
         raise ValueError(f"update={update!r} writes none of the context's {len(ids)} tokens")
-    attach(model, layers, rule, linears, rank, overflow)
+    attach(model, layers, rule, linears, rank, overflow, budget=budget, over_budget=over_budget)
     try:
         exam = Exam(model, tokenizer, context, question, answers)
         record = _run(Episode(model), tokenizer, exam, ids, update, max_new_tokens, probe_every, on_event, progress)
@@ -163,6 +169,7 @@ def surgery(
         detach(model)
     settings: dict = {"context": context, "question": question, "rule": repr(rule), "layers": [*layers]}
     settings |= {"linears": [*linears], "rank": rank, "overflow": overflow, "dtype": str(model.dtype)[6:]}
+    settings |= {"budget": budget, "over_budget": over_budget}
     said = update if isinstance(update, (str, list)) else repr(update)
     settings |= {"device": str(model.device), "update": said}
     return replace(record, settings=settings)
@@ -299,6 +306,7 @@ def _run(
         delta_norm=torch.tensor([r.delta_norm for r in results], dtype=torch.float64),
         top=[r.top for r in results],
         target_top=exam.target_top,
+        drift=episode.drift(),
     )
 
 

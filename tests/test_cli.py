@@ -48,6 +48,30 @@ def test_run_prints_a_table_a_paragraph_and_one_json_line(folder, capsys, tmp_pa
     assert json.loads((tmp_path / "out" / "record.json").read_text())["logprob"] == whole["logprob"]
 
 
+def test_run_keeps_to_a_budget_and_prints_and_returns_the_drift(folder, capsys):
+    options = ["--rate", "0.5", "--budget", "0.05", "--linears", "up_proj", "--json"]
+    assert main([*RUN, "--model", folder, *options]) == 0
+    out = capsys.readouterr().out
+    whole = json.loads(out.splitlines()[-1])
+    assert (whole["settings"]["budget"], whole["settings"]["over_budget"]) == (0.05, "scale")
+    assert [each["name"] for each in whole["drift"]] == ["layers.1.mlp.up_proj", "layers.2.mlp.up_proj"]
+    assert [each["scaled"] for each in whole["drift"]] == [4, 4]
+    assert [each["relative"] for each in whole["drift"]] == pytest.approx([0.05, 0.05])
+    assert "changed most, by 5.000% of ‖W‖;\nthe capacity has lost nothing." in out
+    assert main([*RUN, "--model", folder, *options, "--over-budget", "stop"]) == 2
+    assert "event 1 of layers.1.mlp.up_proj (row 0) makes ‖ΔW‖" in capsys.readouterr().err
+
+
+def test_generate_says_what_changed_when_asked(folder, capsys):
+    command = ["generate", "the sky", "--model", folder, "--layers", "1", "--max-new-tokens", "3", "--json"]
+    assert main([*command, "--drift", "--rate", "0.5", "--budget", "0.05"]) == 0
+    said = capsys.readouterr()
+    assert "‖ΔW‖/‖W‖" in said.err
+    assert all(each["scaled"] for each in json.loads(said.out.splitlines()[-1])["drift"])
+    assert main(command) == 0
+    assert "drift" not in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_run_reads_texts_from_files_and_chooses_positions(folder, capsys, tmp_path):
     (tmp_path / "context.txt").write_text("the sky is red and so it goes")
     arguments = [*RUN, "--model", folder, "--update", "1,3", "--probe-every", "2", "--json"]

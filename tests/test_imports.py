@@ -11,10 +11,11 @@ FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
     *("config", "tokenizer", "hub", "kernels", "fused", "model", "gguf", "weights"),
-    *("rules", "slots", "compress", "state", "probes", "inputs", "sampling"),
+    *("rules", "budget", "slots", "compress", "state", "probes", "inputs", "sampling"),
     *(
         "plastic",
         "moments",
+        "drift",
         "probing",
         "snapshot",
         "stacks",
@@ -26,7 +27,8 @@ ORDER = [
         "__init__",
     ),
 ]
-ALONE = {"config": set(), "rules": set(), "slots": set(), "compress": set(), "state": {"slots", "compress"}}
+ALONE = {"config": set(), "rules": set(), "budget": set(), "slots": set(), "compress": set()}
+ALONE |= {"state": {"budget", "slots", "compress"}}
 ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "fused": {"kernels"}}
 ALONE |= {"model": {"config", "kernels", "fused"}}
 

@@ -5,6 +5,7 @@ oracle keeps a dense ΔW and its whole past; a bounded log is said densely as we
 ("evict") or as a truncated SVD at the events where a fold is due ("compress").
 """
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Remembered(FastLinear):
         super().__init__(plain.W, plain.b, plain.plastic, plain.has_silu)
         self.overflow, self.rank, self.archive = linear.overflow, linear.rank, linear.archive
         self.scales = []  # the bias key of every event
+        # of W, and ‖ΔW‖ after every event before it was scaled
+        self.share, self.lengths = None if linear.budget is None else linear.budget.share, []
         self.held = [(self.dW, self.db)]  # as it was read after 0, 1, … events
         self.folds = [0]  # event counts at which it was folded
 
@@ -54,7 +57,11 @@ class Remembered(FastLinear):
         super().write(h, u)
         self.scales = [*self.scales, 1.0 if self.plastic.mu is None else 1 / (float(h @ h) + self.plastic.mu)]
         if self.overflow == "evict":
+            self.lengths = [*self.lengths, 0.0]
             self.dW, self.db = self.total(self.count)
+            self.lengths = self.lengths[:-1]
+        self.lengths = [*self.lengths, float(self.dW.norm())]
+        self.dW, self.db = self.factor(self.count) * self.dW, self.factor(self.count) * self.db
         if self.overflow == "compress":
             self.fold()
         self.held = [*self.held, (self.dW, self.db)]
@@ -71,9 +78,14 @@ class Remembered(FastLinear):
         self.dW, self.db = best[:, :-1], best[:, -1]
         self.folds = [*self.folds, due]
 
+    def factor(self, n):
+        """What the budget scaled ΔW by after event n."""
+        length, limit = self.lengths[n - 1], (self.share or 0) * float(self.W.norm())
+        return 1.0 if self.share is None or length <= limit else limit / length
+
     def event(self, j, n):
         """What event j (from 1) is after n events: (ΔW, Δb)."""
-        weight = (1 - self.plastic.decay) ** (n - j)
+        weight = (1 - self.plastic.decay) ** (n - j) * math.prod(self.factor(m) for m in range(j, n + 1))
         bias = weight * self.scales[j - 1] * self.values[j - 1] if self.plastic.bias else torch.zeros_like(self.db)
         return weight * torch.outer(self.values[j - 1], self.keys[j - 1]), bias
 
@@ -107,6 +119,7 @@ class Remembered(FastLinear):
         n = self.count - events
         self.held, self.folds = self.held[: n + 1], [fold for fold in self.folds if fold <= n]
         self.keys, self.values, self.scales = self.keys[:n], self.values[:n], self.scales[:n]
+        self.lengths = self.lengths[:n]
         self.dW, self.db = self.held[-1]
 
 
@@ -408,7 +421,9 @@ def check_archive(log, row):
     U, K, bias, birth = (factor[row] for factor in log.moment_factors())
     age = log.events[row] - 1 - birth
     live = (birth >= 0) & (age < (log.rank if log.overflow == "evict" else 10**9))
-    w = torch.where(live, (1 - log.decay) ** age.double(), 0.0)
+    w = torch.where(live, log.weights_at([log.events[row]], row)[0].double(), 0.0)
+    if not log.scaled[row]:
+        torch.testing.assert_close(w, torch.where(live, (1 - log.decay) ** age.double(), 0.0), rtol=1e-14, atol=0)
     exact = (U * w[:, None]).T @ torch.cat([K, bias[:, None]], dim=1)
     lost = exact - torch.cat([log.delta_weight(row), log.delta_bias(row)[:, None]], dim=1)
     error_2, error_F = log.certificate(row)
@@ -447,6 +462,7 @@ def attachments(policies):
             "rank": st.integers(1, 6),
             "overflow": st.sampled_from(policies),
             "archive": st.booleans(),
+            "budget": st.sampled_from([None, None, 0.1, 0.02]),
         }
     )
     names = st.lists(st.sampled_from(LINEARS), min_size=1, max_size=3, unique=True)

@@ -16,11 +16,11 @@ RULES = {
 }
 
 
-def both(rule, overflow="grow", dtype=torch.float32, rows=2):
+def both(rule, overflow="grow", dtype=torch.float32, rows=2, **options):
     linears = ["down_proj"] if isinstance(rule, fw.Delta) else ["gate_proj", "up_proj", "down_proj"]
     for backend in ("torch", "triton"):
         model = tiny(dtype).to(DEVICE)
-        fast = fw.attach(model, [1, 2], rule, linears, rank=4, overflow=overflow, backend=backend)
+        fast = fw.attach(model, [1, 2], rule, linears, rank=4, overflow=overflow, backend=backend, **options)
         assert all(linear.backend == backend for linear in fast.linears.values())
         yield fw.Episode(model, rows)
 
@@ -68,6 +68,37 @@ def test_a_non_finite_event_that_a_kernel_wrote_is_named_and_taken_back():
         episode.model.model.embed_tokens.weight[7] = kept
         assert episode.lengths == [3, 3]
         assert torch.isfinite(episode.feed([[5], [6]])).all()
+
+
+@pytest.mark.parametrize("overflow", ["grow", "evict", "compress"])
+def test_a_budget_scales_what_a_kernel_wrote_as_it_scales_on_torch(overflow):
+    out = []
+    for episode in both(RULES["hebbian"], overflow, budget=0.02):
+        episode.feed(prompt(2, 3))
+        write = torch.tensor([[True], [False]])
+        for n in range(9):
+            logits = episode.feed(prompt(2, 1, seed=n), update=write if n % 2 else "all")
+        out.append((logits, episode))
+    (theirs, reference), (ours, triton) = out
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    for site, log in triton.logs.items():
+        assert log.scaled == reference.logs[site].scaled
+        assert min(log.scaled) > 2
+        limit = log.budget.limit
+        for row in range(2):
+            assert log.delta_norm(row) == pytest.approx(reference.logs[site].delta_norm(row), rel=2e-4)
+            assert log.delta_norm(row) <= limit * (1 + 1e-6)
+
+
+def test_an_event_of_a_kernel_that_stops_is_taken_back():
+    for episode in both(fw.Hebbian(rate=0.02), budget=0.02, over_budget="stop"):
+        steps = episode.generate(prompt(2, 1), 40, update="all", stop_token_ids=())
+        with pytest.raises(
+            ValueError, match=r"event \d+ of layers.\d.mlp.\w+ \(row \d\) makes ‖ΔW‖ .* over its budget"
+        ):
+            list(steps)
+        assert episode.length == episode.events > 1
+        assert torch.isfinite(episode.feed(prompt(2, 4), update="none")).all()
 
 
 def test_half_precision_steps_stay_near_torch():
