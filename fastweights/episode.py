@@ -17,7 +17,7 @@ from . import fused
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
 from .moments import At, moments
-from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears
+from .plastic import Pass, Site, bound, check_rates, check_targets, last_ran, plastic_linears
 from .probes.capture import check_sites
 from .probing import Trace, run
 from .rules import event_value, key_scale
@@ -66,6 +66,7 @@ class Episode:
             raise ValueError(f"Episode(max_length={max_length}): this model has positions up to {longest}")
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self._linears = plastic_linears(model)
+        check_rates(self._linears, batch_size)
         self._stacks = Stacks(self._linears, batch_size, len(model.model.layers))
         self.generator = torch.Generator(model.device)
         self.reset()
@@ -469,7 +470,11 @@ class Episode:
 
         Args:
             rows: for each row of the fork, the row of this episode whose past it has: `fork(rows=[0] * 8)`
-                makes eight continuations of row 0. None = the same rows.
+                makes eight continuations of row 0. None = the same rows. A rate per row belongs to the row of
+                the fork, not to the past it goes on from.
+
+        Raises:
+            ValueError: rows that do not exist, or not as many as a rule has rates.
         """
         chosen = list(range(self.batch_size)) if rows is None else list(rows)
         if not chosen or any(not isinstance(r, int) or not 0 <= r < self.batch_size for r in chosen):

@@ -463,3 +463,14 @@ def check_targets(linears: Mapping[Site, PlasticLinear], rows: int, position_BT:
                 f"{plastic.name}: the rule's target has shape {list(target.shape)}, "
                 f"but position {last} of {rows} rows is to be written"
             )
+
+
+def check_rates(linears: Mapping[Site, PlasticLinear], rows: int) -> None:
+    """Refuses rules with a rate per row where there are not as many rows."""
+    for plastic in linears.values():
+        rate = plastic.rule.rate
+        if isinstance(rate, tuple) and len(rate) != rows:
+            raise ValueError(
+                f"{plastic.name}: {type(plastic.rule).__name__} has {len(rate)} rates, one per row, "
+                f"but this episode has batch {rows}"
+            )

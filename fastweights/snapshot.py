@@ -149,10 +149,11 @@ def _key(site: Site) -> str:
 
 def _rule(linear: PlasticLinear) -> dict[str, Any]:
     rule = linear.rule
-    plain = (int, float, str, bool, type(None))
+    plain = (int, float, str, bool, tuple, type(None))
     names = [f.name for f in fields(rule)] if hasattr(rule, "__dataclass_fields__") else []  # type: ignore[arg-type]
     options = {name: getattr(rule, name) for name in names if isinstance(getattr(rule, name), plain)}
-    return {"rule": type(rule).__name__, **options}
+    # rates per row are a tuple, which JSON reads back as a list
+    return {"rule": type(rule).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def _listed(rules: dict[str, dict]) -> str:

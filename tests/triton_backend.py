@@ -76,3 +76,11 @@ def test_half_precision_steps_stay_near_torch():
         episode.feed(prompt(2, 4))
         out.append(torch.cat([episode.feed(prompt(2, 1, seed=n)) for n in range(4)], dim=1).float())
     assert float((out[0] - out[1]).norm() / out[0].norm()) < 5e-3
+
+
+@pytest.mark.parametrize("rule", [fw.Hebbian, lambda rate: fw.LocalLeastSquares(0.7, rate=rate, clip=0.05)])
+def test_a_rate_per_row_in_prompts_and_steps(rule):
+    out = []
+    for episode in both(rule(rate=(0.05, 0.4))):
+        out.append(torch.cat([episode.feed(prompt(2, n, seed=n)) for n in (20, 1, 1, 1)], dim=1))
+    torch.testing.assert_close(*out, rtol=2e-4, atol=2e-4)
