@@ -73,6 +73,8 @@ class Stacks:
         """Whether C can read these logs, and this pass's rules can work on what it leaves."""
         if now.weights is not None or any(log.dtype != torch.float32 for log in now.logs.values()):
             return False
+        if any(len(log.events) != self.rows for log in now.logs.values()):  # rows that share one ΔW
+            return False
         for linear in self.linears:
             if linear.backend != "torch" or (now.write_BT is not None and not linear.rule.neuron_local):
                 return False
