@@ -25,10 +25,10 @@ class Stack:
 
     linears: list[PlasticLinear]
     records: np.ndarray  # FAST [N], a view
+    row_NB1: Tensor  # the row of the episode
     h_NB1I: Tensor
     frozen_NB1O: Tensor
     a_NB1O: Tensor
-    row_NB1: Tensor
 
     def event(self, position_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [N, B, 1, O], k [N, B, 1, I] and bias key [N, B, 1] of this token, by the rule."""
@@ -64,16 +64,16 @@ class Stacks:
             for name, buffer in zip(("h", "frozen", "a"), buffers, strict=True):
                 records[name] = addresses(buffer)
             row_NB1 = torch.arange(rows)[:, None].expand(len(group), -1, -1)
-            self.stacks.append(Stack(group, records, *buffers, row_NB1))
+            self.stacks.append(Stack(group, records, row_NB1, *buffers))
             start += len(group)
         self.buffers: list[int] = []  # addresses that the records name
         self.kept: list[Tensor] = []  # alive while C reads them
 
     def take(self, now: Pass) -> bool:
         """Whether C can read these logs, and this pass's rules can work on what it leaves."""
-        if now.weights is not None or any(log.dtype != torch.float32 for log in now.logs.values()):
-            return False
-        if any(len(log.events) != self.rows for log in now.logs.values()):  # rows that share one ΔW
+        # C reads a ΔW per row: rows that share one go through the modules
+        known = all(log.dtype == torch.float32 and len(log.events) == self.rows for log in now.logs.values())
+        if now.weights is not None or not known:
             return False
         for linear in self.linears:
             if linear.backend != "torch" or (now.write_BT is not None and not linear.rule.neuron_local):
