@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -168,6 +168,8 @@ class HookLoop:
             for linear, name in self.targets:
                 h, a = inputs[linear]
                 z = torch.nn.functional.silu(a) if name == "gate_proj" else a
-                linear.weight += torch.outer(self.rule.rate * z, h / (h.square().sum() + (self.rule.mu or 0)))
+                linear.weight += torch.outer(
+                    cast(float, self.rule.rate) * z, h / (h.square().sum() + (self.rule.mu or 0))
+                )
             ask()
         return torch.stack(rows), torch.stack(scores)

@@ -19,14 +19,14 @@ from .drift import Drift, drift
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
 from .moments import At, moments
-from .plastic import Pass, Site, bound, check_targets, last_ran, plastic_linears, weight_norm
+from .plastic import Pass, Site, bound, check_rows, check_targets, last_ran, plastic_linears, weight_norm
 from .probes.capture import check_sites
 from .probing import Trace, run
 from .rules import event_value, key_scale
 from .sampling import Sampling
 from .snapshot import Pending, Snapshot, load, save
 from .stacks import Stacks
-from .state import EventLog, Events
+from .state import EventLog, Events, side_by_side
 from .tokenizer import Tokenizer
 
 
@@ -47,11 +47,14 @@ class Step:
 
 
 class Episode:
-    """One life of the fast weights of `model`, for `batch_size` rows that never see each other.
+    """One life of the fast weights of `model`, for `batch_size` rows that never see each other, or share one ΔW.
 
     Args:
         model: a Llama, plastic (`attach`) or not; attach before making the episode.
         max_length: KV slots per row, allocated once; None grows up to `max_position_embeddings`.
+        shared: all rows read and write one ΔW; KV cache and positions stay each row's own. Every row of a column of
+            input_ids reads ΔW as it was before that column; then its written tokens make one event each, in the
+            order of the rows. So a prompt may be split between columns and gives the same.
 
     Example:
         fw.attach(model, layers=[11, 12, 13], rule=fw.Hebbian(rate=0.01))
@@ -59,32 +62,39 @@ class Episode:
         logits_BTV = episode.feed(tokenizer.encode("As of August 24, 2025, the president is"))
     """
 
-    def __init__(self, model: Llama, batch_size: int = 1, max_length: int | None = None):
+    def __init__(self, model: Llama, batch_size: int = 1, max_length: int | None = None, shared: bool = False):
         for name, number in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"Episode({name}={number!r}): expected a whole number, 1 or more")
         longest = model.config.max_position_embeddings
         if max_length is not None and max_length > longest:
             raise ValueError(f"Episode(max_length={max_length}): this model has positions up to {longest}")
-        self.model, self.batch_size, self.max_length = model, batch_size, max_length
+        self.model, self.batch_size, self.max_length, self.shared = model, batch_size, max_length, bool(shared)
         self._linears = plastic_linears(model)
+        check_rows(self._linears, batch_size, self.shared)
         self._stacks = Stacks(self._linears, batch_size, len(model.model.layers))
         self.generator = torch.Generator(model.device)
         self.reset()
         last_ran(model, self)
 
     def __repr__(self) -> str:
-        return f"Episode(batch_size={self.batch_size}, length={self.length}, events={self.events})"
+        shared = ", shared=True" if self.shared else ""
+        return f"Episode(batch_size={self.batch_size}{shared}, length={self.length}, events={self.events})"
 
     def reset(self) -> None:
         """Begins a new life: empty KV cache, no events, position 0. The random generator runs on."""
         self.cache = self.model.new_cache(self.batch_size, self.max_length)
-        self.logs = {site: linear.new_log(self.batch_size) for site, linear in self._linears.items()}
+        self.logs = {site: linear.new_log(self.states) for site, linear in self._linears.items()}
         self.pending: list[Pending] = []
         self.logits_BV: Tensor | None = None  # after the last token of each row
         self.seen: list[list[int]] = [[] for _ in range(self.batch_size)]  # each row's tokens
         self._before: dict[Site, list[int]] = {}  # events of each log when the feed that runs now began
         self._kept: dict[Site, EventLog] = {}  # logs as they were before this feed overwrote something
+
+    @property
+    def states(self) -> int:
+        """How many ΔW a linear has: one per row, or one for all of them."""
+        return 1 if self.shared else self.batch_size
 
     @property
     def length(self) -> int:
@@ -102,7 +112,7 @@ class Episode:
 
     @property
     def event_counts(self) -> dict[Site, list[int]]:
-        """Events so far of each plastic linear, a number per row."""
+        """Events so far of each plastic linear, a number per row; one number where the rows share ΔW."""
         return {site: list(log.events) for site, log in self.logs.items()}
 
     # ---- reading and writing
@@ -158,16 +168,15 @@ class Episode:
     ) -> tuple[Tensor, Tensor]:
         """Logits, and those of the last token [B, V], in one pass or (`step`) token by token; all of it or nothing."""
         with self._whole_or_not_at_all():
-            if self.pending:
-                first_B = real_BT.int().argmax(1, keepdim=True)
-                self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
             if not step:
+                if self.pending:
+                    first_B = real_BT.int().argmax(1, keepdim=True)
+                    self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
                 out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
                 return out_BTV, span.last(out_BTV)[:, 0]
             columns = []
             for t in range(ids_BT.shape[1]):
-                if t:
-                    self._settle(ids_BT[:, t], real_BT[:, t])
+                self._settle(ids_BT[:, t], real_BT[:, t])
                 column = slice(t, t + 1)
                 columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
             out_BTV = torch.cat(columns, dim=1)
@@ -208,17 +217,28 @@ class Episode:
             known_B = real_BT.any(1)
             due = [sum(bool(p.rows_B[row] & known_B[row]) for p in self.pending) for row in range(len(counts))]
             later = [d + c for d, c in zip(due, (write_BT & followed_BT).sum(1).tolist(), strict=True)]
-            step = any(counts)
+            # rows that share ΔW see each other's waiting events: none may come before its column
+            late_B = known_B & ~real_BT[:, 0]
+            step = any(counts) or (self.shared and any(bool((p.rows_B & late_B).any()) for p in self.pending))
         for site, linear in self._linears.items():
-            self.logs[site].check_room(counts if linear.rule.neuron_local else later)
+            self.logs[site].check_room(self._per_state(counts if linear.rule.neuron_local else later))
         return step
+
+    def _per_state(self, counts: list[int]) -> list[int]:
+        """Events to come of each row as events to come of each ΔW."""
+        return [sum(counts)] if self.shared else counts
 
     def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
         """One forward pass over the model; its events are written only if all of it went well."""
         device = self.model.device
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
         write = write_BT.to(device) if bool(write_BT.any()) else None
-        now = Pass(self.logs, span.position_BT, write, write_BT.sum(1).tolist(), bool(write_BT.all()))
+        counts = self._per_state(write_BT.sum(1).tolist())
+        now = Pass(self.logs, span.position_BT, write, counts, bool(write_BT.all()))
+        if self.states < self.batch_size and write is not None:
+            row_BT = torch.arange(self.batch_size, device=device)[:, None].expand(write.shape)
+            now.width, now.row_BT = self.batch_size, side_by_side(row_BT)
+            now.position_BT, now.write_BT = side_by_side(span.position_BT), side_by_side(write)
         for site, linear in self._linears.items():
             if write is not None and linear.rule.neuron_local:
                 self._keep(site, now.counts)
@@ -232,7 +252,7 @@ class Episode:
                 self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0], self.event_counts))
         if write is not None:
             for site in now.landed:
-                self.logs[site].landed(now.counts, write)
+                self.logs[site].landed(now.counts, write)  # never where rows stand side by side
         self._commit(now.staged)
         return out_BTV.detach()
 
@@ -251,6 +271,7 @@ class Episode:
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
         """Writes the gradient events whose next token is known now; next [B] ids, known [B] bool, on the CPU."""
         still = []
+        events: dict[Site, Events] = {}
         for pending in self.pending:
             rows_B = pending.rows_B & known_B
             if rows_B.any():
@@ -261,18 +282,20 @@ class Episode:
                 # kept, because a snapshot or fork may hold the same graph
                 grads = torch.autograd.grad(logprob, [a for a, _ in tapes], retain_graph=True)
                 write_B1 = rows_B[:, None].to(self.model.device)
-                events = {}
                 for site, (_, h_BTI), grad_BTO in zip(pending.taped, tapes, grads, strict=True):
                     rule = self._linears[site].rule
                     scale_BT = key_scale(rule, h_BTI)
                     k_BTI = h_BTI * scale_BT[..., None]
                     u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
-                    events[site] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
-                for site, new in events.items():
-                    self._keep(site, new.counts)
-                self._commit(events)
+                    new = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+                    events[site] = events[site].joined(new) if site in events else new
             if (pending.rows_B & ~known_B).any():
                 still.append(replace(pending, rows_B=pending.rows_B & ~known_B))
+        if self.shared:
+            events = {site: new.side_by_side() for site, new in events.items()}
+        for site, new in events.items():
+            self._keep(site, new.counts)
+        self._commit(events)
         self.pending = still
 
     def _commit(self, events: dict[Site, Events]) -> None:
@@ -393,7 +416,8 @@ class Episode:
         """Reads a prompt by itself, from position 0, under one or many moments of the fast weights; writes nothing.
 
         Args:
-            input_ids: [B, T]; one row is asked of every row of the episode, and many rows of an episode of one.
+            input_ids: [B, T]; one row is asked of every row of the episode, and any number of rows of an episode
+                with one ΔW: of batch 1, or shared.
             sites: "resid_pre", "resid_mid", "resid_post".
             at: "now"; "every" (after 0, 1, … events); or a list of event numbers and `Moment`s.
             logits: "all", or "last": only the last real token of each row.
@@ -422,7 +446,7 @@ class Episode:
         if len(ids_BT) == 1:
             ids_BT = ids_BT.expand(self.batch_size, -1)
             mask_BT = None if mask_BT is None else mask_BT.expand(self.batch_size, -1)
-        elif len(ids_BT) != self.batch_size and self.batch_size != 1:
+        elif len(ids_BT) != self.batch_size and self.states != 1:
             raise ValueError(f"probe() got batch {len(ids_BT)}, but this episode has batch {self.batch_size}")
         columns = None if positions is None else torch.tensor(list(positions), dtype=torch.int64)
         if columns is not None and (not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width):
@@ -453,6 +477,7 @@ class Episode:
             logits_BV=None if self.logits_BV is None else self.logits_BV.clone(),
             seen=[list(ids) for ids in self.seen],
             generator=self.generator.get_state(),
+            shared=self.shared,
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -465,6 +490,10 @@ class Episode:
             raise ValueError(
                 f"restore() got a snapshot of batch {len(snapshot.lengths)}, "
                 f"but this episode has batch {self.batch_size}"
+            )
+        if snapshot.shared != self.shared:
+            raise ValueError(
+                f"restore() got a snapshot with shared={snapshot.shared}, but this episode has shared={self.shared}"
             )
         if snapshot.logs.keys() != self.logs.keys():
             raise ValueError(
@@ -491,19 +520,24 @@ class Episode:
 
         Args:
             rows: for each row of the fork, the row of this episode whose past it has: `fork(rows=[0] * 8)`
-                makes eight continuations of row 0. None = the same rows.
+                makes eight continuations of row 0. None = the same rows. A rate per row belongs to the row of
+                the fork, not to the past it goes on from. Rows that share one ΔW go on sharing it.
+
+        Raises:
+            ValueError: rows that do not exist, or not as many as a rule has rates.
         """
         chosen = list(range(self.batch_size)) if rows is None else list(rows)
         if not chosen or any(not isinstance(r, int) or not 0 <= r < self.batch_size for r in chosen):
             raise ValueError(f"fork(rows={chosen}): this episode has rows 0 to {self.batch_size - 1}")
-        child = Episode(self.model, len(chosen), self.max_length)
+        child = Episode(self.model, len(chosen), self.max_length, self.shared)
         if rows is not None:
             self._check_waiting()
         snapshot = self.snapshot()
         child.restore(snapshot if rows is None else snapshot.rows(chosen))
         waiting_B = torch.tensor([snapshot.waiting[row] for row in chosen])
         if rows is not None and waiting_B.any():
-            child._wait_again(waiting_B)
+            written_B = torch.tensor(snapshot.waiting) if self.shared else waiting_B  # the one log has them all
+            child._wait_again(waiting_B, self._per_state(written_B.long().tolist()))
         return child
 
     def undo(self, events: int = 1) -> None:
@@ -526,6 +560,8 @@ class Episode:
                     )
         for log in self.logs.values():
             log.rewind([count - events for count in log.events])
+        if events:  # what waits was read with weights that are no more
+            self.pending = [replace(p, events=dict.fromkeys(p.events, [-1] * self.states)) for p in self.pending]
 
     def save(self, path: str | Path) -> None:
         """Writes everything that moves into one safetensors file, JSON in its header; whole or not at all.
@@ -545,31 +581,33 @@ class Episode:
         """
         linears = plastic_linears(model)
         snapshot, waiting = load(Path(path), model, linears)
-        episode = cls(model, len(snapshot.lengths), max_length)
+        episode = cls(model, len(snapshot.lengths), max_length, snapshot.shared)
         episode.restore(snapshot)
         if any(waiting):
-            episode._wait_again(torch.tensor(waiting))
+            waiting_B = torch.tensor(waiting)
+            episode._wait_again(waiting_B, episode._per_state(waiting_B.long().tolist()))
         return episode
 
     def _check_waiting(self) -> None:
         """Refuses where `_wait_again` would not see the weights that the waiting token was read with."""
         for pending in self.pending:
-            for row in pending.rows_B.nonzero()[:, 0].tolist():
+            for row, count in enumerate(self._per_state(pending.rows_B.long().tolist())):
                 for site, log in self.logs.items():
-                    then, own = pending.events[site][row], int(self._linears[site].rule.neuron_local)
-                    if log.events[row] != then + own or then < log.oldest_exact_moment(row):
+                    then, own = pending.events[site][row], count if self._linears[site].rule.neuron_local else 0
+                    if count and (log.events[row] != then + own or then < log.oldest_exact_moment(row)):
+                        since = "an undo, an overflow" + (", another row's event" if self.shared else "")
                         raise ValueError(
                             f"a gradient event of row {row} waits for its next token, and {log.name} no longer holds "
-                            "the weights it was read with (an undo or an overflow since): feed the next token first"
+                            f"the weights it was read with ({since} since): feed the next token first"
                         )
 
     @torch.no_grad()
-    def _wait_again(self, waiting_B: Tensor) -> None:
-        """Reads the last token of some rows once more, as it was read before its own events, for its graph."""
+    def _wait_again(self, waiting_B: Tensor, own: Sequence[int]) -> None:
+        """Reads the last token of some rows once more, as it was read before its `own` events, for its graph."""
         before = self.snapshot()
         for site, log in self.logs.items():
             if self._linears[site].rule.neuron_local:
-                log.rewind([n - int(w) for n, w in zip(log.events, waiting_B.tolist(), strict=True)])
+                log.rewind([n - c for n, c in zip(log.events, own, strict=True)])
         self.cache.lengths = [n - int(w) for n, w in zip(self.lengths, waiting_B.tolist(), strict=True)]
         last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in self.seen])
         with self._whole_or_not_at_all():

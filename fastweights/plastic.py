@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from .budget import OVER_BUDGET, Budget
 from .kernels.linear import linear
 from .kernels.read import read
-from .kernels.scan import Gram, scan
+from .kernels.scan import Gram, before, scan
 from .kernels.step import step_
 from .kernels.values import Value
 from .model import Llama
 from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, key_scale, target_at
-from .state import OVERFLOW, EventLog, Events
+from .state import OVERFLOW, EventLog, Events, as_rows, side_by_side
 
 if TYPE_CHECKING:
     from .episode import Episode
@@ -49,6 +49,8 @@ class Pass:
 
     A linear stages its events, and the episode writes them when the whole pass has succeeded. A log that overflows
     on the way is written at once; the episode has a copy of it.
+
+    Where B rows share one log, positions, mask and events are those of one row of T · B tokens, see `side_by_side`.
     """
 
     logs: Mapping[Site, EventLog]
@@ -56,7 +58,9 @@ class Pass:
     write_BT: Tensor | None = None  # None: read only
     counts: Sequence[int] = ()  # events to come, per row
     whole: bool = False  # every token of every row is written
-    weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per episode row, slots]
+    width: int = 1  # tokens side by side: B where the rows share one log
+    row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
+    weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
     landed: list[Site] = field(default_factory=list)  # linears whose event a kernel has put into its slot
     # gradient rules: (a, h) of this token, a with its graph
@@ -126,7 +130,7 @@ class PlasticLinear(nn.Module):
             return linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.site]
         writes = now.write_BT is not None and self.rule.neuron_local
-        if writes and self.backend == "triton" and h_BTI.shape[1] == 1 and log.fits(now.counts):
+        if writes and self.backend == "triton" and h_BTI.shape[1] == now.width == 1 and log.fits(now.counts):
             return self._step(now, log, h_BTI)
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None:
@@ -145,7 +149,7 @@ class PlasticLinear(nn.Module):
             now.taped[self.site] = (a_BTO, h_BTI.detach().to(log.dtype))
         return a_BTO.to(frozen_BTO.dtype)
 
-    def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None) -> Tensor:
+    def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor:
         """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more."""
         U_BRO, K_BRI, bias_BR = log.factors()
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
@@ -154,7 +158,7 @@ class PlasticLinear(nn.Module):
         if not log.plain(h_BTI.shape[1]):
             events_BT = log.now()
             if write_BT is not None and h_BTI.shape[1] > 1:
-                events_BT = events_BT + write_BT.cumsum(1) - write_BT.long()
+                events_BT = events_BT + before(write_BT, width)
             w_BTR = log.weights(events_BT)
         return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, w_BTR, self.backend)
 
@@ -176,14 +180,16 @@ class PlasticLinear(nn.Module):
         """
         assert now.write_BT is not None
         keys = self._keys(now, h_BTI, log.dtype)
+        if now.width > 1:
+            frozen_BTO, h_BTI = side_by_side(frozen_BTO), side_by_side(h_BTI)
         h_BTI = h_BTI.to(log.dtype)
         fits = log.fits(now.counts)
         parts = []
-        for t0, t1 in [(0, h_BTI.shape[1])] if fits else log.segments(now.write_BT):
+        for t0, t1 in [(0, h_BTI.shape[1])] if fits else log.segments(now.write_BT, now.width):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
             if log.used:
-                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC)
+                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC, now.width)
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
             events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole)
@@ -192,7 +198,8 @@ class PlasticLinear(nn.Module):
             else:
                 log.append(events)
             parts.append(a_BCO)
-        return parts[0] if fits else torch.cat(parts, dim=1)
+        a_BTO = parts[0] if fits else torch.cat(parts, dim=1)
+        return a_BTO if now.width == 1 else as_rows(a_BTO, now.width)
 
     def _solve(
         self, now: Pass, keys: Keys, a_BCO: Tensor, frozen_BTO: Tensor, t0: int, t1: int
@@ -202,20 +209,23 @@ class PlasticLinear(nn.Module):
 
         def value(a: Tensor, c0: int, c1: int) -> Tensor:
             here = slice(t0 + c0, t0 + c1)
-            at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here])
-            return event_value(self.rule, self.rule.value(a, self.activation(a), at), keys.norm_BT[:, here])
+            row_BT = None if now.row_BT is None else now.row_BT[:, here]
+            at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here], row_BT)
+            return event_value(self.rule, self.rule.value(a, self.activation(a), at), keys.norm_BT[:, here], row_BT)
 
-        if t1 - t0 == 1:
+        if t1 - t0 == now.width:
             # the only token that may carry a graph: gradient rules go token by token
-            u_B1O = value(a_BCO.detach(), 0, 1)
+            u_B1O = value(a_BCO.detach(), 0, now.width)
             return a_BCO, u_B1O if now.whole else u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
         if (t0, t1) not in keys.grams:
             part = slice(t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, part]
-            h_BCI = keys.h_BTI[:, part].to(a_BCO.dtype)
-            keys.grams[t0, t1] = Gram(h_BCI, keys.k_BTI[:, part], bias_BC, now.write_BT[:, part], self.rule.decay)
+            h_BTI = keys.h_BTI if now.width == 1 else side_by_side(keys.h_BTI)
+            own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
+            keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.width)
         if self.backend == "triton":
-            twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1])
+            row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
+            twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1], row_BC)
             return scan(
                 a_BCO,
                 keys.grams[t0, t1],
@@ -254,19 +264,19 @@ class PlasticLinear(nn.Module):
         now.landed.append(self.site)
         return a_BO[:, None]
 
-    def _twin(self, rows: int, position_BT: Tensor) -> dict:
+    def _twin(self, rows: int, position_BT: Tensor, row_BT: Tensor | None = None) -> dict:
         """The rule in the kernels' words, see `kernels.values.Value`."""
         twin = {"rate": self.rule.rate, "p0": 1.0, "target": None, **getattr(self.rule, "twin")}  # noqa: B009
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):
-            target_BTO = target_at(target, position_BT).to(device=position_BT.device, dtype=torch.float32)
+            target_BTO = target_at(target, position_BT, row_BT).to(device=position_BT.device, dtype=torch.float32)
             twin["target"] = target_BTO.expand(rows, position_BT.shape[1], -1)
         return {**twin, "activation": self.activation.name, "clip": self.rule.clip}
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
         rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip)
         if now.keys is None or now.keys.h_BTI.data_ptr() != h_BTI.data_ptr() or now.keys.form != form:
-            h = h_BTI.detach().to(dtype)
+            h = (h_BTI if now.width == 1 else side_by_side(h_BTI)).detach().to(dtype)
             scale_BT = key_scale(rule, h)
             k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
             norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
@@ -288,7 +298,7 @@ class FastWeights:
         return f"FastWeights({', '.join(p.name for p in self.linears.values())})"
 
     def delta_weight(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
-        """ΔW of one linear in one row of an episode, dense [O, I], float32 (float64 for a float64 model)."""
+        """ΔW of one linear in one row of an episode (a shared one has one), dense [O, I], float32 or float64."""
         return self._log(layer, linear, episode).delta_weight(row)
 
     def delta_bias(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
@@ -509,4 +519,24 @@ def check_targets(linears: Mapping[Site, PlasticLinear], rows: int, position_BT:
             raise ValueError(
                 f"{plastic.name}: the rule's target has shape {list(target.shape)}, "
                 f"but position {last} of {rows} rows is to be written"
+            )
+
+
+def check_rows(linears: Mapping[Site, PlasticLinear], rows: int, shared: bool) -> None:
+    """Refuses rates that are not one per row, and what rows that share one ΔW cannot have."""
+    for plastic in linears.values():
+        if shared and rows > 1 and plastic.budget is not None:
+            raise ValueError(
+                f"{plastic.name} has a budget, which is kept event by event, but the rows of a shared episode write "
+                "side by side: expected shared=False or a linear without a budget"
+            )
+        rate, rule = plastic.rule.rate, type(plastic.rule).__name__
+        if isinstance(rate, tuple) and len(rate) != rows:
+            raise ValueError(
+                f"{plastic.name}: {rule} has {len(rate)} rates, one per row, but this episode has batch {rows}"
+            )
+        if isinstance(rate, tuple) and shared and plastic.backend == "triton":
+            raise ValueError(
+                f"{plastic.name}: {rule} has a rate per row, which a shared episode cannot run on backend='triton': "
+                "attach with backend='torch'"
             )

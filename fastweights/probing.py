@@ -1,6 +1,7 @@
 """The probe: one prompt under many moments of the fast weights, in batches that share W and the factors.
 
-Shape suffixes: M moments, E rows of the episode, B rows of the question, T tokens, T′ kept columns.
+Shape suffixes: M moments, E states (ΔW of one linear) of the episode, B rows of the question, T tokens, T′ kept
+columns.
 Rows of a batch are moment-major: row m · B + b is question b at moment m.
 """
 
@@ -99,13 +100,11 @@ def _stacked(low: list[Tensor], high: list[Tensor], times: int) -> Tensor:
 
 
 def _weights(episode: Episode, batch: list[Moment], rows: int) -> dict[tuple[int, str], Tensor]:
-    """w of every linear: [E, M, slots], or [1, M · B, slots] where one episode row answers every question."""
+    """w of every linear: [E, M, slots], or [1, M · B, slots] where one ΔW answers every question."""
     weights = {}
     for site, log in episode.logs.items():
-        w_EMR = torch.stack(
-            [torch.stack([m.weights(log, site, row) for m in batch]) for row in range(episode.batch_size)]
-        )
-        weights[site] = w_EMR.repeat_interleave(rows, dim=1) if episode.batch_size == 1 else w_EMR
+        w_EMR = torch.stack([torch.stack([m.weights(log, site, row) for m in batch]) for row in range(episode.states)])
+        weights[site] = w_EMR.repeat_interleave(rows, dim=1) if episode.states == 1 else w_EMR
     return weights
 
 

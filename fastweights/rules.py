@@ -7,13 +7,15 @@ For one linear `a = W h + b + ΔW h`, `z = φ(a)`, a written token makes one eve
            u_i ← u_i · min(1, clip / (|u_i| ‖k‖))            with clip
     write  ΔW  ← (1 − decay) ΔW + u kᵀ
            Δb  ← (1 − decay) Δb + u / (‖h‖² + mu)             with bias=True
+
+`rate` is one number, or one per row of the episode: a sweep of rates in one batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,10 @@ class Local:
     frozen_a: Tensor  # W h + b, like a: [..., O]
     activation: Activation
     position: Tensor  # absolute position of the token in its row: a without its last dimension
+    row: Tensor | None = None  # the token's row in the episode, like position; None: the first dimension is the row
+
+
+Rate = float | Sequence[float] | Tensor  # a rule keeps a float, or a tuple of one number per row
 
 
 @runtime_checkable
@@ -57,11 +63,11 @@ class Rule(Protocol):
     `value(a, z, at)` returns [..., O] like a. `neuron_local` promises that entry i of it depends on
     entry i of its arguments alone; such rules run over a whole prompt in one pass. A rule with a Triton twin also has
     `twin`: {"rule": name in `kernels.values.RULES`, and "rate" and "p0" where they differ from rate and 1}.
-    `mu` None means the key is h itself.
+    `mu` None means the key is h itself. `rate` is a number, or a tuple of one per row of the episode.
     """
 
     @property
-    def rate(self) -> float: ...
+    def rate(self) -> Rate: ...
     @property
     def mu(self) -> float | None: ...
     @property
@@ -76,16 +82,28 @@ class Rule(Protocol):
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor: ...
 
 
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _times(rate: Rate, factor: float) -> Rate:
+    return tuple(r * factor for r in rate) if isinstance(rate, tuple) else cast(float, rate) * factor
+
+
 def _check(rule: Rule) -> None:
     name = type(rule).__name__
-    numbers = {"rate": rule.rate, "mu": rule.mu, "decay": rule.decay, "clip": rule.clip}
+    rate = rule.rate.tolist() if hasattr(rule.rate, "tolist") else rule.rate
+    if isinstance(rate, (list, tuple)):
+        rate = tuple(rate)
+    if not (rate and all(map(_finite, rate)) if isinstance(rate, tuple) else _finite(rate)):
+        raise ValueError(f"{name}(rate={rate!r}): expected a finite number, or a sequence of them, one per row")
+    object.__setattr__(rule, "rate", rate)  # the rules are frozen
+    numbers = {"mu": rule.mu, "decay": rule.decay, "clip": rule.clip}
     for key in ("gamma", "beta"):
         if hasattr(rule, key):
             numbers[key] = getattr(rule, key)
     for key, value in numbers.items():
-        if value is None and key in ("mu", "clip"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if not _finite(value) and not (value is None and key in ("mu", "clip")):
             raise ValueError(f"{name}({key}={value!r}): expected a finite number")
     if rule.mu is not None and rule.mu < 0:
         raise ValueError(f"{name}(mu={rule.mu!r}): expected a number >= 0")
@@ -118,7 +136,7 @@ class Hebbian:
     """Amplify what just fired: value = m ⊙ z (seed rule A; normalised outer product).
 
     Args:
-        rate: η, dimensionless.
+        rate: η, dimensionless; or one per row of the episode.
         mu: added to ‖h‖²; > 0 keeps the key of a vanishing input finite.
         gate: m: "ones", "positive" = 1[z > 0], "derivative" = φ′(a).
         decay: share of ΔW lost at each event, 0 to 1 (the anchor −λ(W − W₀)).
@@ -126,7 +144,7 @@ class Hebbian:
         bias: also change the bias.
     """
 
-    rate: float = 0.01
+    rate: Rate = 0.01
     mu: float = 1e-6
     gate: str = "ones"
     decay: float = 0.0
@@ -162,7 +180,7 @@ class LocalLeastSquares:
     decay: float = 0.0
     clip: float | None = None
     bias: bool = False
-    rate: float = 1.0
+    rate: Rate = 1.0
     neuron_local = True
 
     def __post_init__(self) -> None:
@@ -173,7 +191,7 @@ class LocalLeastSquares:
     @property
     def twin(self) -> dict:
         if self.target == "self":
-            return {"rule": self.gate, "rate": self.rate * self.gamma}
+            return {"rule": self.gate, "rate": _times(self.rate, self.gamma)}
         return {"rule": f"slow_{self.gate}", "p0": self.gamma}
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
@@ -197,7 +215,7 @@ class Delta:
     decay: float = 0.0
     clip: float | None = None
     bias: bool = False
-    rate: float = 1.0
+    rate: Rate = 1.0
     neuron_local = True
 
     def __post_init__(self) -> None:
@@ -207,10 +225,10 @@ class Delta:
 
     @property
     def twin(self) -> dict:
-        return {"rule": "delta", "rate": self.rate * self.beta}
+        return {"rule": "delta", "rate": _times(self.rate, self.beta)}
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
-        target = target_at(self.target, at.position).to(device=a.device, dtype=a.dtype)
+        target = target_at(self.target, at.position, at.row).to(device=a.device, dtype=a.dtype)
         return self.beta * (target - a)
 
 
@@ -222,10 +240,11 @@ class GradientAscent:
     Its event is written when the next token is known, before that token is processed.
 
     Args:
+        rate: η, or one per row of the episode.
         mu: None: k = h, plain gradient ascent; a number: k = h / (‖h‖² + mu).
     """
 
-    rate: float = 0.01
+    rate: Rate = 0.01
     mu: float | None = None
     decay: float = 0.0
     clip: float | None = None
@@ -236,24 +255,26 @@ class GradientAscent:
 
     @property
     def neuron_local(self) -> bool:
-        return self.rate == 0  # the event is zero whatever the next token: nothing to wait for
+        # the event is zero whatever the next token: nothing to wait for
+        return not any(self.rate if isinstance(self.rate, tuple) else (self.rate,))
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         return torch.zeros_like(a)
 
 
-def target_at(target: Tensor, position: Tensor) -> Tensor:
+def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Tensor:
     """v* of tokens at `position` [..., T]: target [O], [P, O] or [B, P, O] → something that broadcasts to [..., T, O].
 
-    Positions past P take the last one: they are padding or not written.
+    `row` as in `Local`. Positions past P take the last one: they are padding or not written.
     """
     if target.dim() == 1:
         return target
     position = position.clamp(max=target.shape[-2] - 1).to(target.device)
     if target.dim() == 2:
         return target[position]
-    row = torch.arange(len(target), device=target.device).view(-1, *[1] * (position.dim() - 1))
-    return target[row, position]
+    if row is None:
+        row = torch.arange(len(target)).view(-1, *[1] * (position.dim() - 1))
+    return target[row.to(target.device), position]
 
 
 def key_scale(rule: Rule, h: Tensor) -> Tensor:
@@ -262,9 +283,13 @@ def key_scale(rule: Rule, h: Tensor) -> Tensor:
     return torch.ones_like(square) if rule.mu is None else 1 / (square + rule.mu)
 
 
-def event_value(rule: Rule, value: Tensor, key_norm: Tensor) -> Tensor:
-    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...]."""
-    u = rule.rate * value
+def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None = None) -> Tensor:
+    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...], row as in `Local`."""
+    rate = rule.rate
+    if isinstance(rate, tuple):
+        rate_B = torch.tensor(rate, dtype=value.dtype, device=value.device)
+        rate = rate_B.view(-1, *[1] * (value.dim() - 1)) if row is None else rate_B[row][..., None]
+    u = cast(Tensor, rate) * value
     if rule.clip is None:
         return u
     # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN

@@ -90,23 +90,26 @@ class Slots:
             return all(c == 1 or n + c <= self.window for n, c in pairs)
         return self.overflow == "grow" or all(n + c <= self.capacity for n, c in pairs)
 
-    def segments(self, events: Sequence[int], write_BT: Tensor) -> list[tuple[int, int]]:
+    def segments(self, events: Sequence[int], write_BT: Tensor, width: int = 1) -> list[tuple[int, int]]:
         """Token ranges within which no row folds before the end, or overwrites what the range itself wrote.
 
         A range ends with the event that fills a row ("compress"), or before a row has more events than a ring reads.
+        `width` tokens that read side by side, before any of them writes, are never parted: a fold may come among them.
         """
         tokens = write_BT.shape[1]
-        if tokens <= 1 or self.overflow in ("grow", "error"):
+        if tokens <= width or self.overflow in ("grow", "error"):
             return [(0, tokens)]
-        write_BT, before_B1 = write_BT.cpu(), torch.tensor(list(events))[:, None]
-        after_BT = before_B1 + write_BT.cumsum(1)
+        count_BC, before_B1 = write_BT.cpu().unflatten(1, (-1, width)).sum(2), torch.tensor(list(events))[:, None]
+        after_BC = before_B1 + count_BC.cumsum(1)
         cuts = []
         if self.overflow == "compress":
-            over_BT = after_BT - self.capacity
-            full_T = (write_BT & (over_BT >= 0) & (over_BT % (self.capacity - self.kept) == 0)).any(0)
-            cuts = [t + 1 for t in full_T.nonzero()[:, 0].tolist()]
+            block, over_BC = self.capacity - self.kept, after_BC - self.capacity
+            full_C = ((over_BC >= 0) & (over_BC // block != (over_BC - count_BC).clamp(min=-1) // block)).any(0)
+            cuts = [c + 1 for c in full_C.nonzero()[:, 0].tolist()]
         else:
-            while (over_T := (after_BT - before_B1 > self.window).any(0)).any():
-                cuts.append(int(over_T.int().argmax()))
-                before_B1 = after_BT[:, cuts[-1] - 1, None]
-        return list(itertools.pairwise(sorted({0, *cuts, tokens})))
+            start = 0
+            while (over_C := (after_BC - before_B1 > self.window).any(0)).any():
+                start = max(start + 1, int(over_C.int().argmax()))
+                cuts.append(start)
+                before_B1 = after_BC[:, start - 1, None]
+        return [(a * width, b * width) for a, b in itertools.pairwise(sorted({0, *cuts, tokens // width}))]

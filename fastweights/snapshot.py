@@ -44,6 +44,7 @@ class Snapshot:
     logits_BV: Tensor | None
     seen: list[list[int]]
     generator: Tensor
+    shared: bool = False  # whether the rows share one ΔW
 
     @property
     def waiting(self) -> list[bool]:
@@ -58,11 +59,12 @@ class Snapshot:
             lengths=[self.lengths[row] for row in chosen],
             keys=[k[index.to(k.device), :, :end] for k in self.keys],
             values=[v[index.to(v.device), :, :end] for v in self.values],
-            logs={site: log.rows(chosen) for site, log in self.logs.items()},
+            logs={site: log.clone() if self.shared else log.rows(chosen) for site, log in self.logs.items()},
             pending=[],  # a graph belongs to the rows it was made for
             logits_BV=None if self.logits_BV is None else self.logits_BV[index.to(self.logits_BV.device)],
             seen=[list(self.seen[row]) for row in chosen],
             generator=self.generator,
+            shared=self.shared,
         )
 
 
@@ -81,6 +83,7 @@ def save(snapshot: Snapshot, model: Llama, linears: dict[Site, PlasticLinear], p
         "format": FORMAT,
         "model": fingerprint(model),
         "rules": {_key(site): _rule(linear) for site, linear in linears.items()},
+        "shared": snapshot.shared,
         "lengths": snapshot.lengths,
         "seen": snapshot.seen,
         "waiting": snapshot.waiting,
@@ -113,10 +116,10 @@ def load(path: Path, model: Llama, linears: dict[Site, PlasticLinear]) -> tuple[
     rules = {_key(site): _rule(linear) for site, linear in linears.items()}
     if whole["rules"] != rules:
         raise ValueError(f"{path} was saved with {_listed(whole['rules'])}, but this model has {_listed(rules)}")
-    logs = {}
+    logs, shared = {}, whole.get("shared", False)
     for site, linear in linears.items():
         prefix = f"log.{_key(site)}."
-        logs[site] = linear.new_log(len(whole["lengths"]))
+        logs[site] = linear.new_log(1 if shared else len(whole["lengths"]))
         own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         logs[site].load_state_dict(own, whole["logs"][_key(site)])
     layers = range(model.config.num_hidden_layers)
@@ -129,6 +132,7 @@ def load(path: Path, model: Llama, linears: dict[Site, PlasticLinear]) -> tuple[
         logits_BV=tensors.get("logits"),
         seen=whole["seen"],
         generator=tensors["generator"].cpu(),
+        shared=shared,
     )
     return snapshot, whole["waiting"]
 
@@ -149,10 +153,11 @@ def _key(site: Site) -> str:
 
 def _rule(linear: PlasticLinear) -> dict[str, Any]:
     rule = linear.rule
-    plain = (int, float, str, bool, type(None))
+    plain = (int, float, str, bool, tuple, type(None))
     names = [f.name for f in fields(rule)] if hasattr(rule, "__dataclass_fields__") else []  # type: ignore[arg-type]
     options = {name: getattr(rule, name) for name in names if isinstance(getattr(rule, name), plain)}
-    return {"rule": type(rule).__name__, **options}
+    # rates per row are a tuple, which JSON reads back as a list
+    return {"rule": type(rule).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def _listed(rules: dict[str, dict]) -> str:

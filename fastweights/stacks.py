@@ -25,6 +25,7 @@ class Stack:
 
     linears: list[PlasticLinear]
     records: np.ndarray  # FAST [N], a view
+    row_NB1: Tensor  # the row of the episode
     h_NB1I: Tensor
     frozen_NB1O: Tensor
     a_NB1O: Tensor
@@ -32,11 +33,11 @@ class Stack:
     def event(self, position_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [N, B, 1, O], k [N, B, 1, I] and bias key [N, B, 1] of this token, by the rule."""
         rule, activation = self.linears[0].rule, self.linears[0].activation
-        at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1))
+        at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1), self.row_NB1)
         scale_NB1 = key_scale(rule, self.h_NB1I)
         k_NB1I = self.h_NB1I * scale_NB1[..., None]
         norm_NB1 = scale_NB1 if rule.clip is None else k_NB1I.norm(dim=-1)
-        u_NB1O = event_value(rule, rule.value(self.a_NB1O, activation(self.a_NB1O), at), norm_NB1)
+        u_NB1O = event_value(rule, rule.value(self.a_NB1O, activation(self.a_NB1O), at), norm_NB1, self.row_NB1)
         return u_NB1O.contiguous(), k_NB1I, scale_NB1
 
 
@@ -62,19 +63,20 @@ class Stacks:
             records["I"], records["O"], _ = sizes
             for name, buffer in zip(("h", "frozen", "a"), buffers, strict=True):
                 records[name] = addresses(buffer)
-            self.stacks.append(Stack(group, records, *buffers))
+            row_NB1 = torch.arange(rows)[:, None].expand(len(group), -1, -1)
+            self.stacks.append(Stack(group, records, row_NB1, *buffers))
             start += len(group)
         self.buffers: list[int] = []  # addresses that the records name
         self.kept: list[Tensor] = []  # alive while C reads them
 
     def take(self, now: Pass) -> bool:
         """Whether C can read these logs, and this pass's rules can work on what it leaves."""
-        if now.weights is not None or any(log.dtype != torch.float32 for log in now.logs.values()):
+        # C reads a ΔW per row: rows that share one go through the modules
+        known = all(log.dtype == torch.float32 and len(log.events) == self.rows for log in now.logs.values())
+        if now.weights is not None or not known:
             return False
         for linear in self.linears:
-            target = getattr(linear.rule, "target", None)
-            each_row = isinstance(target, Tensor) and target.dim() == 3  # the stack has no rows of its own to give it
-            if linear.backend != "torch" or (now.write_BT is not None and (each_row or not linear.rule.neuron_local)):
+            if linear.backend != "torch" or (now.write_BT is not None and not linear.rule.neuron_local):
                 return False
         return True
 

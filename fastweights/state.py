@@ -28,6 +28,16 @@ __all__ = ["OVERFLOW", "EventLog", "Events"]
 BUFFERS = {"U": "U_BRO", "K": "K_BRI", "bias": "bias_BR", "birth": "birth_BR", "norm": "norm_BR"}
 
 
+def side_by_side(x_BT: Tensor) -> Tensor:
+    """B rows [B, T, …] that share one log, as its one row, column by column: [1, T · B, …]."""
+    return x_BT.transpose(0, 1).reshape(1, -1, *x_BT.shape[2:])
+
+
+def as_rows(x_1T: Tensor, rows: int) -> Tensor:
+    """The inverse of `side_by_side`."""
+    return x_1T.view(-1, rows, *x_1T.shape[2:]).transpose(0, 1).contiguous()
+
+
 @dataclass(frozen=True)
 class Events:
     """What one pass wants to write: one candidate event per token of every row."""
@@ -48,6 +58,22 @@ class Events:
     def part(self, start: int, end: int) -> Events:
         """The events of tokens start to end."""
         return self._each(lambda t: t[:, start:end])
+
+    def joined(self, other: Events) -> Events:
+        """These events, and those of `other` in the rows where it writes."""
+        write_BT = other.write_BT
+        bias_BT = None
+        if self.bias_BT is not None and other.bias_BT is not None:
+            bias_BT = torch.where(write_BT, other.bias_BT, self.bias_BT)
+        U_BTO = torch.where(write_BT[..., None], other.U_BTO, self.U_BTO)
+        K_BTI = torch.where(write_BT[..., None], other.K_BTI, self.K_BTI)
+        return Events(U_BTO, K_BTI, bias_BT, self.write_BT | write_BT)
+
+    def side_by_side(self) -> Events:
+        """The events of many rows as those of the one log they share."""
+        bias_BT = None if self.bias_BT is None else side_by_side(self.bias_BT)
+        U_BTO, K_BTI, write_BT = map(side_by_side, (self.U_BTO, self.K_BTI, self.write_BT))
+        return Events(U_BTO, K_BTI, bias_BT, write_BT, self.whole)
 
     def finite_BT(self) -> Tensor:
         finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
@@ -159,9 +185,12 @@ class EventLog:
 
     # ---- writing
 
-    def segments(self, write_BT: Tensor) -> list[tuple[int, int]]:
-        """Token ranges to read and append one after the other, so that one pass is what token by token is."""
-        return self.slots.segments(self.events, write_BT)
+    def segments(self, write_BT: Tensor, width: int = 1) -> list[tuple[int, int]]:
+        """Token ranges to read and append one after the other, so that one pass is what token by token is.
+
+        `width` tokens side by side read before any of them writes.
+        """
+        return self.slots.segments(self.events, write_BT, width)
 
     def fits(self, counts: Sequence[int]) -> bool:
         """Whether appending so many events [B] leaves what is written as it is, so that `rewind` takes them back."""

@@ -4,6 +4,9 @@
 
 e(s,t) is the number of events after s and before t. Neurons are independent, so the tokens of one neuron are
 a strictly lower triangular system, nonlinear because u is a function of a.
+
+Where several sequences share one ΔW, they are one row of tokens, column by column: `width` of them stand side by
+side and do not see each other, so s<t means an earlier column, and e(s,t) counts up to the column of t.
 """
 
 from __future__ import annotations
@@ -24,6 +27,12 @@ INNER = 32  # tokens solved together inside
 KEEP = 1 << 26  # Gram entries kept for the next linear that shares h and k (256 MB in float32)
 
 
+def before(write_BT: torch.Tensor, width: int = 1) -> torch.Tensor:
+    """Events that each token sees [B, T]: those of earlier columns of `width` tokens."""
+    count_BT = write_BT.cumsum(1) - write_BT.long()
+    return count_BT if width == 1 else count_BT[:, ::width].repeat_interleave(width, 1)
+
+
 class Gram:
     """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) where s < t and s is written, else 0; by rows of OUTER.
 
@@ -32,13 +41,14 @@ class Gram:
     small and computed again otherwise, so that memory stays bounded for any T.
     """
 
-    def __init__(self, h_BTI, k_BTI, kb_BT, write_BT, decay=0.0, dtype=None):
+    def __init__(self, h_BTI, k_BTI, kb_BT, write_BT, decay=0.0, dtype=None, width=1):
         dtype = dtype or (torch.float64 if k_BTI.dtype == torch.float64 else torch.float32)
         self.h, self.k = h_BTI.to(dtype), k_BTI.to(dtype)
         self.kb = None if kb_BT is None else kb_BT.to(dtype)
         self.write = write_BT.to(torch.bool).expand(h_BTI.shape[:2])
-        self.decay = decay
-        self.count = self.write.cumsum(1) - self.write.long()  # events before each token
+        self.decay, self.width = decay, width
+        self.count = before(self.write)  # events before each token
+        self.seen = self.count if width == 1 else before(self.write, width)
         B, T = self.write.shape
         self._kept: dict[int, torch.Tensor] | None = {} if B * T * T // 2 <= KEEP else None
 
@@ -56,10 +66,12 @@ class Gram:
         if self.kb is not None:
             G += self.kb[:, None, :t1]
         if isinstance(self.decay, torch.Tensor) or self.decay != 0:
-            events = (self.count[:, t0:t1, None] - self.count[:, None, :t1] - 1).clamp_(min=0)
+            events = (self.seen[:, t0:t1, None] - self.count[:, None, :t1] - 1).clamp_(min=0)
             keep = 1 - torch.as_tensor(self.decay, dtype=G.dtype, device=G.device)
             G *= keep.reshape(-1, 1, 1) ** events.to(G.dtype)
         t = torch.arange(t1, device=G.device)
+        if self.width > 1:
+            t //= self.width  # the column of each token
         earlier = t[None, :] < t[t0:t1, None]
         return G.masked_fill_(~(earlier & self.write[:, None, :t1]), 0)
 

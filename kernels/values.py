@@ -180,8 +180,11 @@ def clipped_triton(u, clip, key_norm):
     return tl.where(norm > clip, u * (clip / norm), u)
 
 
-def per_row(number: torch.Tensor | float, rows: int, like: torch.Tensor) -> torch.Tensor:
-    """A float, or a tensor [] or [B], as [B] in like's dtype and place (stride 0 where it is one number)."""
+Number = torch.Tensor | float | tuple[float, ...]
+
+
+def per_row(number: Number, rows: int, like: torch.Tensor) -> torch.Tensor:
+    """A float, a tuple of B, or a tensor [] or [B], as [B] in like's dtype and place (stride 0 for one number)."""
     return torch.as_tensor(number, dtype=like.dtype, device=like.device).expand(rows)
 
 
@@ -189,13 +192,13 @@ def per_row(number: torch.Tensor | float, rows: int, like: torch.Tensor) -> torc
 class Value:
     """value(a, t0, t1) of a prompt for `scan`, by a rule that has a Triton twin; the torch path calls it too.
 
-    rate, p0: floats or tensors [] or [B]; frozen, target: broadcast to [B, T, O]; norm_BT = ‖k‖, for clip.
+    rate, p0: floats, tuples of B or tensors [] or [B]; frozen, target: broadcast to [B, T, O]; norm_BT = ‖k‖, for clip.
     """
 
     rule: str
     activation: str = "identity"
-    rate: torch.Tensor | float = 1.0
-    p0: torch.Tensor | float = 1.0
+    rate: Number = 1.0
+    p0: Number = 1.0
     clip: float | None = None
     norm_BT: torch.Tensor | None = None
     frozen_BTO: torch.Tensor | None = None

@@ -300,6 +300,11 @@ def test_segments():
     assert log_of("evict", 2).segments(write) == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20)]
     write[0, 1::2] = False
     assert log_of("evict", 2).segments(write)[:2] == [(0, 7), (7, 11)]
+    ones = torch.ones(1, 30, dtype=torch.bool)
+    assert log_of("compress").segments(ones, width=5) == [(0, 15), (15, 20), (20, 30)]  # a column is never parted
+    assert log_of("compress").segments(ones, width=30) == [(0, 30)]
+    assert log_of("evict").segments(ones, width=3)[:3] == [(0, 3), (3, 6), (6, 9)]
+    assert log_of("evict").segments(ones, width=15) == [(0, 15), (15, 30)]  # more than the ring holds
 
 
 def test_slots_of_a_full_row():

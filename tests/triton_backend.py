@@ -16,13 +16,13 @@ RULES = {
 }
 
 
-def both(rule, overflow="grow", dtype=torch.float32, rows=2, **options):
+def both(rule, overflow="grow", dtype=torch.float32, rows=2, shared=False, **options):
     linears = ["down_proj"] if isinstance(rule, fw.Delta) else ["gate_proj", "up_proj", "down_proj"]
     for backend in ("torch", "triton"):
         model = tiny(dtype).to(DEVICE)
         fast = fw.attach(model, [1, 2], rule, linears, rank=4, overflow=overflow, backend=backend, **options)
         assert all(linear.backend == backend for linear in fast.linears.values())
-        yield fw.Episode(model, rows)
+        yield fw.Episode(model, rows, shared=shared)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -107,3 +107,35 @@ def test_half_precision_steps_stay_near_torch():
         episode.feed(prompt(2, 4))
         out.append(torch.cat([episode.feed(prompt(2, 1, seed=n)) for n in range(4)], dim=1).float())
     assert float((out[0] - out[1]).norm() / out[0].norm()) < 5e-3
+
+
+@pytest.mark.parametrize("rule", [fw.Hebbian, lambda rate: fw.LocalLeastSquares(0.7, rate=rate, clip=0.05)])
+def test_a_rate_per_row_in_prompts_and_steps(rule):
+    out = []
+    for episode in both(rule(rate=(0.05, 0.4))):
+        out.append(torch.cat([episode.feed(prompt(2, n, seed=n)) for n in (5, 1, 1)], dim=1))
+    torch.testing.assert_close(*out, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("overflow", ["grow", "evict", "compress"])
+def test_rows_that_share_their_fast_weights(name, overflow):
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[1, 5:], mask[2, :2] = 0, 0
+    out = []
+    for episode in both(RULES[name], overflow, rows=3, shared=True):
+        logits = episode.feed(prompt(3, 8), attention_mask=mask)
+        logits = torch.cat([logits[mask.bool()], *(episode.feed(prompt(3, 1, seed=n))[:, 0] for n in range(2))])
+        out.append((logits, episode.probe(prompt(1, 5, seed=8)).logits, episode))
+    (ours, our_probe, triton), (theirs, their_probe, reference) = out[1], out[0]
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(our_probe, their_probe, rtol=2e-4, atol=2e-4)
+    assert triton.event_counts == reference.event_counts
+    for site in triton.logs:
+        ours, theirs = triton.delta_weight(*site), reference.delta_weight(*site)
+        assert float((ours - theirs).norm()) <= 2e-4 * float(theirs.norm())
+
+
+def test_a_rate_per_row_of_shared_fast_weights_is_refused():
+    with pytest.raises(ValueError, match="a rate per row, which a shared episode cannot run on backend='triton'"):
+        list(both(fw.Hebbian(rate=(0.1, 0.2)), shared=True))
