@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .captured import Captured, graphed
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama
 from .moments import At, moments
@@ -75,6 +76,8 @@ class Episode:
         """Begins a new life: empty KV cache, no events, position 0. The random generator runs on."""
         self.cache = self.model.new_cache(self.batch_size, self.max_length)
         self.logs = {site: linear.new_log(self.batch_size) for site, linear in self._linears.items()}
+        record = graphed if self.model.device.type == "cuda" else None
+        self.captured = Captured(self.model, self._linears, self.cache, self.logs, record)
         self.pending: list[Pending] = []
         self.logits_BV: Tensor | None = None  # after the last token of each row
         self.seen: list[list[int]] = [[] for _ in range(self.batch_size)]  # each row's tokens
@@ -169,7 +172,8 @@ class Episode:
         try:
             yield
         except BaseException:
-            self.cache.lengths, self.pending = lengths, pending
+            self.cache.rewind(lengths)
+            self.pending = pending
             for site, log in self.logs.items():
                 if site in self._kept:
                     log.become(self._kept[site])
@@ -202,6 +206,10 @@ class Episode:
 
     def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
         """One forward pass over the model; its events are written only if all of it went well."""
+        if self.captured.suits(ids_BT.shape[1]):
+            for site in self._linears:
+                self._keep(site, write_BT.sum(1).tolist())
+            return self.captured.step(self, ids_BT, real_BT, write_BT)
         device = self.model.device
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
         write = write_BT.to(device) if bool(write_BT.any()) else None
@@ -215,9 +223,6 @@ class Episode:
             if now.taped:
                 logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
                 self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0], self.event_counts))
-        if write is not None:
-            for site in now.landed:
-                self.logs[site].landed(now.counts, write)
         self._commit(now.staged)
         return out_BTV.detach()
 
@@ -438,7 +443,7 @@ class Episode:
         self.cache.lengths = list(snapshot.lengths)
         for buffers, saved in ((self.cache.keys, snapshot.keys), (self.cache.values, snapshot.values)):
             for buffer, copy in zip(buffers, saved, strict=True):
-                buffer[:, :, :end] = copy
+                buffer[:, :, :end], buffer[:, :, end:] = copy, 0
         for site, log in snapshot.logs.items():
             self.logs[site].become(log)
         self.pending = list(snapshot.pending)

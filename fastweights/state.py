@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -178,11 +178,14 @@ class EventLog:
         bad_BT = new.write_BT & ~new.finite_BT()
         if bad_BT.any():
             row, token = bad_BT.nonzero()[0].tolist()
-            number = self.events[row] + int(new.write_BT[row, : token + 1].sum())
-            raise ValueError(
-                f"event {number} of {self.name} (row {row}) has a non-finite factor, expected finite ones; nothing of "
-                f"this feed is written (a smaller rate, a clip or mu > 0 may help)"
-            )
+            self.refuse(row, self.events[row] + int(new.write_BT[row, : token + 1].sum()))
+
+    def refuse(self, row: int, event: int) -> NoReturn:
+        """An event that is not finite, by its number."""
+        raise ValueError(
+            f"event {event} of {self.name} (row {row}) has a non-finite factor, expected finite ones; nothing of "
+            f"this feed is written (a smaller rate, a clip or mu > 0 may help)"
+        )
 
     def write(self, new: Events) -> None:
         """Writes events that `check` has passed."""
@@ -195,19 +198,16 @@ class EventLog:
         if self.overflow == "grow":
             self._reserve(max(n + c for n, c in zip(self.events, counts, strict=True)))
 
-    def landed(self, counts: Sequence[int], write_B1: Tensor) -> None:
-        """Counts the events that a kernel has put into the next slot of each row; refuses non-finite ones."""
-        row = write_B1[:, 0].nonzero()[:, 0]
-        slot = self.slots.slot(self.now()[row, 0])
-        U_BTO, K_BTI = (torch.zeros_like(f[:, :1]) for f in (self.U_BRO, self.K_BRI))
-        U_BTO[row, 0], K_BTI[row, 0] = self.U_BRO[row, slot], self.K_BRI[row, slot]
-        bias_BT = torch.zeros_like(self.bias_BR[:, :1])
-        bias_BT[row, 0] = self.bias_BR[row, slot]
-        new = Events(U_BTO, K_BTI, bias_BT, write_B1)
-        self.check(new)
+    def landed(self, counts: Sequence[int]) -> None:
+        """Counts the finite events, at most one a row, that a kernel has put into the next slot; folds full rows."""
         if self.archive is not None:
-            self.archive.write(new.to(torch.device("cpu")))
+            each, slot = torch.arange(len(counts)), self.slots.slot(torch.tensor(self.events))
+            U, K, bias = (buffer[each, slot][:, None].cpu() for buffer in (self.U_BRO, self.K_BRI, self.bias_BR))
+            self.archive.write(Events(U, K, bias, torch.tensor(counts)[:, None] > 0))
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
+        for row, (n, count) in enumerate(zip(self.events, counts, strict=True)):
+            if count and self.slots.last_fold(n) == n:
+                self._fold(row)
 
     def _append(self, new: Events) -> None:
         if new.whole and len(set(self.events)) == 1 and self.fits(new.counts):

@@ -17,6 +17,7 @@ ORDER = [
         "moments",
         "probing",
         "snapshot",
+        "captured",
         "episode",
         "surgery",
         "report",
