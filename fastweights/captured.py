@@ -99,7 +99,7 @@ class Captured:
         for log in self.logs.values():
             log.reserve(counts)
         # a model without events that writes none is the frozen one, to the bit
-        writes = any(counts) or any(log.used for log in self.logs.values())
+        writes = any(any(counts) or log.used for log in self.logs.values())
         changed = self._look(self.cache.bucket(max(after)), writes)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
         self.inputs.copy_(
