@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,9 @@ class Captured:
         self.local = True  # whether all of them are neuron-local and have a kernel
         self.kernels: list[tuple] = []  # what of them is no number
         self.form: tuple | None = None  # what the step relies on by value, and ...
-        self.parts: list[tuple[dict, str, object]] = []  # ... by identity: holder, name, thing
+        self.holders: list[dict] = []  # ... by identity: in this dictionary,
+        self.names: list[str] = []  # under this name,
+        self.parts: list[object] = []  # this very object
         self.alike: list[list[EventLog]] = []  # logs whose events fall together
         self.weights: list[Tensor] = []
         self.moved: list[Tensor] = []  # targets that were copied to the device
@@ -101,6 +104,8 @@ class Captured:
         # a model without events that writes none is the frozen one, to the bit
         writes = any(any(counts) or log.used for log in self.logs.values())
         changed = self._look(self.cache.bucket(max(after)), writes)
+        if any(counts):
+            self._keep(episode, counts)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
         self.inputs.copy_(
             torch.tensor([ids_B1[:, 0].tolist(), position, real, counts, *(logs[0].events for logs in self.alike)])
@@ -138,6 +143,13 @@ class Captured:
         x_B1D = self.model.model.embed_tokens(self.inputs[IDS][:, None])
         return self.model.unembed(self.model.blocks(x_B1D, span, self.cache))
 
+    def _keep(self, episode: Episode, counts: list[int]) -> None:
+        """Has copies made of the logs that could not take these events back: those that fold after them."""
+        for logs in self.alike:
+            if not logs[0].slots.fits(logs[0].events, counts):
+                for site in [site for site, log in self.logs.items() if any(log is one for one in logs)]:
+                    episode._keep(site, counts)
+
     # ---- what a recording relies on
 
     def _look(self, end: int, writes: bool) -> bool:
@@ -145,7 +157,7 @@ class Captured:
         form = self._form(end, writes)
         changed = (
             form != self.form
-            or not all(holder.get(name) is part for holder, name, part in self.parts)
+            or not all(map(operator.is_, map(dict.get, self.holders, self.names), self.parts))
             or any(log.events != logs[0].events for logs in self.alike for log in logs)
         )
         if changed:
@@ -163,9 +175,10 @@ class Captured:
     def _list_parts(self) -> None:
         modules = list(self.model.modules())
         self.weights = list(self.model.parameters())
-        self.parts = [(vars(log), "U_BRO", log.U_BRO) for log in self.logs.values()]
+        found: list[tuple[dict, str, object]] = [(vars(log), "U_BRO", log.U_BRO) for log in self.logs.values()]
         for registry in (registry for m in modules for registry in (m._modules, m._parameters)):
-            self.parts += [(registry, name, part) for name, part in registry.items()]
+            found += [(registry, name, part) for name, part in registry.items()]
+        self.holders, self.names, self.parts = (list(column) for column in zip(*found, strict=True))
         self.attributes = [vars(m) for m in modules]
         self.hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         for m in modules:
@@ -173,7 +186,7 @@ class Captured:
 
     def _watched(self) -> bool:
         """Whether hooks, or somebody's own `forward`, are to run at every token: a replay has no Python."""
-        return any(self.hooks) or any("forward" in attributes for attributes in self.attributes)
+        return any(self.hooks) or any(map(operator.contains, self.attributes, repeat("forward")))
 
     def _read_rules(self) -> None:
         """What of the rules is a number goes into a tensor; the rest is part of the form."""

@@ -207,8 +207,6 @@ class Episode:
     def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
         """One forward pass over the model; its events are written only if all of it went well."""
         if self.captured.suits(ids_BT.shape[1]):
-            for site in self._linears:
-                self._keep(site, write_BT.sum(1).tolist())
             return self.captured.step(self, ids_BT, real_BT, write_BT)
         device = self.model.device
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)

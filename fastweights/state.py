@@ -154,8 +154,10 @@ class EventLog:
 
     def check_room(self, counts: Sequence[int]) -> None:
         """Refuses, before anything has changed, what `append` could not take; counts [B] events to come."""
+        if self.overflow != "error":
+            return
         need = max(n + c for n, c in zip(self.events, counts, strict=True))
-        if self.overflow == "error" and need > self.rank:
+        if need > self.rank:
             raise ValueError(
                 f"{self.name}: {need} events do not fit its rank of {self.rank} ({max(self.events)} are written); "
                 f'attach with a larger rank or overflow="grow"'
@@ -205,9 +207,10 @@ class EventLog:
             U, K, bias = (buffer[each, slot][:, None].cpu() for buffer in (self.U_BRO, self.K_BRI, self.bias_BR))
             self.archive.write(Events(U, K, bias, torch.tensor(counts)[:, None] > 0))
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
-        for row, (n, count) in enumerate(zip(self.events, counts, strict=True)):
-            if count and self.slots.last_fold(n) == n:
-                self._fold(row)
+        if self.overflow == "compress":
+            for row, (n, count) in enumerate(zip(self.events, counts, strict=True)):
+                if count and self.slots.last_fold(n) == n:
+                    self._fold(row)
 
     def _append(self, new: Events) -> None:
         if new.whole and len(set(self.events)) == 1 and self.fits(new.counts):
