@@ -110,13 +110,12 @@ class Captured:
         self.inputs.copy_(
             torch.tensor([ids_B1[:, 0].tolist(), position, real, counts, *(logs[0].events for logs in self.alike)])
         )
-        with bound(self.model, episode, self.now):
+        with bound(self.model, episode, self.now), torch.cuda.device_of(self.inputs):
             if self.record is None or changed or self._watched():  # a change: it warms up what a recording needs ready
                 logits_B1V = self._run()
             else:
                 if self.replay is None:
-                    with torch.cuda.device_of(self.inputs):
-                        self.replay = self.record(self._run)
+                    self.replay = self.record(self._run)
                     self.recordings += 1
                 logits_B1V = self.replay()
                 self.replayed = True

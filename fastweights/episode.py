@@ -66,6 +66,10 @@ class Episode:
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self._linears = plastic_linears(model)
         self.generator = torch.Generator(model.device)
+        self.cache = model.new_cache(batch_size, max_length)
+        self.logs = {site: linear.new_log(batch_size) for site, linear in self._linears.items()}
+        record = graphed if model.device.type == "cuda" else None
+        self.captured = Captured(model, self._linears, self.cache, self.logs, record)
         self.reset()
         last_ran(model, self)
 
@@ -73,11 +77,10 @@ class Episode:
         return f"Episode(batch_size={self.batch_size}, length={self.length}, events={self.events})"
 
     def reset(self) -> None:
-        """Begins a new life: empty KV cache, no events, position 0. The random generator runs on."""
-        self.cache = self.model.new_cache(self.batch_size, self.max_length)
-        self.logs = {site: linear.new_log(self.batch_size) for site, linear in self._linears.items()}
-        record = graphed if self.model.device.type == "cuda" else None
-        self.captured = Captured(self.model, self._linears, self.cache, self.logs, record)
+        """Begins a new life, in the same buffers: empty KV cache, no events, position 0. The generator runs on."""
+        self.cache.rewind([0] * self.batch_size)
+        for log in self.logs.values():
+            log.clear()
         self.pending: list[Pending] = []
         self.logits_BV: Tensor | None = None  # after the last token of each row
         self.seen: list[list[int]] = [[] for _ in range(self.batch_size)]  # each row's tokens

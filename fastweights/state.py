@@ -335,6 +335,13 @@ class EventLog:
         if self.archive is not None:
             self.archive.roll_back(events)
 
+    def clear(self) -> None:
+        """Forgets every event; the buffers stay."""
+        self.birth_BR.fill_(-1)
+        self.events, self.errors = [0] * len(self.events), [(0.0, 0.0)] * len(self.events)
+        if self.archive is not None:
+            self.archive.clear()
+
     def _replay(self, rows: list[int]) -> None:
         """Writes the archived events of some rows again, from the first: the same folds, the same bits."""
         assert self.archive is not None

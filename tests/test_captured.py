@@ -157,6 +157,16 @@ def test_restore_then_the_same_steps_give_the_same_bits():
     assert other.lengths != before.lengths
 
 
+def test_a_new_life_goes_on_with_the_recording_and_is_as_new():
+    episode = captured(HEBBIAN, 2, overflow="compress", archive=True)
+    first = decode(episode)
+    made = episode.captured.recordings
+    episode.reset()
+    assert (episode.length, episode.events, episode.captured.recordings) == (0, 0, made)
+    assert torch.equal(decode(episode), first)
+    assert episode.captured.replayed
+
+
 def tokens_one_by_one(episode, count, seed=2):
     return torch.cat([episode.feed(prompt(1, 1, seed + n)) for n in range(count)])
 
