@@ -228,6 +228,16 @@ def test_what_the_step_relies_on_is_recorded_again_when_it_changes():
     assert recordings(lambda: episode.feed(prompt(1, 250), "none")) == 1  # the bucket, and the KV cache
 
 
+def test_a_target_that_changes_in_place_is_used_at_once():
+    rules = [replace(RULES["delta"], target=RULES["delta"].target.clone()) for _ in range(2)]
+    episode, theirs = captured(rules[0]), ordinary(rules[1])
+    close(tokens_one_by_one(episode, 3), tokens_one_by_one(theirs, 3))
+    for rule in rules:
+        rule.target.mul_(3)
+    close(tokens_one_by_one(episode, 3), tokens_one_by_one(theirs, 3))
+    assert episode.captured.replayed
+
+
 def test_a_forward_of_ones_own_runs_at_every_token():
     episode, calls = captured(), []
     norm = episode.model.model.norm
