@@ -9,7 +9,9 @@ from test_memory import Allocated
 from tiny import prompt, tiny
 
 import fastweights as fw
+from fastweights import state
 from fastweights.captured import Captured, graphed
+from fastweights.compress import fold
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -278,6 +280,26 @@ def test_a_non_finite_event_is_named_and_taken_back(number):
     for ids in ([[5], [6]], [[6], [5]]):  # the slots behind these tokens held NaN
         close(episode.feed(ids), theirs.feed(ids))
     assert episode.captured.replayed
+
+
+def test_a_fold_that_fails_half_way_leaves_every_log_as_it_was(monkeypatch):
+    episode, calls = captured(HEBBIAN, overflow="compress"), []
+    episode.feed(prompt(1, 10))
+    tokens_one_by_one(episode, 1)
+    before = {site: episode.delta_weight(*site) for site in episode.logs}
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("no convergence")
+        return fold(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "fold", failing)
+        with pytest.raises(ValueError, match="no convergence"):
+            episode.feed([[5]])
+    assert (len(calls), episode.length, episode.events) == (3, 11, 11)
+    assert all(torch.equal(episode.delta_weight(*site), weight) for site, weight in before.items())
 
 
 def test_an_archive_and_undo_go_on_as_ever():
