@@ -111,7 +111,8 @@ class Captured:
             torch.tensor([ids_B1[:, 0].tolist(), position, real, counts, *(logs[0].events for logs in self.alike)])
         )
         with bound(self.model, episode, self.now), torch.cuda.device_of(self.inputs):
-            if self.record is None or changed or self._watched():  # a change: it warms up what a recording needs ready
+            # after a change as it stands, too: a recording must find every kernel compiled and loaded
+            if self.record is None or changed or self._watched():
                 logits_B1V = self._run()
             else:
                 if self.replay is None:
@@ -146,13 +147,13 @@ class Captured:
         """Has copies made of the logs that could not take these events back: those that fold after them."""
         for logs in self.alike:
             if not logs[0].slots.fits(logs[0].events, counts):
-                for site in [site for site, log in self.logs.items() if any(log is one for one in logs)]:
+                for site in [site for site, log in self.logs.items() if log in logs]:
                     episode._keep(site, counts)
 
     # ---- what a recording relies on
 
     def _look(self, end: int, writes: bool) -> bool:
-        """Makes the step anew if anything it relies on has changed; says whether."""
+        """Makes the step anew if anything it relies on has changed; says whether. This runs at every token."""
         form = self._form(end, writes)
         changed = (
             form != self.form
@@ -179,6 +180,7 @@ class Captured:
             found += [(registry, name, part) for name, part in registry.items()]
         self.holders, self.names, self.parts = (list(column) for column in zip(*found, strict=True))
         self.attributes = [vars(m) for m in modules]
+        # these dictionaries are filled and emptied in place
         self.hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
         for m in modules:
             self.hooks += [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
@@ -214,7 +216,7 @@ class Captured:
         self.moved = []
         turns = {}
         for number, (site, log) in enumerate(self.logs.items() if writes else ()):
-            group = next(n for n, logs in enumerate(self.alike) if any(log is other for other in logs))
+            group = next(n for n, logs in enumerate(self.alike) if log in logs)
             target = getattr(self.linears[site].rule, "target", None)
             target = target if isinstance(target, Tensor) else None
             here = None if target is None else target.to(device=device, dtype=log.dtype)

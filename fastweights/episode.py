@@ -208,7 +208,10 @@ class Episode:
         return step
 
     def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
-        """One forward pass over the model; its events are written only if all of it went well."""
+        """One forward pass over the model; its events are written only if all of it went well.
+
+        A single token of each row takes the captured step where there is one, with the same effect.
+        """
         if self.captured.suits(ids_BT.shape[1]):
             return self.captured.step(self, ids_BT, real_BT, write_BT)
         device = self.model.device
