@@ -74,7 +74,7 @@ class Captured:
         self.weights: list[Tensor] = []
         self.moved: list[Tensor] = []  # targets that were copied to the device
         dtype = next((log.dtype for log in logs.values()), model.dtype)
-        self.numbers_2L = torch.zeros(2, len(logs), dtype=dtype, device=model.device)  # rate and p0 of each linear
+        self.numbers_2L = _rows(2 * len(logs), 1, dtype, model.device).view(2, len(logs))  # rate and p0 of each linear
         self.replay: Run | None = None
         self.replayed, self.recordings = False, 0
 
@@ -208,10 +208,10 @@ class Captured:
             if like is None:
                 self.alike.append(like := [])
             like.append(log)
-        self.inputs = torch.zeros(EVENT + len(self.alike), rows, dtype=torch.int64, device=device)
+        self.inputs = _rows(EVENT + len(self.alike), rows, torch.int64, device)
         self.write_B = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.bad_LB = torch.zeros(len(self.logs), rows, dtype=torch.int32, device=device)
-        self.slot_GB = torch.zeros(len(self.alike), rows, dtype=torch.int64, device=device)
+        self.bad_LB = _rows(len(self.logs), rows, torch.int32, device)
+        self.slot_GB = _rows(len(self.alike), rows, torch.int64, device)
         self.w_GBR = [logs[0].U_BRO.new_zeros(rows, logs[0].capacity) for logs in self.alike]
         self.moved = []
         turns = {}
@@ -233,6 +233,11 @@ class Captured:
                 bad_B=self.bad_LB[number],
             )
         self.now = Pass(self.logs, self.inputs[POSITION][:, None], turns=turns)
+
+
+def _rows(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros [count, rows], rows at multiples of 16 bytes: Triton compiles a kernel for every alignment it meets."""
+    return torch.zeros(count, -(-rows // 4) * 4, dtype=dtype, device=device)[:, :rows]
 
 
 def _alike(log: EventLog, other: EventLog) -> bool:
