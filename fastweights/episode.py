@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import fused
 from .budget import OneByOne
+from .captured import Captured, graphed
 from .drift import Drift, drift
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
@@ -72,8 +73,12 @@ class Episode:
         self.model, self.batch_size, self.max_length, self.shared = model, batch_size, max_length, bool(shared)
         self._linears = plastic_linears(model)
         check_rows(self._linears, batch_size, self.shared)
-        self._stacks = Stacks(self._linears, batch_size, len(model.model.layers))
+        self._stacks: Stacks | None = None
         self.generator = torch.Generator(model.device)
+        self.cache = model.new_cache(batch_size, max_length)
+        self.logs = {site: linear.new_log(self.states) for site, linear in self._linears.items()}
+        record = graphed if model.device.type == "cuda" else None
+        self.captured = Captured(model, self._linears, self.cache, self.logs, record)
         self.reset()
         last_ran(model, self)
 
@@ -82,9 +87,10 @@ class Episode:
         return f"Episode(batch_size={self.batch_size}{shared}, length={self.length}, events={self.events})"
 
     def reset(self) -> None:
-        """Begins a new life: empty KV cache, no events, position 0. The random generator runs on."""
-        self.cache = self.model.new_cache(self.batch_size, self.max_length)
-        self.logs = {site: linear.new_log(self.states) for site, linear in self._linears.items()}
+        """Begins a new life, in the same buffers: empty KV cache, no events, position 0. The generator runs on."""
+        self.cache.rewind([0] * self.batch_size)
+        for log in self.logs.values():
+            log.clear()
         self.pending: list[Pending] = []
         self.logits_BV: Tensor | None = None  # after the last token of each row
         self.seen: list[list[int]] = [[] for _ in range(self.batch_size)]  # each row's tokens
@@ -191,7 +197,8 @@ class Episode:
         try:
             yield
         except BaseException:
-            self.cache.lengths, self.pending = lengths, pending
+            self.cache.rewind(lengths)
+            self.pending = pending
             for site, log in self.logs.items():
                 if site in self._kept:
                     log.become(self._kept[site])
@@ -229,7 +236,12 @@ class Episode:
         return [sum(counts)] if self.shared else counts
 
     def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
-        """One forward pass over the model; its events are written only if all of it went well."""
+        """One forward pass over the model; its events are written only if all of it went well.
+
+        A single token of each row takes the captured step where there is one, with the same effect.
+        """
+        if self.captured.suits(ids_BT.shape[1]):
+            return self.captured.step(self, ids_BT, real_BT, write_BT)
         device = self.model.device
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
         write = write_BT.to(device) if bool(write_BT.any()) else None
@@ -250,22 +262,24 @@ class Episode:
             if now.taped:
                 logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
                 self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0], self.event_counts))
-        if write is not None:
-            for site in now.landed:
-                self.logs[site].landed(now.counts, write)  # never where rows stand side by side
         self._commit(now.staged)
         return out_BTV.detach()
 
     def _fused(self, ids_B1: Tensor, span: Span, now: Pass) -> Tensor | None:
         """`_pass` by the fused step; None where the modules must run."""
-        if not self._stacks.take(now):
+        if self.model.dtype != torch.float32 or self.model.device.type != "cpu":
             return None
-        out_B1V = fused.step(self.model, ids_B1, span, self.cache, lambda: self._stacks.read(now))
+        if self._stacks is None or not self._stacks.stands():
+            self._stacks = Stacks(self._linears, self.batch_size, len(self.model.model.layers))
+        stacks = self._stacks
+        if not stacks.take(now):
+            return None
+        out_B1V = fused.step(self.model, ids_B1, span, self.cache, lambda: stacks.read(now))
         if out_B1V is not None:
             last_ran(self.model, self)
             self.cache.advance(span)
             if now.write_BT is not None:
-                self._commit(self._stacks.write(now, span.position_BT))
+                self._commit(stacks.write(now, span.position_BT))
         return out_B1V
 
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:
@@ -507,7 +521,7 @@ class Episode:
         self.cache.lengths = list(snapshot.lengths)
         for buffers, saved in ((self.cache.keys, snapshot.keys), (self.cache.values, snapshot.values)):
             for buffer, copy in zip(buffers, saved, strict=True):
-                buffer[:, :, :end] = copy
+                buffer[:, :, :end], buffer[:, :, end:] = copy, 0
         for site, log in snapshot.logs.items():
             self.logs[site].become(log)
         self.pending = list(snapshot.pending)

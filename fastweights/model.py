@@ -7,6 +7,7 @@ E head width, V vocabulary, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -92,12 +93,23 @@ class KVCache:
                 f"({max(self.lengths)} are in use); create the episode with a larger max_length"
             )
         if length > self.capacity:
-            slots = min(self.limit, max(length, 2 * self.capacity))
+            slots = self.bucket(length)
             for buffers in (self.keys, self.values):
                 for layer, old in enumerate(buffers):
                     new = old.new_zeros(*old.shape[:2], slots + 1, old.shape[3])
                     new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
                     buffers[layer] = new
+
+    def bucket(self, length: int) -> int:
+        """Slots to look at, or to have, for rows of `length` tokens: a power of two, so that they seldom change."""
+        return min(self.limit, max(256, 1 << (length - 1).bit_length()))
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forgets the tokens after `lengths`. Their slots become zero: not even NaN may shine through a mask."""
+        self.lengths = list(lengths)
+        for buffer in (*self.keys, *self.values):
+            for row, length in enumerate(lengths):
+                buffer[row, :, length:] = 0
 
     def span(self, shape: tuple[int, int], attention_mask: Tensor | None, device) -> Span:
         """Positions of the next `shape` = (B, T) tokens; padding (mask 0) takes no position."""
@@ -221,9 +233,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v, span)
         causal = span.visible is None and q.shape[2] > 1
-        z_BHTE = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=span.visible, is_causal=causal, enable_gqa=self.grouped
-        )
+        grouped, heads, tokens = self.grouped, q.shape[1], q.shape[2]
+        if grouped and tokens == 1 and span.visible is not None:
+            # a group's queries stand side by side like tokens: CUDA's fused kernels take no mask with enable_gqa
+            q, grouped = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim), False
+        z_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=span.visible, is_causal=causal, enable_gqa=grouped)
+        z_BHTE = z_BHTE.reshape(-1, heads, tokens, self.head_dim)
         return self.o_proj(z_BHTE.transpose(1, 2).flatten(2))
 
 

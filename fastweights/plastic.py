@@ -43,6 +43,20 @@ class Keys:
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a single token's event needs at one linear, on the device: the same tensors at every token."""
+
+    event_B: Tensor  # its number, int64
+    slot_B: Tensor  # where it goes
+    w_BR: Tensor  # weights of the events before it
+    write_B: Tensor  # bool
+    rate: Tensor  # with p0, of the rule's twin: []
+    p0: Tensor
+    target: Tensor | None
+    bad_B: Tensor  # int32, becomes 1 where the event is not finite
+
+
 @dataclass
 class Pass:
     """One forward pass over all plastic linears: what they may read, and what they leave to be written.
@@ -62,7 +76,7 @@ class Pass:
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
     weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
-    landed: list[Site] = field(default_factory=list)  # linears whose event a kernel has put into its slot
+    turns: Mapping[Site, Turn] = field(default_factory=dict)  # linears that write their event into its slot themselves
     # gradient rules: (a, h) of this token, a with its graph
     taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
@@ -129,9 +143,9 @@ class PlasticLinear(nn.Module):
         if now is None:
             return linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.site]
+        if self.site in now.turns:
+            return self._step(now.turns[self.site], log, h_BTI, now.position_BT)
         writes = now.write_BT is not None and self.rule.neuron_local
-        if writes and self.backend == "triton" and h_BTI.shape[1] == now.width == 1 and log.fits(now.counts):
-            return self._step(now, log, h_BTI)
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None:
             return frozen_BTO
@@ -234,12 +248,11 @@ class PlasticLinear(nn.Module):
             )
         return scan(a_BCO, keys.grams[t0, t1], value)
 
-    def _step(self, now: Pass, log: EventLog, h_B1I: Tensor) -> Tensor:
-        """One token by the fused kernels, which write its event into the next free slot of the log itself."""
-        assert now.write_BT is not None
-        log.reserve(now.counts)
-        twin = self._twin(len(h_B1I), now.position_BT)
-        events_B = log.now()[:, 0]
+    def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
+        """One token by the fused kernels, which write its event into the next slot of the log themselves."""
+        rows, target_BO = len(h_B1I), None
+        if turn.target is not None:
+            target_BO = target_at(turn.target, position_B1).expand(rows, 1, -1)[:, 0]
         a_BO = step_(
             h_B1I[:, 0],
             self.weight,
@@ -248,25 +261,29 @@ class PlasticLinear(nn.Module):
             log.K_BRI,
             log.bias_BR if self.rule.bias else None,
             log.birth_BR,
-            log.weights(events_B[:, None], log.capacity)[:, 0],
-            log.slots.slot(events_B),
-            events_B,
-            now.write_BT[:, 0],
-            torch.tensor(twin["rate"], dtype=log.dtype, device=h_B1I.device),
-            torch.tensor(twin["p0"], dtype=log.dtype, device=h_B1I.device),
-            None if twin["target"] is None else twin["target"].expand(len(h_B1I), 1, -1)[:, 0],
-            rule=twin["rule"],
-            activation=twin["activation"],
+            turn.w_BR,
+            turn.slot_B,
+            turn.event_B,
+            turn.write_B,
+            turn.rate,
+            turn.p0,
+            target_BO,
+            turn.bad_B,
+            rule=self.twin()["rule"],
+            activation=self.activation.name,
             mu=self.rule.mu,
             clip=self.rule.clip,
-            backend="triton",
+            backend=self.backend,
         )
-        now.landed.append(self.site)
         return a_BO[:, None]
 
+    def twin(self) -> dict:
+        """The rule in the kernels' words: its name there, rate and p0."""
+        return {"rate": self.rule.rate, "p0": 1.0, **getattr(self.rule, "twin")}  # noqa: B009
+
     def _twin(self, rows: int, position_BT: Tensor, row_BT: Tensor | None = None) -> dict:
-        """The rule in the kernels' words, see `kernels.values.Value`."""
-        twin = {"rate": self.rule.rate, "p0": 1.0, "target": None, **getattr(self.rule, "twin")}  # noqa: B009
+        """All that `kernels.values.Value` wants to know of the rule."""
+        twin = {**self.twin(), "target": None}
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):
             target_BTO = target_at(target, position_BT, row_BT).to(device=position_BT.device, dtype=torch.float32)

@@ -51,6 +51,7 @@ class Stacks:
             groups.setdefault(key, []).append(linear)
         self.rows = rows
         self.linears = [linear for group in groups.values() for linear in group]  # in the order of the records
+        self.rules = [linear.rule for linear in self.linears]
         self.records = np.zeros(len(self.linears), FAST)
         self.which = np.full((layers, 3), -1)
         for n, linear in enumerate(self.linears):
@@ -68,6 +69,10 @@ class Stacks:
             start += len(group)
         self.buffers: list[int] = []  # addresses that the records name
         self.kept: list[Tensor] = []  # alive while C reads them
+
+    def stands(self) -> bool:
+        """Whether every linear still has the rule it was stacked by."""
+        return all(linear.rule is rule for linear, rule in zip(self.linears, self.rules, strict=True))
 
     def take(self, now: Pass) -> bool:
         """Whether C can read these logs, and this pass's rules can work on what it leaves."""
@@ -126,7 +131,7 @@ class Stacks:
         self.records["event"] = [now.logs[linear.site].events[0] for linear in self.linears]
         put(self.records, self.rows)
         for linear in self.linears:
-            now.logs[linear.site].counted()
+            now.logs[linear.site].landed(now.counts)
         return {}
 
     def _events(self, now: Pass, events: list[tuple[Tensor, Tensor, Tensor]]) -> dict[Site, Events]:

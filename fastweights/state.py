@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -198,8 +198,10 @@ class EventLog:
 
     def check_room(self, counts: Sequence[int]) -> None:
         """Refuses, before anything has changed, what `append` could not take; counts [B] events to come."""
+        if self.overflow != "error":
+            return
         need = max(n + c for n, c in zip(self.events, counts, strict=True))
-        if self.overflow == "error" and need > self.rank:
+        if need > self.rank:
             raise ValueError(
                 f"{self.name}: {need} events do not fit its rank of {self.rank} ({max(self.events)} are written); "
                 f'attach with a larger rank or overflow="grow"'
@@ -225,11 +227,14 @@ class EventLog:
         bad_BT = new.write_BT & ~new.finite_BT()
         if bad_BT.any():
             row, token = bad_BT.nonzero()[0].tolist()
-            number = self.events[row] + int(new.write_BT[row, : token + 1].sum())
-            raise ValueError(
-                f"event {number} of {self.name} (row {row}) has a non-finite factor, expected finite ones; nothing of "
-                f"this feed is written (a smaller rate, a clip or mu > 0 may help)"
-            )
+            self.refuse(row, self.events[row] + int(new.write_BT[row, : token + 1].sum()))
+
+    def refuse(self, row: int, event: int) -> NoReturn:
+        """An event that is not finite, by its number."""
+        raise ValueError(
+            f"event {event} of {self.name} (row {row}) has a non-finite factor, expected finite ones; nothing of "
+            f"this feed is written (a smaller rate, a clip or mu > 0 may help)"
+        )
 
     def measured(self, new: Events) -> Events:
         """The same events, with ‖ΔW‖_F after each where there is a budget on it: what `write` takes.
@@ -263,8 +268,7 @@ class EventLog:
         (U_BRO, K_BRI, _), before_B1 = self.factors(), self.now()
         after_BT = before_B1 + new.write_BT.cumsum(1)
         new_BT = torch.where(new.write_BT, after_BT - 1, -1)
-        # a kernel may have put this event into its slot already
-        birth_BR = self.birth_BR[:, :n].masked_fill(self.birth_BR[:, :n] >= before_B1, -1)
+        birth_BR = self.birth_BR[:, :n]
         birth_BS = torch.cat([birth_BR, new_BT], 1)
         norm_BS = torch.cat([self.norm_BR[:, :n], self.norm_BR.new_zeros(new_BT.shape)], 1)
         w_BTS = self._weigh(birth_BS[:, None], norm_BS[:, None], after_BT[..., None], torch.float64)
@@ -313,27 +317,20 @@ class EventLog:
         alike = self.archive is None and self.budget is None and self.events.count(self.events[0]) == rows
         return self.slots.next(self.events[0]) if alike and self.fits([1] * rows) else None
 
-    def counted(self) -> None:
-        """Counts the event that a kernel has put into `next_slot`."""
-        self.events = [n + 1 for n in self.events]
+    def landed(self, counts: Sequence[int]) -> None:
+        """Counts the finite events, at most one a row, that a kernel has put into the next slot; folds full rows.
 
-    def landed(self, counts: Sequence[int], write_B1: Tensor) -> None:
-        """Counts the events that a kernel has put into the next slot of each row; refuses non-finite ones."""
-        row = write_B1[:, 0].nonzero()[:, 0]
-        slot = self.slots.slot(self.now()[row, 0])
-        U_BTO, K_BTI = (torch.zeros_like(f[:, :1]) for f in (self.U_BRO, self.K_BRI))
-        U_BTO[row, 0], K_BTI[row, 0] = self.U_BRO[row, slot], self.K_BRI[row, slot]
-        bias_BT = torch.zeros_like(self.bias_BR[:, :1])
-        bias_BT[row, 0] = self.bias_BR[row, slot]
-        new = Events(U_BTO, K_BTI, bias_BT, write_B1)
-        self.check(new)
-        new = self.measured(new)
-        if new.norm_BT is not None and self.norm_BR is not None:
-            self.norm_BR[row, slot] = new.norm_BT[row, 0]
+        Of logs without a budget.
+        """
         if self.archive is not None:
-            self.archive.write(new.to(torch.device("cpu")))
-        self._count_scaled(new)
+            each, slot = torch.arange(len(counts)), self.slots.slot(torch.tensor(self.events))
+            U, K, bias = (buffer[each, slot][:, None].cpu() for buffer in (self.U_BRO, self.K_BRI, self.bias_BR))
+            self.archive.write(Events(U, K, bias, torch.tensor(counts)[:, None] > 0))
         self.events = [n + c for n, c in zip(self.events, counts, strict=True)]
+        if self.overflow == "compress":
+            for row, (n, count) in enumerate(zip(self.events, counts, strict=True)):
+                if count and self.slots.last_fold(n) == n:
+                    self._fold(row)
 
     def _count_scaled(self, new: Events) -> None:
         if self.budget is not None and new.norm_BT is not None:
@@ -484,6 +481,14 @@ class EventLog:
         self.events = list(events)
         if self.archive is not None:
             self.archive.roll_back(events)
+
+    def clear(self) -> None:
+        """Forgets every event; the buffers stay."""
+        self.birth_BR.fill_(-1)
+        rows = len(self.events)
+        self.events, self.scaled, self.errors = [0] * rows, [0] * rows, [(0.0, 0.0)] * rows
+        if self.archive is not None:
+            self.archive.clear()
 
     def _replay(self, rows: list[int]) -> None:
         """Writes the archived events of some rows again, from the first: the same folds, the same bits."""

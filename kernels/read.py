@@ -51,7 +51,7 @@ def _masked(x_BTI, U_BRO, K_BRI, kb_BTR, w_BTR):
         c_BTR = c_BTR + kb_BTR
     c_BTR = (c_BTR * w_BTR).masked_fill(w_BTR == 0, 0)
     y_BTO = c_BTR @ U_BRO
-    if y_BTO.device.type == "cpu" and bool(y_BTO.detach().sum().isfinite()):
+    if y_BTO.is_cpu and not torch.compiler.is_compiling() and bool(y_BTO.detach().sum().isfinite()):
         return y_BTO
     # 0 · NaN is NaN: take what is not finite out of U, and give NaN only to who reads it alive
     finite = U_BRO.isfinite()

@@ -5,7 +5,8 @@
 
 and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, one set of keys for both.
 Two launches each. Whatever changes between tokens (weights, slots, rates, the mask) is a tensor, so a
-captured graph stays good. A slot outside 0:R writes nothing.
+captured graph stays good. A slot outside 0:R writes nothing. `bad` [B] becomes 1 where what was written is not
+finite, so that nobody has to look, and wait for the device, after every linear.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def _put(slot_B: Tensor, write_B: Tensor, *changes: tuple[Tensor | None, Tensor]
             buffer[row, slot_B] = torch.where(mask, new.to(buffer.dtype), old)
 
 
+def _note(bad_B: Tensor, slot_B: Tensor, write_B: Tensor, R: int, *written: Tensor) -> None:
+    """bad[b] = 1 in every row that has written something not finite."""
+    bad = ~torch.stack([x.isfinite().flatten(1).all(1) for x in written]).all(0)
+    bad_B.masked_fill_(bad & write_B & (slot_B >= 0) & (slot_B < R), 1)
+
+
 def _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, phi, clip):
     """a of one linear in the factors' dtype, and the value of its event."""
     frozen = F.linear(h, weight, bias).to(U.dtype)
@@ -56,22 +63,24 @@ def _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, phi, cli
 
 
 def reference(
-    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip
+    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, bad, rule, activation, mu, clip
 ):  # fmt: skip
     k, scale, norm = _keys(h.to(K.dtype), mu)
     a, u = _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, activation, clip)
     _put(slot, write, (U, u), (K, k), (kb, scale), (birth, event))
+    _note(bad, slot, write, K.shape[1], u, k)
     return a.to(h.dtype)
 
 
 def reference_gated(
     h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
-    target, target_up, rule, mu, clip,
+    target, target_up, bad, rule, mu, clip,
 ):  # fmt: skip
     k, scale, norm = _keys(h.to(K.dtype), mu)
     gate, u = _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, "silu", clip)
     up, u_up = _linear(h, weight_up, bias_up, U_up, K, kb, w, rate, p0, target_up, norm, rule, "identity", clip)
     _put(slot, write, (U, u), (U_up, u_up), (K, k), (kb, scale), (birth, event))
+    _note(bad, slot, write, K.shape[1], u, u_up, k)
     return F.silu(gate.to(h.dtype)) * up.to(h.dtype)
 
 
@@ -80,7 +89,7 @@ def reference_gated(
 
 @jit
 def _coefficients(
-    h_ptr, K_ptr, kb_ptr, birth_ptr, w_ptr, slot_ptr, event_ptr, write_ptr, c_ptr, norm_ptr,
+    h_ptr, K_ptr, kb_ptr, birth_ptr, w_ptr, slot_ptr, event_ptr, write_ptr, c_ptr, norm_ptr, bad_ptr,
     I, R, K_sb, kb_sb, birth_sb, w_sb, mu, NORMALISE: tl.constexpr, BIAS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """c [B, R] = w ⊙ (K h + kb) and norm [B] = ‖k‖; then this token's key into its slot.
@@ -116,6 +125,7 @@ def _coefficients(
             i = i0 + tl.arange(0, BI)
             h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
             tl.store(K_row + i, h * scale, mask=i < I)
+            tl.store(bad_ptr + b + i * 0, 1, mask=(i < I) & ~(tl.abs(h * scale) < float("inf")))
         if BIAS:
             tl.store(kb_ptr + b * kb_sb + r, scale)
         tl.store(birth_ptr + b * birth_sb + r, tl.load(event_ptr + b))
@@ -124,7 +134,7 @@ def _coefficients(
 @jit
 def _neurons(
     b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr, rate_ptr,
-    p0_ptr, target_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+    p0_ptr, target_ptr, bad_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
     RULE: tl.constexpr, PHI: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
     CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -162,13 +172,14 @@ def _neurons(
     end = tl.where((tl.load(write_ptr + b) != 0) & (slot >= 0) & (slot < R), O, 0)
     tl.debug_barrier()  # the slot may be one that was just read
     tl.store(U_ptr + b * U_sb + slot * O + n, u, mask=n < end)
+    tl.store(bad_ptr + b + n * 0, 1, mask=(n < end) & ~(tl.abs(u) < float("inf")))
     return a
 
 
 @jit
 def _single(
     h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr, rate_ptr, p0_ptr,
-    target_ptr, out_ptr, rows, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+    target_ptr, bad_ptr, out_ptr, rows, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
     RULE: tl.constexpr, PHI: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
     CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +188,7 @@ def _single(
     for b in range(first, first + rows):  # W stays in the L1 cache from row to row
         a = _neurons(
             b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate_ptr, p0_ptr, target_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+            rate_ptr, p0_ptr, target_ptr, bad_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
             RULE, PHI, GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
         )  # fmt: skip
         tl.store(out_ptr + b * O + n, a.to(out_ptr.dtype.element_ty), mask=n < O)
@@ -186,7 +197,7 @@ def _single(
 @jit
 def _gated(
     h_ptr, W_ptr, W2_ptr, bias_ptr, bias2_ptr, frozen_ptr, frozen2_ptr, U_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr,
-    slot_ptr, write_ptr, rate_ptr, p0_ptr, target_ptr, target2_ptr, out_ptr,
+    slot_ptr, write_ptr, rate_ptr, p0_ptr, target_ptr, target2_ptr, bad_ptr, out_ptr,
     rows, O, I, R, U_sb, U2_sb, w_sb, rate_sb, p0_sb, target_sb, target2_sb, clip,
     RULE: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIAS2: tl.constexpr, TARGET: tl.constexpr,
     CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
@@ -196,12 +207,12 @@ def _gated(
     for b in range(first, first + rows):
         gate = _neurons(
             b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate_ptr, p0_ptr, target_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
+            rate_ptr, p0_ptr, target_ptr, bad_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
             RULE, "silu", GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
         )  # fmt: skip
         up = _neurons(
             b, n, h_ptr, W2_ptr, bias2_ptr, frozen2_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate_ptr, p0_ptr, target2_ptr, O, I, R, U2_sb, w_sb, rate_sb, p0_sb, target2_sb, clip,
+            rate_ptr, p0_ptr, target2_ptr, bad_ptr, O, I, R, U2_sb, w_sb, rate_sb, p0_sb, target2_sb, clip,
             RULE, "identity", GEMV, HAS_BIAS2, TARGET, CLIP, BN, BK, BR,
         )  # fmt: skip
         # each linear's output has the model's dtype, as when the two run one by one
@@ -211,13 +222,13 @@ def _gated(
         tl.store(out_ptr + b * O + n, (gate * up).to(out_ptr.dtype.element_ty), mask=n < O)
 
 
-def _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu):
+def _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, bad, mu):
     require_triton(h, U, K)
     (B, I), R = h.shape, K.shape[1]
     c = torch.empty(B, R, dtype=torch.float32, device=h.device)
     norm = torch.empty(B, dtype=torch.float32, device=h.device)
     _coefficients[(R, B)](
-        h, K, birth if kb is None else kb, birth, w, slot, event, write, c, norm,
+        h, K, birth if kb is None else kb, birth, w, slot, event, write, c, norm, bad,
         I, R, K.stride(0), 0 if kb is None else kb.stride(0), birth.stride(0), w.stride(0), float(mu or 0),
         NORMALISE=mu is not None, BIAS=kb is not None, BI=min(1024, triton.next_power_of_2(I)),
         num_warps=4, **FUSED,
@@ -240,18 +251,18 @@ def _aligned(h, w, slot, event, write, target):
 
 
 def launch(
-    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip
+    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, bad, rule, activation, mu, clip
 ):  # fmt: skip
     (B, I), O, R = h.shape, len(weight), K.shape[1]
     h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
     rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
-    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu)
+    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, bad, mu)
     gemv, grid, tile = _shape(B, O, I)
     frozen = h if gemv else F.linear(h, weight, bias)
     out = torch.empty(B, O, dtype=h.dtype, device=h.device)
     _single[grid](
         h, weight, h if bias is None else bias, frozen, U, c, w, norm, slot, write, rate, p0,
-        h if target is None else target, out, B if gemv else 1, O, I, R, U.stride(0), w.stride(0),
+        h if target is None else target, bad, out, B if gemv else 1, O, I, R, U.stride(0), w.stride(0),
         rate.stride(0), p0.stride(0), target_sb, float(clip or 0),
         RULE=twin(rule).triton, PHI=activation, GEMV=gemv, HAS_BIAS=bias is not None,
         TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
@@ -261,13 +272,13 @@ def launch(
 
 def launch_gated(
     h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
-    target, target_up, rule, mu, clip,
+    target, target_up, bad, rule, mu, clip,
 ):  # fmt: skip
     (B, I), O, R = h.shape, len(weight), K.shape[1]
     target2_sb = _aligned(h, w, slot, event, write, target_up)[-1]
     h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
     rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
-    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, mu)
+    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, bad, mu)
     gemv, grid, tile = _shape(B, O, I)
     frozen = h if gemv else F.linear(h, weight, bias)
     frozen_up = h if gemv else F.linear(h, weight_up, bias_up)
@@ -275,7 +286,7 @@ def launch_gated(
     _gated[grid](
         h, weight, weight_up, h if bias is None else bias, h if bias_up is None else bias_up,
         frozen, frozen_up, U, U_up, c, w, norm, slot, write, rate, p0, h if target is None else target,
-        h if target_up is None else target_up, out, B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0),
+        h if target_up is None else target_up, bad, out, B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0),
         w.stride(0), rate.stride(0), p0.stride(0), target_sb, target2_sb, float(clip or 0),
         RULE=twin(rule).triton, GEMV=gemv, HAS_BIAS=bias is not None, HAS_BIAS2=bias_up is not None,
         TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
@@ -287,28 +298,30 @@ def launch_gated(
 
 
 @torch.library.custom_op(
-    "fastweights::step", mutates_args=("U", "K", "kb", "birth"), device_types="cuda"
+    "fastweights::step", mutates_args=("U", "K", "kb", "birth", "bad"), device_types="cuda"
 )  # fmt: skip
 def _op(
     h: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, K: Tensor, kb: Tensor | None, birth: Tensor,
     w: Tensor, slot: Tensor, event: Tensor, write: Tensor, rate: Tensor, p0: Tensor, target: Tensor | None,
-    rule: str, activation: str, mu: float | None, clip: float | None,
+    bad: Tensor, rule: str, activation: str, mu: float | None, clip: float | None,
 ) -> Tensor:  # fmt: skip
-    return launch(h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, rule, activation, mu, clip)
+    return launch(
+        h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, bad, rule, activation, mu, clip
+    )  # fmt: skip
 
 
 @torch.library.custom_op(
-    "fastweights::step_gated", mutates_args=("U", "U_up", "K", "kb", "birth"), device_types="cuda"
+    "fastweights::step_gated", mutates_args=("U", "U_up", "K", "kb", "birth", "bad"), device_types="cuda"
 )  # fmt: skip
 def _op_gated(
     h: Tensor, weight: Tensor, weight_up: Tensor, bias: Tensor | None, bias_up: Tensor | None,
     U: Tensor, U_up: Tensor, K: Tensor, kb: Tensor | None, birth: Tensor, w: Tensor, slot: Tensor, event: Tensor,
     write: Tensor, rate: Tensor, p0: Tensor, target: Tensor | None, target_up: Tensor | None,
-    rule: str, mu: float | None, clip: float | None,
+    bad: Tensor, rule: str, mu: float | None, clip: float | None,
 ) -> Tensor:  # fmt: skip
     return launch_gated(
         h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
-        target, target_up, rule, mu, clip,
+        target, target_up, bad, rule, mu, clip,
     )  # fmt: skip
 
 
@@ -329,7 +342,7 @@ def _(h, weight, *_):
 # ---- the choosers
 
 
-def _check(h, U, K, kb, birth, w, slot, event, write, backend):
+def _check(h, U, K, kb, birth, w, slot, event, write, bad, backend):
     B, R = len(h), K.shape[1]
     if R == 0:
         raise ValueError("step_() got factors with 0 slots, expected at least 1")
@@ -342,6 +355,8 @@ def _check(h, U, K, kb, birth, w, slot, event, write, backend):
     for name, x in (("slot", slot), ("event", event), ("write", write)):
         if tuple(x.shape) != (B,):
             raise ValueError(f"step_() got {name} of shape {list(x.shape)}, expected {[B]}")
+    if bad.shape != slot.shape or bad.dtype != torch.int32:
+        raise ValueError(f"step_() got bad of {bad.dtype} {list(bad.shape)}, expected torch.int32 {[B]}")
     if write.dtype != torch.bool:
         raise ValueError(f"step_() got write of {write.dtype}, expected bool")
     for name, x in (("U", U), ("K", K), ("kb", kb), ("birth", birth)):
@@ -355,20 +370,22 @@ def step_(
     h_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None,
     U_BRO: Tensor, K_BRI: Tensor, kb_BR: Tensor | None, birth_BR: Tensor, w_BR: Tensor,
     slot_B: Tensor, event_B: Tensor, write_B: Tensor, rate: Tensor, p0: Tensor | None = None,
-    target: Tensor | None = None, *, rule: str, activation: str, mu: float | None, clip: float | None = None,
-    backend: str = "torch",
+    target: Tensor | None = None, bad_B: Tensor | None = None, *, rule: str, activation: str, mu: float | None,
+    clip: float | None = None, backend: str = "torch",
 ) -> Tensor:  # fmt: skip
     """One token of one plastic linear: returns a [B, O] in h's dtype, and writes one event where asked.
 
     h [B, I] and W [O, I] any float dtype. U, K, kb float32 (float64 on the torch path), changed in place with
     birth (int64), which gets event_B; kb None: no fast bias. w [B, R]: weights of the events before this one.
     slot, event [B] int64, write [B] bool. rate, p0: tensors [] or [B]; target [O] or [B, O]. `rule` is a
-    name in `values.RULES`, `activation` "silu" or "identity"; mu None: the key is h itself.
+    name in `values.RULES`, `activation` "silu" or "identity"; mu None: the key is h itself. bad [B] int32 becomes 1
+    in rows whose event is not finite; None: nobody asks.
     """
-    _check(h_BI, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, backend)
+    bad_B = torch.zeros_like(slot_B, dtype=torch.int32) if bad_B is None else bad_B
+    _check(h_BI, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, bad_B, backend)
     arguments = (
         h_BI, weight_OI, bias_O, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, rate,
-        rate if p0 is None else p0, target, rule, activation, mu, clip,
+        rate if p0 is None else p0, target, bad_B, rule, activation, mu, clip,
     )  # fmt: skip
     match backend:
         case "triton":
@@ -381,15 +398,16 @@ def step_gated_(
     h_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, gate_bias_O: Tensor | None, up_bias_O: Tensor | None,
     U_gate_BRO: Tensor, U_up_BRO: Tensor, K_BRI: Tensor, kb_BR: Tensor | None, birth_BR: Tensor, w_BR: Tensor,
     slot_B: Tensor, event_B: Tensor, write_B: Tensor, rate: Tensor, p0: Tensor | None = None,
-    gate_target: Tensor | None = None, up_target: Tensor | None = None, *, rule: str, mu: float | None,
-    clip: float | None = None, backend: str = "torch",
+    gate_target: Tensor | None = None, up_target: Tensor | None = None, bad_B: Tensor | None = None, *, rule: str,
+    mu: float | None, clip: float | None = None, backend: str = "torch",
 ) -> Tensor:  # fmt: skip
     """One token of gate_proj and up_proj, which share keys, rule and slots: silu(a_gate) ⊙ a_up, [B, O]."""
-    _check(h_BI, U_gate_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, backend)
-    _check(h_BI, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, backend)
+    bad_B = torch.zeros_like(slot_B, dtype=torch.int32) if bad_B is None else bad_B
+    _check(h_BI, U_gate_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, bad_B, backend)
+    _check(h_BI, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, bad_B, backend)
     arguments = (
         h_BI, gate_OI, up_OI, gate_bias_O, up_bias_O, U_gate_BRO, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR,
-        slot_B, event_B, write_B, rate, rate if p0 is None else p0, gate_target, up_target, rule, mu, clip,
+        slot_B, event_B, write_B, rate, rate if p0 is None else p0, gate_target, up_target, bad_B, rule, mu, clip,
     )  # fmt: skip
     match backend:
         case "triton":

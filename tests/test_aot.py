@@ -100,7 +100,7 @@ def scan_constants(rule, **more):
     } | more
 
 
-STEP_TYPES = {"slot_ptr": "*i64", "event_ptr": "*i64", "birth_ptr": "*i64", "write_ptr": "*u8"}
+STEP_TYPES = {"slot_ptr": "*i64", "event_ptr": "*i64", "birth_ptr": "*i64", "write_ptr": "*u8", "bad_ptr": "*i32"}
 HALF = {f"{name}_ptr": "*bf16" for name in ("h", "W", "W2", "bias", "bias2", "frozen", "frozen2", "out")}
 ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "p0_sb", "kb_sb", "birth_sb", "w_sb", "w_st")
 

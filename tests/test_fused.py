@@ -272,3 +272,19 @@ def test_what_a_dead_slot_holds_is_not_read(steps):
         runs.append(episode.feed(ids[:, 8:]))
     assert len(steps) == 2
     assert torch.equal(*runs)
+
+
+def test_a_rule_given_to_one_linear_later_is_seen():
+    ids, runs = prompt(1, 12), []
+    for hooks in (False, True):
+        model = tiny(F32)
+        fast = fw.attach(model, [1, 2], fw.Hebbian(rate=0.1))
+        if hooks:
+            model.model.norm.register_forward_hook(lambda *_: None)
+        episode = fw.Episode(model)
+        for t in range(12):
+            if t == 6:
+                fast.linears[2, "up_proj"].rule = fw.Hebbian(rate=-0.3)
+            logits = episode.feed(ids[:, t])
+        runs.append(logits)
+    assert relative(*runs) < 1e-5

@@ -19,6 +19,7 @@ ORDER = [
         "probing",
         "snapshot",
         "stacks",
+        "captured",
         "episode",
         "surgery",
         "report",

@@ -545,6 +545,31 @@ def test_step_refuses_what_does_not_fit():
         step.step_(h[:, 0], W, None, U, K, None, birth, w, slot, slot, slot, rate, **common)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_step_notes_rows_whose_event_is_not_finite(backend, gated):
+    """Rows: fine, NaN input, infinite value alone (a large rate), NaN but not written, NaN but no such slot."""
+    B, O, I, R = 5, 7, 6, 3
+    h, W, _, _ = inputs(B, 1, I, O, torch.float32)
+    (U, K, kb), (U_up, _, _) = factors(B, R, I, O), factors(B, R, I, O)
+    birth, w = torch.zeros(B, R, dtype=torch.int64, device=DEVICE), torch.ones(B, R, device=DEVICE)
+    h[[1, 3, 4], 0, 2] = NAN
+    rate = torch.tensor([0.1, 0.1, 3e38, 0.1, 0.1], device=DEVICE)
+    W = W * 100
+    slot, write = torch.tensor([0, 1, 2, 1, R], device=DEVICE), torch.tensor([True, True, True, False, True]).to(DEVICE)
+    bad = torch.zeros(B, dtype=torch.int32, device=DEVICE)
+    state = (K, kb, birth, w, slot, slot, write, rate)
+    common = dict(bad_B=bad, rule="ones", mu=0.1, backend=backend)
+    if gated:
+        step.step_gated_(h[:, 0], W, W, None, None, U, U_up, *state, **common)
+    else:
+        step.step_(h[:, 0], W, None, U, *state, activation="identity", **common)
+    assert bad.tolist() == [0, 1, 1, 0, 0]
+    assert K[2].isfinite().all()
+    with pytest.raises(ValueError, match=r"got bad of torch.int64 \[5\], expected torch.int32 \[5\]"):
+        step.step_(h[:, 0], W, None, U, *state, bad_B=slot, rule="ones", mu=0.1, activation="identity")
+
+
 def test_step_operators():
     torch.use_deterministic_algorithms(False)
     h, W, bias, target = inputs(2, 1, 20, 30, torch.float32)
@@ -553,11 +578,12 @@ def test_step_operators():
     birth, w = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE), torch.rand(2, 4, device=DEVICE)
     rate = torch.tensor(0.1, device=DEVICE)
     rest = (K, kb, birth, w, slot, slot, write, rate, rate, target[:, 0])
+    bad = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     op, gated = torch.ops.fastweights.step.default, torch.ops.fastweights.step_gated.default
-    torch.library.opcheck(op, (h[:, 0], W, bias, U, *rest, "delta", "silu", 0.1, 0.5))
-    torch.library.opcheck(op, (h[:, 0], W, None, U, K, None, *rest[2:-1], None, "ones", "silu", None, None))
+    torch.library.opcheck(op, (h[:, 0], W, bias, U, *rest, bad, "delta", "silu", 0.1, 0.5))
+    torch.library.opcheck(op, (h[:, 0], W, None, U, K, None, *rest[2:-1], None, bad, "ones", "silu", None, None))
     torch.library.opcheck(
-        gated, (h[:, 0], W, W + 1, bias, None, U, U + 1, *rest, target[:, 0], "delta", 0.1, 0.5)
+        gated, (h[:, 0], W, W + 1, bias, None, U, U + 1, *rest, target[:, 0], bad, "delta", 0.1, 0.5)
     )  # fmt: skip
 
 
