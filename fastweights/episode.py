@@ -146,8 +146,7 @@ class Episode:
         ids_BT, mask_BT = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
         if logits not in ("all", "last"):
             raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
-        out_BTV = self._feed(ids_BT, mask_BT, update, generated=False, logits=logits)
-        return out_BTV
+        return self._feed(ids_BT, mask_BT, update, generated=False, logits=logits)
 
     def _feed(self, ids_BT: Tensor, mask_BT: Tensor | None, update: Update, generated: bool, logits: str) -> Tensor:
         if self._linears != plastic_linears(self.model):
@@ -164,7 +163,8 @@ class Episode:
             out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step=True)
         if self.logits_BV is not None and span.real_BT is not None:
             last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
-        self.logits_BV = last_BV.clone()  # a caller may change, or drop, what is returned
+        # a caller may change, or drop, what `feed` returns; `generate` hands out nothing of its last pass
+        self.logits_BV = last_BV if generated else last_BV.clone()
         for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
             seen.extend(i for i, r in zip(ids, real, strict=True) if r)
         return out_BTV
@@ -525,7 +525,7 @@ class Episode:
         for site, log in snapshot.logs.items():
             self.logs[site].become(log)
         self.pending = list(snapshot.pending)
-        self.logits_BV = snapshot.logits_BV
+        self.logits_BV = None if snapshot.logits_BV is None else snapshot.logits_BV.clone()
         self.seen = [list(ids) for ids in snapshot.seen]
         self.generator.set_state(snapshot.generator)
 

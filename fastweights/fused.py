@@ -6,14 +6,17 @@ machine without a C compiler, and the modules run instead. Shape suffixes as in 
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+from torch.utils.hooks import RemovableHandle
 
 from .kernels.cpu import MOST_ROWS, library
 from .kernels.decode import FAST, LAYER, decode
@@ -36,6 +39,7 @@ class Table:
         self.attributes = [m.__dict__ for m in modules]
         self.hooks = [m.__dict__[name] for m in modules for name in HOOKS]
         self.pointers = self._pointers()
+        self.unhooked_at = -1  # how many hooks torch had ever made when there was none here
         blocks: list[Any] = list(model.model.layers)
         # linears that stand in for the model's own: they say themselves whether they are plain at the moment
         self.guests: list[Any] = [
@@ -84,11 +88,12 @@ class Table:
 
     def hooked(self) -> bool:
         """Whether anything of the user's would run, or see, in an ordinary pass."""
-        return (
-            any(self.hooks)
-            or any("forward" in attributes for attributes in self.attributes)
-            or bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
-        )
+        made = RemovableHandle.next_id
+        if made != self.unhooked_at:
+            if any(self.hooks) or global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+                return True
+            self.unhooked_at = made
+        return any(map(operator.contains, self.attributes, repeat("forward")))
 
     def point_at(self, cache: KVCache) -> None:
         addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]

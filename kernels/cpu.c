@@ -38,7 +38,21 @@ static inline unsigned short to_bfloat16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
 }
 
-static float dot(const float *w, const float *x, long I) {
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float total(lanes s) {
+  typedef float half __attribute__((vector_size(32)));
+  typedef float quarter __attribute__((vector_size(16)));
+  half h[2];
+  memcpy(h, &s, sizeof s);
+  h[0] += h[1];
+  quarter q[2];
+  memcpy(q, h, sizeof q);
+  q[0] += q[1];
+  return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+}
+
+INLINE float dot(const float *w, const float *x, long I) {
   lanes s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
   long i = 0;
   for (; i + 64 <= I; i += 64) {
@@ -47,9 +61,7 @@ static float dot(const float *w, const float *x, long I) {
     s2 += *(const lanes *)(w + i + 32) * *(const lanes *)(x + i + 32);
     s3 += *(const lanes *)(w + i + 48) * *(const lanes *)(x + i + 48);
   }
-  s0 += s1 + s2 + s3;
-  float sum = 0;
-  for (int j = 0; j < 16; j++) sum += s0[j];
+  float sum = total((s0 + s1) + (s2 + s3));
   for (; i < I; i++) sum += w[i] * x[i];
   return sum;
 }
@@ -61,16 +73,14 @@ static inline lanes widen(const unsigned short *w) {
   return (lanes)(__builtin_convertvector(*(const half16 *)w, bits16) << 16);
 }
 
-static float dot_bfloat16(const unsigned short *w, const float *x, long I) {
+INLINE float dot_bfloat16(const unsigned short *w, const float *x, long I) {
   lanes s0 = {0}, s1 = {0};
   long i = 0;
   for (; i + 32 <= I; i += 32) {
     s0 += widen(w + i) * *(const lanes *)(x + i);
     s1 += widen(w + i + 16) * *(const lanes *)(x + i + 16);
   }
-  s0 += s1;
-  float sum = 0;
-  for (int j = 0; j < 16; j++) sum += s0[j];
+  float sum = total(s0 + s1);
   for (; i < I; i++) sum += from_bfloat16(w[i]) * x[i];
   return sum;
 }
@@ -102,6 +112,13 @@ static void share(long n, long *from, long *to) {
 /* y[m, o] (+)= W[o]·x[m] + b[o] for neurons from:to */
 static void product(float *y, const float *W, const float *b, const float *x, long M, long O, long I, long from,
                     long to, int add) {
+  if (M == 1) { /* the usual case, without the inner loop */
+    for (long o = from; o < to; o++) {
+      float a = dot(W + o * I, x, I) + (b ? b[o] : 0);
+      y[o] = add ? y[o] + a : a;
+    }
+    return;
+  }
   for (long o = from; o < to; o++)
     for (long m = 0; m < M; m++) {
       float a = dot(W + o * I, x + m * I, I) + (b ? b[o] : 0);
@@ -218,10 +235,23 @@ static void attend(const Layer *p, float *z, const float *q, float *scores, cons
 #pragma omp simd
     for (long t = 0; t <= position[m]; t++) s[t] = exponential(s[t] - most);
     for (long t = 0; t <= position[m]; t++) sum += s[t];
-    for (long e = 0; e < E; e++) out[e] = 0;
-    for (long t = 0; t <= position[m]; t++)
-      for (long e = 0; e < E; e++) out[e] += s[t] * V[t * E + e];
-    for (long e = 0; e < E; e++) out[e] /= sum;
+    long e = 0;
+    for (; e + 32 <= E; e += 32) {
+      lanes o0 = {0}, o1 = {0}, p0 = {0}, p1 = {0};
+      long t = 0;
+      for (; t < position[m]; t += 2) {
+        const float *v = V + t * E + e;
+        o0 += s[t] * *(const lanes *)v, o1 += s[t] * *(const lanes *)(v + 16);
+        p0 += s[t + 1] * *(const lanes *)(v + E), p1 += s[t + 1] * *(const lanes *)(v + E + 16);
+      }
+      if (t == position[m]) o0 += s[t] * *(const lanes *)(V + t * E + e), o1 += s[t] * *(const lanes *)(V + t * E + e + 16);
+      *(lanes *)(out + e) = (o0 + p0) / sum, *(lanes *)(out + e + 16) = (o1 + p1) / sum;
+    }
+    for (; e < E; e++) {
+      float a = 0;
+      for (long t = 0; t <= position[m]; t++) a += s[t] * V[t * E + e];
+      out[e] = a / sum;
+    }
   }
 }
 
