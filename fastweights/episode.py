@@ -298,7 +298,7 @@ class Episode:
                 write_B1 = rows_B[:, None].to(self.model.device)
                 for site, (_, h_BTI), grad_BTO in zip(pending.taped, tapes, grads, strict=True):
                     rule = self._linears[site].rule
-                    scale_BT = key_scale(rule, h_BTI)
+                    scale_BT = key_scale(rule, h_BTI.square().sum(-1))
                     k_BTI = h_BTI * scale_BT[..., None]
                     u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
                     new = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)

@@ -294,7 +294,7 @@ class PlasticLinear(nn.Module):
         rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip)
         if now.keys is None or now.keys.h_BTI.data_ptr() != h_BTI.data_ptr() or now.keys.form != form:
             h = (h_BTI if now.width == 1 else side_by_side(h_BTI)).detach().to(dtype)
-            scale_BT = key_scale(rule, h)
+            scale_BT = key_scale(rule, h.square().sum(-1))
             k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
             norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
             now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, norm_BT, {})

@@ -277,9 +277,8 @@ def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Te
     return target[row.to(target.device), position]
 
 
-def key_scale(rule: Rule, h: Tensor) -> Tensor:
-    """1 / (‖h‖² + mu), or 1 where the rule's key is h itself; [...] for h [..., I]."""
-    square = h.square().sum(-1)
+def key_scale(rule: Rule, square: Tensor) -> Tensor:
+    """1 / (‖h‖² + mu), or 1 where the rule's key is h itself; `square` is ‖h‖²."""
     return torch.ones_like(square) if rule.mu is None else 1 / (square + rule.mu)
 
 

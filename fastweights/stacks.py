@@ -5,7 +5,6 @@ Linears of one rule, activation and shape form a stack; to the rule they are one
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,24 +20,24 @@ from .state import EventLog, Events
 
 @dataclass(frozen=True)
 class Stack:
-    """What C leaves of N linears, float32: their inputs, W h + b, and that with ΔW h."""
+    """What C leaves of N linears, float32: their inputs, ‖h‖², W h + b, and that with ΔW h."""
 
     linears: list[PlasticLinear]
     records: np.ndarray  # FAST [N], a view
     row_NB1: Tensor  # the row of the episode
     h_NB1I: Tensor
+    square_NB1: Tensor
     frozen_NB1O: Tensor
     a_NB1O: Tensor
 
-    def event(self, position_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u [N, B, 1, O], k [N, B, 1, I] and bias key [N, B, 1] of this token, by the rule."""
+    def event(self, position_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """u [N, B, 1, O] of this token, by the rule, and the scale [N, B, 1] of its key k = scale · h."""
         rule, activation = self.linears[0].rule, self.linears[0].activation
         at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1), self.row_NB1)
-        scale_NB1 = key_scale(rule, self.h_NB1I)
-        k_NB1I = self.h_NB1I * scale_NB1[..., None]
-        norm_NB1 = scale_NB1 if rule.clip is None else k_NB1I.norm(dim=-1)
+        scale_NB1 = key_scale(rule, self.square_NB1)
+        norm_NB1 = scale_NB1 if rule.clip is None else self.square_NB1.sqrt() * scale_NB1
         u_NB1O = event_value(rule, rule.value(self.a_NB1O, activation(self.a_NB1O), at), norm_NB1, self.row_NB1)
-        return u_NB1O.contiguous(), k_NB1I, scale_NB1
+        return u_NB1O.contiguous(), scale_NB1
 
 
 class Stacks:
@@ -58,11 +57,11 @@ class Stacks:
             self.which[linear.site[0], list(ACTIVATIONS).index(linear.site[1])] = n
         self.stacks, start = [], 0
         for group in groups.values():
-            sizes = (group[0].in_features, group[0].out_features, group[0].out_features)
-            buffers = [torch.empty(len(group), rows, 1, size) for size in sizes]
+            I, O = group[0].in_features, group[0].out_features
+            buffers = [torch.empty(len(group), rows, 1, *size) for size in ((I,), (), (O,), (O,))]
             records = self.records[start : start + len(group)]
-            records["I"], records["O"], _ = sizes
-            for name, buffer in zip(("h", "frozen", "a"), buffers, strict=True):
+            records["I"], records["O"] = I, O
+            for name, buffer in zip(("h", "square", "frozen", "a"), buffers, strict=True):
                 records[name] = addresses(buffer)
             row_NB1 = torch.arange(rows)[:, None].expand(len(group), -1, -1)
             self.stacks.append(Stack(group, records, row_NB1, *buffers))
@@ -122,24 +121,25 @@ class Stacks:
         """Puts this token's events into their logs, or gives them back where there is more to do than that."""
         events = [stack.event(position_B1) for stack in self.stacks]
         slots = [now.logs[linear.site].next_slot() if now.whole else None for linear in self.linears]
-        if None in slots or not math.isfinite(sum(float(u.sum() + k.sum()) for u, k, _ in events)):
+        if None in slots:
             return self._events(now, events)
-        for stack, (u, k, key) in zip(self.stacks, events, strict=True):
-            stack.records["u"], stack.records["k"] = addresses(u), addresses(k)
-            stack.records["key"] = addresses(key) if stack.linears[0].rule.bias else 0
+        for stack, (u, scale) in zip(self.stacks, events, strict=True):
+            stack.records["u"], stack.records["scale"] = addresses(u), addresses(scale)
         self.records["slot"] = slots
         self.records["event"] = [now.logs[linear.site].events[0] for linear in self.linears]
-        put(self.records, self.rows)
+        if not put(self.records, self.rows):
+            return self._events(now, events)  # `check` will name it
         for linear in self.linears:
             now.logs[linear.site].landed(now.counts)
         return {}
 
-    def _events(self, now: Pass, events: list[tuple[Tensor, Tensor, Tensor]]) -> dict[Site, Events]:
+    def _events(self, now: Pass, events: list[tuple[Tensor, Tensor]]) -> dict[Site, Events]:
         assert now.write_BT is not None
         made = {}
-        for stack, (u_NB1O, k_NB1I, key_NB1) in zip(self.stacks, events, strict=True):
+        for stack, (u_NB1O, scale_NB1) in zip(self.stacks, events, strict=True):
             u_NB1O = u_NB1O.masked_fill(~now.write_BT[..., None], 0)
-            for linear, u, k, key in zip(stack.linears, u_NB1O, k_NB1I, key_NB1, strict=True):
+            k_NB1I = stack.h_NB1I * scale_NB1[..., None]
+            for linear, u, k, key in zip(stack.linears, u_NB1O, k_NB1I, scale_NB1, strict=True):
                 made[linear.site] = Events(u, k, key if linear.rule.bias else None, now.write_BT, now.whole)
         return made
 

@@ -11,9 +11,10 @@ typedef float lanes __attribute__((vector_size(64), aligned(4)));
 typedef struct {
   float *U, *K, *bias, *w;  /* [M, R, O], [M, R, I], [M, R] or NULL, [M, n] or NULL: all 1 */
   long *birth;              /* [M, R] */
-  float *h, *frozen, *a;    /* out: [M, I], [M, O] W h + b, [M, O] with ΔW */
+  float *h, *square;        /* out: [M, I], [M] ‖h‖² */
+  float *frozen, *a;        /* out: [M, O] W h + b, and with ΔW */
   float *c;                 /* scratch [M, n] */
-  const float *u, *k, *key; /* the event: [M, O], [M, I], bias key [M] or NULL */
+  const float *u, *scale;   /* the event: [M, O], and [M], with which k = scale h; the bias key is scale, too */
   long O, I, R, n;          /* n: slots in use */
   long slot, event;         /* where the event belongs, and its number from 0 */
 } Fast;
@@ -191,9 +192,11 @@ static void add_fast(const Fast *f, float *y, long M, long O, long from, long to
   }
 }
 
-static void remember(const Fast *f, const float *h, long n) {
-  if (f && omp_get_thread_num() == 0)
-    for (long i = 0; i < n; i++) f->h[i] = h[i];
+static void remember(const Fast *f, const float *h, long M) {
+  if (f && omp_get_thread_num() == 0) {
+    memcpy(f->h, h, M * f->I * sizeof(float));
+    for (long m = 0; m < M; m++) f->square[m] = dot(h + m * f->I, h + m * f->I, f->I);
+  }
 }
 
 /* rows of q, k and v of this thread's share, in units of one row; rope turns rows j and j + E/2 of a head together */
@@ -290,8 +293,8 @@ void decode(const Layer *layers, long L, const Fast *fast, const long *which, co
       if (fast_up) coefficients(fast_up, h, M, D);
       product(gate, p->gate, p->gateb, h, M, F, D, from, to, 0);
       product(up, p->up, p->upb, h, M, F, D, from, to, 0);
-      remember(fast_gate, h, M * D);
-      remember(fast_up, h, M * D);
+      remember(fast_gate, h, M);
+      remember(fast_up, h, M);
       if (fast_gate || fast_up) {
 #pragma omp barrier
         if (fast_gate) add_fast(fast_gate, gate, M, F, from, to);
@@ -305,7 +308,7 @@ void decode(const Layer *layers, long L, const Fast *fast, const long *which, co
       if (fast_down) {
         coefficients(fast_down, gate, M, F);
         product(down, p->down, p->downb, gate, M, D, F, from, to, 0);
-        remember(fast_down, gate, M * F);
+        remember(fast_down, gate, M);
 #pragma omp barrier
         add_fast(fast_down, down, M, D, from, to);
         for (long m = 0; m < M; m++)
@@ -321,14 +324,21 @@ void decode(const Layer *layers, long L, const Fast *fast, const long *which, co
   }
 }
 
-/* writes the event of every record into its slot */
-void put(const Fast *f, long N, long M) {
-  for (const Fast *end = f + N; f < end; f++)
+/* writes the event of every record into its slot; or none of them and 1, if a u or ‖h‖² is not finite */
+int put(const Fast *f, long N, long M) {
+  int bad = 0;
+  for (const Fast *p = f; p < f + N; p++) {
+    for (long i = 0; i < M * p->O; i++) bad |= !(p->u[i] - p->u[i] == 0);
+    for (long m = 0; m < M; m++) bad |= !(p->square[m] - p->square[m] == 0);
+  }
+  if (bad) return 1;
+  for (const Fast *p = f; p < f + N; p++)
     for (long m = 0; m < M; m++) {
-      long slot = m * f->R + f->slot;
-      memcpy(f->U + slot * f->O, f->u + m * f->O, f->O * sizeof(float));
-      memcpy(f->K + slot * f->I, f->k + m * f->I, f->I * sizeof(float));
-      if (f->key) f->bias[slot] = f->key[m];
-      f->birth[slot] = f->event;
+      long slot = m * p->R + p->slot;
+      memcpy(p->U + slot * p->O, p->u + m * p->O, p->O * sizeof(float));
+      for (long i = 0; i < p->I; i++) p->K[slot * p->I + i] = p->scale[m] * p->h[m * p->I + i];
+      if (p->bias) p->bias[slot] = p->scale[m];
+      p->birth[slot] = p->event;
     }
+  return 0;
 }

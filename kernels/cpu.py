@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
     loaded.gemv.argtypes = loaded.gemv_bfloat16.argtypes = [*[pointer] * 4, *[long] * 3, ctypes.c_int]
     loaded.decode.argtypes = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, ctypes.c_int]
     loaded.put.argtypes = [pointer, long, long]
-    loaded.gemv.restype = loaded.gemv_bfloat16.restype = loaded.decode.restype = loaded.put.restype = None
+    loaded.gemv.restype = loaded.gemv_bfloat16.restype = loaded.decode.restype = None
     return loaded
 
 

@@ -16,7 +16,7 @@ POINTER, LONG = np.uint64, np.int64
 WEIGHTS = ("norm1", "q", "k", "v", "o", "norm2", "gate", "up", "down")
 BIASES = ("qb", "kb", "vb", "ob", "gateb", "upb", "downb")
 LAYER = np.dtype([(name, POINTER) for name in (*WEIGHTS, *BIASES, "K", "V")])
-POINTERS = ("U", "K", "bias", "w", "birth", "h", "frozen", "a", "c", "u", "k", "key")
+POINTERS = ("U", "K", "bias", "w", "birth", "h", "square", "frozen", "a", "c", "u", "scale")
 FAST = np.dtype([(n, POINTER) for n in POINTERS] + [(n, LONG) for n in ("O", "I", "R", "n", "slot", "event")])
 
 
@@ -54,8 +54,11 @@ def decode(
     return y_BV
 
 
-def put(fast: np.ndarray, rows: int) -> None:
-    """Writes each record's event into its slot: u, k and bias key of every row, and its number."""
+def put(fast: np.ndarray, rows: int) -> bool:
+    """Writes each record's event into its slot: u, k = scale · h and bias key of every row, and its number.
+
+    False, and nothing is written, if one of them is not finite.
+    """
     helper = library()
     assert helper is not None
-    helper.put(fast.ctypes.data, len(fast), rows)
+    return not helper.put(fast.ctypes.data, len(fast), rows)
