@@ -33,12 +33,12 @@ class Table:
 
     def __init__(self, model: Llama):
         modules = list(model.modules())
-        self.registries = [m._modules for m in modules if m._modules]
-        self.children = self._children()
-        self.parameters = [m._parameters for m in modules if m._parameters]
+        found = [(r, name, part) for m in modules for r in (m._modules, m._parameters) for name, part in r.items()]
+        self.registries, self.names, self.parts = zip(*found, strict=True)
+        self.weights = [part for part in self.parts if isinstance(part, Tensor)]
+        self.pointers = list(map(Tensor.data_ptr, self.weights))
         self.attributes = [m.__dict__ for m in modules]
         self.hooks = [m.__dict__[name] for m in modules for name in HOOKS]
-        self.pointers = self._pointers()
         self.unhooked_at = -1  # how many hooks torch had ever made when there was none here
         blocks: list[Any] = list(model.model.layers)
         # linears that stand in for the model's own: they say themselves whether they are plain at the moment
@@ -68,12 +68,6 @@ class Table:
         self.cache: list[int] = []  # addresses of the KV buffers that `layers` names
         self.scratch = torch.empty(0)
 
-    def _children(self) -> list[nn.Module | None]:
-        return [child for registry in self.registries for child in registry.values()]
-
-    def _pointers(self) -> list[int]:
-        return [p.data_ptr() for parameters in self.parameters for p in parameters.values() if p is not None]
-
     def _check(self, model: Llama, modules: list[nn.Module]) -> bool:
         """Whether every module is of a kind, and every weight of a form, that the step in C knows."""
         known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList}
@@ -84,7 +78,8 @@ class Table:
 
     def stands(self) -> bool:
         """Whether modules and weights are where they were."""
-        return self._children() == self.children and self._pointers() == self.pointers
+        there = map(operator.is_, map(dict.get, self.registries, self.names), self.parts)
+        return all(there) and list(map(Tensor.data_ptr, self.weights)) == self.pointers
 
     def hooked(self) -> bool:
         """Whether anything of the user's would run, or see, in an ordinary pass."""

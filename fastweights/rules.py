@@ -279,7 +279,7 @@ def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Te
 
 def key_scale(rule: Rule, square: Tensor) -> Tensor:
     """1 / (‖h‖² + mu), or 1 where the rule's key is h itself; `square` is ‖h‖²."""
-    return torch.ones_like(square) if rule.mu is None else 1 / (square + rule.mu)
+    return torch.ones_like(square) if rule.mu is None else (square + rule.mu).reciprocal()
 
 
 def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None = None) -> Tensor:

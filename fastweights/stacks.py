@@ -5,6 +5,7 @@ Linears of one rule, activation and shape form a stack; to the rule they are one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -146,5 +147,9 @@ class Stacks:
 
 def addresses(tensor: Tensor) -> np.ndarray:
     """Where each entry of the first dimension begins."""
-    step = tensor.stride(0) * tensor.element_size()
-    return tensor.data_ptr() + step * np.arange(len(tensor), dtype=np.uint64)
+    return _count(tensor.shape[0]) * (tensor.stride(0) * tensor.element_size()) + tensor.data_ptr()
+
+
+@functools.cache
+def _count(n: int) -> np.ndarray:
+    return np.arange(n, dtype=np.uint64)
