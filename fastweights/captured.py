@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .model import KVCache, Llama, Span
-from .plastic import Pass, PlasticLinear, Site, Turn, bound
+from .passes import Pass, Site, Turn
+from .plastic import PlasticLinear, bound
 from .rules import Rule
 from .state import EventLog
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,34 +17,22 @@ from . import fused
 from .budget import OneByOne
 from .captured import Captured, graphed
 from .drift import Drift, drift
+from .events import Events, side_by_side
+from .generation import Step, generate
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
 from .moments import At, moments
-from .plastic import Pass, Site, bound, check_rows, check_targets, last_ran, plastic_linears, weight_norm
+from .options import check_rows, check_targets, weight_norm
+from .passes import Pass, Site
+from .plastic import bound, last_ran, plastic_linears
 from .probes.capture import check_sites
 from .probing import Trace, run
 from .rules import event_value, key_scale
 from .sampling import Sampling
 from .snapshot import Pending, Snapshot, load, save
 from .stacks import Stacks
-from .state import EventLog, Events, side_by_side
+from .state import EventLog
 from .tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Step:
-    """One generated token of each row, already read by the model, and written if `update` says so.
-
-    token_ids: [B] int64; rows that had ended repeat their last token.
-    logits: [B, V], what the token was chosen from.
-    text: what each row's token adds to its text, when `generate` got a tokenizer.
-    ended: whether each row has ended.
-    """
-
-    token_ids: Tensor
-    logits: Tensor
-    text: list[str]
-    ended: list[bool]
 
 
 class Episode:
@@ -351,67 +339,11 @@ class Episode:
             tokenizer: fills `Step.text`.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        if stop_strings and tokenizer is None:
-            raise ValueError("generate(stop_strings=...) needs tokenizer= to know the text")
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more")
-        if input_ids is None and self.logits_BV is None:
-            raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
-        stop = set(self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        prompt = (
-            None
-            if input_ids is None
-            else tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
-        )
-        longest = max(self.lengths) + max_new_tokens + (0 if prompt is None else prompt[0].shape[1])
-        if longest > self.cache.limit:
-            raise ValueError(
-                f"a prompt that ends at {longest - max_new_tokens} tokens and {max_new_tokens} new ones do not fit: "
-                f"the KV cache holds {self.cache.limit} per row"
-            )
-        return self._generate(prompt, max_new_tokens, update, sampling, stop, stop_strings, tokenizer)
-
-    def _generate(
-        self,
-        prompt: tuple[Tensor, Tensor | None] | None,
-        max_new_tokens: int,
-        update: Update,
-        sampling: Sampling,
-        stop: set[int],
-        stop_strings: list[str],
-        tokenizer: Tokenizer | None,
-    ) -> Iterator[Step]:
-        if prompt is not None:
-            with torch.no_grad():
-                self._feed(prompt[0], prompt[1], update, generated=False, logits="last")
-        if 0 in self.lengths:
-            raise ValueError(
-                f"row {self.lengths.index(0)} has read no token: generate() has nothing to go on from there"
-            )
-        ended = [False] * self.batch_size
-        streams = [tokenizer.stream() for _ in ended] if tokenizer else []
-        texts = [""] * self.batch_size
-        for _ in range(max_new_tokens):
-            assert self.logits_BV is not None
-            logits_BV = self.logits_BV
-            chosen_B = sampling.choose(logits_BV, self.seen, self.generator).cpu()
-            chosen = [s[-1] if done else c for s, done, c in zip(self.seen, ended, chosen_B.tolist(), strict=True)]
-            ids_B1 = torch.tensor(chosen)[:, None]
-            mask_B1 = ~torch.tensor(ended)[:, None] if any(ended) else None
-            with torch.no_grad():
-                self._feed(ids_B1, mask_B1, update, generated=True, logits="last")
-            pieces = ["" if done else s.push(c) for s, done, c in zip(streams, ended, chosen, strict=False)]
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)] if pieces else texts
-            ended = [
-                done or token in stop or any(s in text for s in stop_strings)
-                for done, token, text in zip(ended, chosen, texts, strict=True)
-            ]
-            yield Step(ids_B1[:, 0], logits_BV, pieces, ended)
-            if all(ended):
-                return
+        ids = None
+        if input_ids is not None:
+            ids = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
+        stop = self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids
+        return generate(self, ids, max_new_tokens, update, sampling, seed, stop, stop_strings, tokenizer)
 
     # ---- looking
 

@@ -3,90 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .budget import OVER_BUDGET, Budget
+from .budget import Budget
+from .events import Events, as_rows, side_by_side
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
 from .kernels.step import step_
 from .kernels.values import Value
 from .model import Llama
+from .options import backend_of, budget_of, check_target, factor_dtype_of
+from .passes import Binding, Keys, Pass, Site, Turn
 from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, key_scale, target_at
-from .state import OVERFLOW, EventLog, Events, as_rows, side_by_side
+from .state import OVERFLOW, EventLog
 
 if TYPE_CHECKING:
     from .episode import Episode
 
 ACTIVATIONS = {"gate_proj": SILU, "up_proj": IDENTITY, "down_proj": IDENTITY}
-Site = tuple[int, str]  # (layer, linear)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What the events of one input have in common, whatever the linear."""
-
-    h_BTI: Tensor  # the input itself, before any cast: identity tells whether another linear may share
-    form: tuple  # (mu, bias, decay, clip) of the rule
-    k_BTI: Tensor
-    bias_BT: Tensor | None
-    norm_BT: Tensor  # ‖k‖, where the rule clips
-    grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a single token's event needs at one linear, on the device: the same tensors at every token."""
-
-    event_B: Tensor  # its number, int64
-    slot_B: Tensor  # where it goes
-    w_BR: Tensor  # weights of the events before it
-    write_B: Tensor  # bool
-    rate: Tensor  # with p0, of the rule's twin: []
-    p0: Tensor
-    target: Tensor | None
-    bad_B: Tensor  # int32, becomes 1 where the event is not finite
-
-
-@dataclass
-class Pass:
-    """One forward pass over all plastic linears: what they may read, and what they leave to be written.
-
-    A linear stages its events, and the episode writes them when the whole pass has succeeded. A log that overflows
-    on the way is written at once; the episode has a copy of it.
-
-    Where B rows share one log, positions, mask and events are those of one row of T · B tokens, see `side_by_side`.
-    """
-
-    logs: Mapping[Site, EventLog]
-    position_BT: Tensor
-    write_BT: Tensor | None = None  # None: read only
-    counts: Sequence[int] = ()  # events to come, per row
-    whole: bool = False  # every token of every row is written
-    width: int = 1  # tokens side by side: B where the rows share one log
-    row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
-    weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
-    staged: dict[Site, Events] = field(default_factory=dict)
-    turns: Mapping[Site, Turn] = field(default_factory=dict)  # linears that write their event into its slot themselves
-    # gradient rules: (a, h) of this token, a with its graph
-    taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
-
-
-@dataclass
-class Binding:
-    """Which pass is running: one for all plastic linears of a model. Set by `bound`, None otherwise."""
-
-    now: Pass | None = None
 
 
 class PlasticLinear(nn.Module):
@@ -436,14 +376,14 @@ def attach(
         raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
-    factor_dtype = _factor_dtype(factor_dtype, model)
-    chosen = _choose_backend(backend, model, rule, factor_dtype)
+    factor_dtype = factor_dtype_of(factor_dtype, model)
+    chosen = backend_of(backend, model, rule, factor_dtype)
     sites = sorted({(layer, name) for layer in layers for name in linears})
     for layer, name in sites:
         if isinstance(getattr(model.model.layers[layer].mlp, name), PlasticLinear):
             raise ValueError(f"layers.{layer}.mlp.{name} is already plastic: fw.detach(model) first")
-    _check_target(model, rule, sites)
-    budgets = {site: _budget(model, site, budget, over_budget) for site in sites}
+    check_target(model, rule, sites)
+    budgets = {site: budget_of(model, site, budget, over_budget) for site in sites}
     binding = next((linear.binding for linear in plastic_linears(model).values()), Binding())
     plastic = {}
     for layer, name in sites:
@@ -458,102 +398,3 @@ def detach(model: Llama) -> None:
     """Puts the original linears back, all of them, as the same objects."""
     for (layer, name), plastic in plastic_linears(model).items():
         setattr(model.model.layers[layer].mlp, name, plastic.base)
-
-
-def _factor_dtype(asked: torch.dtype | None, model: Llama) -> torch.dtype:
-    least = torch.float64 if model.dtype == torch.float64 else torch.float32
-    if asked is not None and asked not in (least, torch.float64):
-        raise ValueError(
-            f"factor_dtype={asked}: expected {' or '.join({str(least): 0, 'torch.float64': 0})} for a "
-            f"{str(model.dtype)[6:]} model (small events vanish in narrower sums)"
-        )
-    return asked or least
-
-
-def _budget(model: Llama, site: Site, share: float | None, over: str) -> Budget | None:
-    if over not in OVER_BUDGET:
-        raise ValueError(f"over_budget={over!r}: expected one of {', '.join(map(repr, OVER_BUDGET))}")
-    if share is None:
-        return None
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < math.inf:
-        raise ValueError(f"budget={share!r}: expected a share of ‖W‖, a number above 0, or None")
-    norm = weight_norm(getattr(model.model.layers[site[0]].mlp, site[1]))
-    if not norm:
-        raise ValueError(f"budget={share!r}: layers.{site[0]}.mlp.{site[1]} is zero, and so is any share of it")
-    return Budget(float(share), over, share * norm)
-
-
-def weight_norm(linear: nn.Linear | PlasticLinear) -> float:
-    """‖W‖_F, summed in float64."""
-    return float(torch.linalg.vector_norm(linear.weight.detach(), dtype=torch.float64))
-
-
-def _choose_backend(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) -> str:
-    has_twin, cuda = hasattr(rule, "twin"), model.device.type == "cuda"
-    match backend:
-        case "torch":
-            return "torch"
-        case "auto":
-            if cuda and not has_twin and rule.neuron_local:
-                warnings.warn(f"{type(rule).__name__} has no Triton twin: it runs on torch", stacklevel=3)
-            return "triton" if cuda and has_twin and factor_dtype != torch.float64 else "torch"
-        case "triton":
-            if not has_twin:
-                raise ValueError(f"backend='triton': {type(rule).__name__} has no Triton twin, use 'torch'")
-            if model.dtype == torch.float64:
-                raise ValueError("backend='triton' computes in float32: use 'torch' for a float64 model")
-            if factor_dtype == torch.float64:
-                raise ValueError("backend='triton' computes in float32: use 'torch' for factor_dtype=torch.float64")
-            if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
-                raise ValueError(
-                    f"backend='triton' needs CUDA (or TRITON_INTERPRET=1): this model is on {model.device}"
-                )
-            return "triton"
-    raise ValueError(f"backend={backend!r}: expected 'auto', 'torch' or 'triton'")
-
-
-def _check_target(model: Llama, rule: Rule, sites: Sequence[Site]) -> None:
-    target = getattr(rule, "target", None)
-    if not isinstance(target, Tensor):
-        return
-    for layer, name in sites:
-        width = getattr(model.model.layers[layer].mlp, name).out_features
-        if target.shape[-1] != width:
-            raise ValueError(
-                f"{type(rule).__name__}(target=...) has shape {list(target.shape)}, "
-                f"but layers.{layer}.mlp.{name} needs a last dimension of {width}"
-            )
-
-
-def check_targets(linears: Mapping[Site, PlasticLinear], rows: int, position_BT: Tensor, write_BT: Tensor) -> None:
-    """Refuses written positions and rows that a rule's target does not reach."""
-    for plastic in linears.values():
-        target = getattr(plastic.rule, "target", None)
-        if not isinstance(target, Tensor) or target.dim() == 1 or not write_BT.any():
-            continue
-        last = int(position_BT[write_BT].max())
-        if last >= target.shape[-2] or (target.dim() == 3 and len(target) != rows):
-            raise ValueError(
-                f"{plastic.name}: the rule's target has shape {list(target.shape)}, "
-                f"but position {last} of {rows} rows is to be written"
-            )
-
-
-def check_rows(linears: Mapping[Site, PlasticLinear], rows: int, shared: bool) -> None:
-    """Refuses rates that are not one per row, and what rows that share one ΔW cannot have."""
-    for plastic in linears.values():
-        if shared and rows > 1 and plastic.budget is not None:
-            raise ValueError(
-                f"{plastic.name} has a budget, which is kept event by event, but the rows of a shared episode write "
-                "side by side: expected shared=False or a linear without a budget"
-            )
-        rate, rule = plastic.rule.rate, type(plastic.rule).__name__
-        if isinstance(rate, tuple) and len(rate) != rows:
-            raise ValueError(
-                f"{plastic.name}: {rule} has {len(rate)} rates, one per row, but this episode has batch {rows}"
-            )
-        if isinstance(rate, tuple) and shared and plastic.backend == "triton":
-            raise ValueError(
-                f"{plastic.name}: {rule} has a rate per row, which a shared episode cannot run on backend='triton': "
-                "attach with backend='torch'"
-            )

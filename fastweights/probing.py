@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .model import Span
 from .moments import Moment
-from .plastic import Pass, bound
+from .passes import Pass
+from .plastic import bound
 from .probes.capture import capture
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .model import Llama
-from .plastic import PlasticLinear, Site
+from .passes import Site
+from .plastic import PlasticLinear
 from .state import EventLog
 
 FORMAT = "fastweights episode 1"

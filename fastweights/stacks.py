@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .events import Events
 from .kernels.decode import FAST, put
-from .plastic import ACTIVATIONS, Pass, PlasticLinear, Site
+from .passes import Pass, Site
+from .plastic import ACTIVATIONS, PlasticLinear
 from .rules import Local, event_value, key_scale
-from .state import EventLog, Events
+from .state import EventLog
 
 
 @dataclass(frozen=True)

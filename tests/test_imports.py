@@ -11,8 +11,10 @@ FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
     *("config", "tokenizer", "hub", "kernels", "fused", "model", "gguf", "weights"),
-    *("rules", "budget", "slots", "compress", "state", "probes", "inputs", "sampling"),
+    *("rules", "budget", "slots", "compress", "events", "state", "probes", "inputs", "sampling"),
     *(
+        "passes",
+        "options",
         "plastic",
         "moments",
         "drift",
@@ -20,6 +22,7 @@ ORDER = [
         "snapshot",
         "stacks",
         "captured",
+        "generation",
         "episode",
         "surgery",
         "report",
@@ -28,8 +31,8 @@ ORDER = [
         "__init__",
     ),
 ]
-ALONE = {"config": set(), "rules": set(), "budget": set(), "slots": set(), "compress": set()}
-ALONE |= {"state": {"budget", "slots", "compress"}}
+ALONE = {"config": set(), "rules": set(), "budget": set(), "slots": set(), "compress": set(), "events": set()}
+ALONE |= {"state": {"budget", "slots", "compress", "events"}}
 ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "fused": {"kernels"}}
 ALONE |= {"model": {"config", "kernels", "fused"}}
 

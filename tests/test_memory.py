@@ -91,7 +91,7 @@ def resident():
 
 def passes():
     """Passes over a model that something still holds."""
-    return sum(type(o) is fw.plastic.Pass for o in gc.get_objects())
+    return sum(type(o) is fw.passes.Pass for o in gc.get_objects())
 
 
 @rules

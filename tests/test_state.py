@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastweights.compress import fold
-from fastweights.state import EventLog, Events
+from fastweights.events import Events
+from fastweights.state import EventLog
 
 F64, EPS = torch.float64, torch.finfo(torch.float64).eps
 CPU = torch.device("cpu")

@@ -1,0 +1,72 @@
+"""What one forward pass is to the plastic linears: what they may read, and what they leave to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .events import Events
+from .kernels.scan import Gram
+from .state import EventLog
+
+Site = tuple[int, str]  # (layer, linear)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the events of one input have in common, whatever the linear."""
+
+    h_BTI: Tensor  # the input itself, before any cast: identity tells whether another linear may share
+    form: tuple  # (mu, bias, decay, clip) of the rule
+    k_BTI: Tensor
+    bias_BT: Tensor | None
+    norm_BT: Tensor  # ‖k‖, where the rule clips
+    grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a single token's event needs at one linear, on the device: the same tensors at every token."""
+
+    event_B: Tensor  # its number, int64
+    slot_B: Tensor  # where it goes
+    w_BR: Tensor  # weights of the events before it
+    write_B: Tensor  # bool
+    rate: Tensor  # with p0, of the rule's twin: []
+    p0: Tensor
+    target: Tensor | None
+    bad_B: Tensor  # int32, becomes 1 where the event is not finite
+
+
+@dataclass
+class Pass:
+    """One forward pass over all plastic linears: what they may read, and what they leave to be written.
+
+    A linear stages its events, and the episode writes them when the whole pass has succeeded. A log that overflows
+    on the way is written at once; the episode has a copy of it.
+
+    Where B rows share one log, positions, mask and events are those of one row of T · B tokens, see `side_by_side`.
+    """
+
+    logs: Mapping[Site, EventLog]
+    position_BT: Tensor
+    write_BT: Tensor | None = None  # None: read only
+    counts: Sequence[int] = ()  # events to come, per row
+    whole: bool = False  # every token of every row is written
+    width: int = 1  # tokens side by side: B where the rows share one log
+    row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
+    weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
+    staged: dict[Site, Events] = field(default_factory=dict)
+    turns: Mapping[Site, Turn] = field(default_factory=dict)  # linears that write their event into its slot themselves
+    # gradient rules: (a, h) of this token, a with its graph
+    taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
+
+
+@dataclass
+class Binding:
+    """Which pass is running: one for all plastic linears of a model. Set by `bound`, None otherwise."""
+
+    now: Pass | None = None
