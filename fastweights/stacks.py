@@ -26,21 +26,20 @@ class Stack:
     """What C leaves of N linears, float32: their inputs, ‖h‖², W h + b, and that with ΔW h."""
 
     linears: list[PlasticLinear]
-    records: np.ndarray  # FAST [N], a view
+    here: slice  # of all records
     row_NB1: Tensor  # the row of the episode
     h_NB1I: Tensor
     square_NB1: Tensor
     frozen_NB1O: Tensor
     a_NB1O: Tensor
 
-    def event(self, position_B1: Tensor) -> tuple[Tensor, Tensor]:
-        """u [N, B, 1, O] of this token, by the rule, and the scale [N, B, 1] of its key k = scale · h."""
+    def value(self, position_B1: Tensor, scale_NB1: Tensor) -> Tensor:
+        """u [N, B, 1, O] of this token, by the rule; its key is k = scale · h."""
         rule, activation = self.linears[0].rule, self.linears[0].activation
         at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1), self.row_NB1)
-        scale_NB1 = key_scale(rule, self.square_NB1)
         norm_NB1 = scale_NB1 if rule.clip is None else self.square_NB1.sqrt() * scale_NB1
         u_NB1O = event_value(rule, rule.value(self.a_NB1O, activation(self.a_NB1O), at), norm_NB1, self.row_NB1)
-        return u_NB1O.contiguous(), scale_NB1
+        return u_NB1O.contiguous()
 
 
 class Stacks:
@@ -58,19 +57,21 @@ class Stacks:
         self.which = np.full((layers, 3), -1)
         for n, linear in enumerate(self.linears):
             self.which[linear.site[0], list(ACTIVATIONS).index(linear.site[1])] = n
+        self.square_LB1 = torch.empty(len(self.linears), rows, 1)
+        self.records["square"] = addresses(self.square_LB1)
         self.stacks, start = [], 0
         for group in groups.values():
-            I, O = group[0].in_features, group[0].out_features
-            buffers = [torch.empty(len(group), rows, 1, *size) for size in ((I,), (), (O,), (O,))]
-            records = self.records[start : start + len(group)]
-            records["I"], records["O"] = I, O
-            for name, buffer in zip(("h", "square", "frozen", "a"), buffers, strict=True):
-                records[name] = addresses(buffer)
+            I, O, here = group[0].in_features, group[0].out_features, slice(start, start + len(group))
+            h, frozen, a = (torch.empty(len(group), rows, 1, size) for size in (I, O, O))
+            self.records["I"][here], self.records["O"][here] = I, O
+            for name, buffer in (("h", h), ("frozen", frozen), ("a", a)):
+                self.records[name][here] = addresses(buffer)
             row_NB1 = torch.arange(rows)[:, None].expand(len(group), -1, -1)
-            self.stacks.append(Stack(group, records, row_NB1, *buffers))
-            start += len(group)
+            self.stacks.append(Stack(group, here, row_NB1, h, self.square_LB1[here], frozen, a))
+            start = here.stop
         self.buffers: list[int] = []  # addresses that the records name
-        self.kept: list[Tensor] = []  # alive while C reads them
+        self.kinds: list[int] = []  # logs of one kind and event count have the same slots in use, and weights
+        self.facts: list[tuple[int, Tensor | None, int | None]] = []  # slots in use, weights, where the event belongs
 
     def stands(self) -> bool:
         """Whether every linear still has the rule it was stacked by."""
@@ -94,17 +95,16 @@ class Stacks:
             for log in logs:
                 log.reserve(now.counts)
         self._point_at(logs)
-        self.records["n"] = used = [log.used for log in logs]
-        weights: dict[tuple, Tensor] = {}
-        self.records["w"] = 0
-        for n, log in enumerate(logs):
-            if used[n] and not log.plain(1):
-                key: tuple = (log.slots, log.decay, tuple(log.events))  # what the weights are a function of
-                key = (n, *key) if any(log.scaled) else key  # a budget has scaled this one by itself
-                if key not in weights:
-                    weights[key] = log.weights(log.now())[:, 0].contiguous()
-                self.records["w"][n] = weights[key].data_ptr()
-        self.kept = list(weights.values())
+        known: dict[tuple, tuple[int, Tensor | None, int | None]] = {}
+        self.facts = []
+        for kind, log in zip(self.kinds, logs, strict=True):
+            key = (kind, *log.events)
+            if key not in known:
+                w_BR = None if log.plain(1) or not log.used else log.weights(log.now())[:, 0].contiguous()
+                known[key] = log.used, w_BR, log.next_slot() if now.whole else None
+            self.facts.append(known[key])
+        self.records["n"] = [used for used, _, _ in self.facts]
+        self.records["w"] = [0 if w is None else w.data_ptr() for _, w, _ in self.facts]
         return self.records, self.which
 
     def _point_at(self, logs: list[EventLog]) -> None:
@@ -117,17 +117,30 @@ class Stacks:
         biased = [linear.rule.bias for linear in self.linears]
         self.records["bias"] = [log.bias_BR.data_ptr() if b else 0 for log, b in zip(logs, biased, strict=True)]
         self.records["R"] = [log.capacity for log in logs]
+        # with a budget each log is of its own kind: it is scaled by itself
+        kinds = [
+            (log.slots, log.decay, log.archive is None, None if log.budget is None else n) for n, log in enumerate(logs)
+        ]
+        self.kinds = [kinds.index(kind) for kind in kinds]
         self.scratch = torch.empty(len(logs), self.rows, max(log.capacity for log in logs))
         self.records["c"] = addresses(self.scratch)
 
     def write(self, now: Pass, position_B1: Tensor) -> dict[Site, Events]:
         """Puts this token's events into their logs, or gives them back where there is more to do than that."""
-        events = [stack.event(position_B1) for stack in self.stacks]
-        slots = [now.logs[linear.site].next_slot() if now.whole else None for linear in self.linears]
+        scales: dict[int, Tensor] = {}  # by rule
+        events = []
+        for stack in self.stacks:
+            rule = stack.linears[0].rule
+            if id(rule) not in scales:
+                scales[id(rule)] = key_scale(rule, self.square_LB1)
+            scale_NB1 = scales[id(rule)][stack.here]
+            events.append((stack.value(position_B1, scale_NB1), scale_NB1))
+        slots = [slot for _, _, slot in self.facts]
         if None in slots:
             return self._events(now, events)
-        for stack, (u, scale) in zip(self.stacks, events, strict=True):
-            stack.records["u"], stack.records["scale"] = addresses(u), addresses(scale)
+        for stack, (u_NB1O, scale_NB1) in zip(self.stacks, events, strict=True):
+            self.records["u"][stack.here] = addresses(u_NB1O)
+            self.records["scale"][stack.here] = addresses(scale_NB1)
         self.records["slot"] = slots
         self.records["event"] = [now.logs[linear.site].events[0] for linear in self.linears]
         if not put(self.records, self.rows):
