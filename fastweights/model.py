@@ -262,8 +262,17 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], span: Span, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        span: Span,
+        cache: KVCache | None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, span, cache)
+        if columns is not None:  # all that anyone will look at
+            x_BTD = x_BTD[:, columns]
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -350,12 +359,18 @@ class Llama(nn.Module):
         return logits_BTV
 
     def blocks(
-        self, x_BTD: Tensor, span: Span, cache: KVCache | None = None, start: int = 0, stop: int | None = None
+        self,
+        x_BTD: Tensor,
+        span: Span,
+        cache: KVCache | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream after blocks `start` to `stop`."""
-        rope = self.rope(span.position_BT)
+        """The residual stream after blocks `start` to `stop`; of some tokens alone, where `columns` [T′] names them."""
+        rope, final = self.rope(span.position_BT), self.model.layers[-1] if columns is not None else None
         for block in islice(self.model.layers, start, stop):
-            x_BTD = block(x_BTD, rope, span, cache)
+            x_BTD = block(x_BTD, rope, span, cache, *([columns] if block is final else []))
         return x_BTD
 
     def unembed(self, x_BTD: Tensor) -> Tensor:

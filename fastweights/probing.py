@@ -67,6 +67,9 @@ def run(
     with bound(model, episode, now):
         with capture(model, sites, columns) as low:
             x_BTD = model.blocks(model.model.embed_tokens(ids_BT.to(device)), span, stop=first)
+        # the last block's MLP runs for the columns alone that are kept, unless somebody's hook is to see them all
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers[-1].modules())
+        narrow = None if last or hooked else columns
         parts = []
         batches = (
             [None]
@@ -77,10 +80,12 @@ def run(
             times = 1 if batch is None else len(batch)
             if batch is not None:
                 now.weights = _weights(episode, batch, len(ids_BT))
-            with capture(model, sites, columns) as high:
+            with capture(model, sites, columns, narrowed=narrow is not None) as high:
                 there = span.repeat(times)
-                y_BTD = model.blocks(x_BTD.repeat(times, 1, 1), there, start=first)
-            y_BTD = there.last(y_BTD) if last else y_BTD if columns is None else y_BTD[:, columns]
+                y_BTD = model.blocks(x_BTD.repeat(times, 1, 1), there, start=first, columns=narrow)
+            if columns is not None and narrow is None and not last:
+                y_BTD = y_BTD[:, columns]
+            y_BTD = there.last(y_BTD) if last else y_BTD
             logits = model.unembed(y_BTD).unflatten(0, (times, -1))
             parts.append((logits, {site: _stacked(low[site], high[site], times) for site in low}))
             if progress is not None:

@@ -127,3 +127,22 @@ def test_probes_refuse_what_does_not_exist(arguments, message):
     _, episode = fed()
     with pytest.raises(ValueError, match=message):
         episode.probe(prompt(1, 5), **arguments)
+
+
+@pytest.mark.parametrize("layers", [[1], [3], [0, 3]])
+def test_kept_columns_are_those_of_the_whole_probe(layers):
+    """The last block runs for them alone, and for all of them while a hook looks on."""
+    model, ids = tiny(), prompt(1, 9)
+    fw.attach(model, layers, fw.Hebbian(rate=0.2))
+    episode = fw.Episode(model)
+    episode.feed(prompt(1, 6, seed=4))
+    sites, at, seen = ["resid_pre", "resid_mid", "resid_post"], [0, 3, 6], []
+    whole = episode.probe(ids, sites=sites, at=at)
+    for hooked in (False, True):
+        if hooked:
+            model.model.layers[-1].mlp.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+        some = episode.probe(ids, sites=sites, at=at, positions=[2, 7, 8])
+        torch.testing.assert_close(some.logits, whole.logits[..., [2, 7, 8], :], rtol=1e-12, atol=1e-12)
+        for site in sites:
+            torch.testing.assert_close(some[site], whole[site][..., [2, 7, 8], :], rtol=1e-12, atol=1e-12)
+    assert seen == [9]

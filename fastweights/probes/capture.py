@@ -22,13 +22,16 @@ def check_sites(sites: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def capture(model: Llama, sites: Sequence[str], columns: Tensor | None = None) -> Iterator[dict[str, list[Tensor]]]:
+def capture(
+    model: Llama, sites: Sequence[str], columns: Tensor | None = None, narrowed: bool = False
+) -> Iterator[dict[str, list[Tensor]]]:
     """Collects copies at the named sites of every block that runs inside; its hooks go whatever happens.
 
     Args:
         sites: "resid_pre" before a block, "resid_mid" between attention and MLP, "resid_post" after the
             block; "embedding" is collected along with "resid_post".
         columns: [T′] int64, the tokens to keep; None = all.
+        narrowed: the last block goes on with these columns alone, see `Llama.blocks`.
 
     Yields:
         name → one [B, T′, D] per block that ran, in that order.
@@ -40,28 +43,29 @@ def capture(model: Llama, sites: Sequence[str], columns: Tensor | None = None) -
     if "resid_post" in seen:
         seen["embedding"] = []
 
-    def keep(site: str, x_BTD: Tensor) -> None:
-        seen[site].append(x_BTD.detach().clone() if columns is None else x_BTD.detach()[:, columns])
+    def keep(site: str, x_BTD: Tensor, whole: bool) -> None:
+        seen[site].append(x_BTD.detach()[:, columns] if whole and columns is not None else x_BTD.detach().clone())
 
-    def before(site: str):
-        return lambda _module, args: keep(site, args[0])
+    def before(site: str, whole: bool):
+        return lambda _module, args: keep(site, args[0], whole)
 
-    def after(site: str):
-        return lambda _module, _args, output: keep(site, output)
+    def after(site: str, whole: bool):
+        return lambda _module, _args, output: keep(site, output, whole)
 
     with contextlib.ExitStack() as stack:
 
-        def hook(module: nn.Module, site: str, *, output: bool) -> None:
+        def hook(module: nn.Module, site: str, *, output: bool, whole: bool = True) -> None:
             register = module.register_forward_hook if output else module.register_forward_pre_hook
-            stack.callback(register((after if output else before)(site)).remove)
+            stack.callback(register((after if output else before)(site, whole)).remove)
 
         for block in model.model.layers:
+            whole = not (narrowed and block is model.model.layers[-1])
             if "resid_pre" in seen:
                 hook(block, "resid_pre", output=False)
             if "resid_mid" in seen:
-                hook(block.get_submodule("post_attention_layernorm"), "resid_mid", output=False)
+                hook(block.get_submodule("post_attention_layernorm"), "resid_mid", output=False, whole=whole)
             if "resid_post" in seen:
-                hook(block, "resid_post", output=True)
+                hook(block, "resid_post", output=True, whole=whole)
         if "resid_post" in seen:
             hook(model.model.embed_tokens, "embedding", output=True)
         yield seen
