@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -485,6 +486,13 @@ class Episode:
             written_B = torch.tensor(snapshot.waiting) if self.shared else waiting_B  # the one log has them all
             child._wait_again(waiting_B, self._per_state(written_B.long().tolist()))
         return child
+
+    def __deepcopy__(self, memo: dict) -> Episode:
+        """`fork()`, with the same model: the fast paths know buffers by their addresses, which must not be copied."""
+        return self.fork()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("an episode is neither pickled nor copied shallowly: save() and load() it, or fork() it")
 
     def undo(self, events: int = 1) -> None:
         """ΔW as it was before the last `events` events of every row; the KV cache keeps what was read with them.

@@ -1,5 +1,8 @@
 """The fused step against the modules it stands in for, and against the float64 oracle; and when it must not run."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from oracle import Oracle
@@ -201,8 +204,6 @@ def test_float64_half_gradients_and_many_rows_go_through_the_modules(steps):
 
 
 def test_changed_moved_and_copied_weights_are_seen(steps):
-    import copy
-
     model, ids = tiny(F32), prompt(1, 1)
     model(ids)
     twin = copy.deepcopy(model)
@@ -288,3 +289,16 @@ def test_a_rule_given_to_one_linear_later_is_seen():
             logits = episode.feed(ids[:, t])
         runs.append(logits)
     assert relative(*runs) < 1e-5
+
+
+def test_a_deep_copy_is_a_fork_and_a_pickle_is_refused():
+    model, ids = tiny(F32), prompt(1, 12)
+    fw.attach(model, [1, 2], fw.Hebbian(rate=0.1))
+    episode = fw.Episode(model)
+    for t in range(6):
+        episode.feed(ids[:, t])
+    runs = [[one.feed(ids[:, t]) for t in range(6, 12)] for one in (copy.deepcopy(episode), episode.fork(), episode)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    for refused in (pickle.dumps, copy.copy):
+        with pytest.raises(TypeError, match=r"save\(\) and load\(\) it, or fork\(\) it"):
+            refused(episode)
