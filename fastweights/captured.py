@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .model import KVCache, Llama, Span
 from .passes import Pass, Site, Turn
 from .plastic import PlasticLinear, bound
 from .rules import Rule
 from .state import EventLog
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .episode import Episode
@@ -71,11 +71,8 @@ class Captured:
         self.local = True  # whether all of them are neuron-local and have a kernel
         self.kernels: list[tuple] = []  # what of them is no number
         self.form: tuple | None = None  # what the step relies on by value, and ...
-        self.holders: list[dict] = []  # ... by identity: in this dictionary,
-        self.names: list[str] = []  # under this name,
-        self.parts: list[object] = []  # this very object
+        self.watch: Watch | None = None  # ... by identity: the model's parts, and the buffers of the logs
         self.alike: list[list[EventLog]] = []  # logs whose events fall together
-        self.weights: list[Tensor] = []
         self.moved: list[Tensor] = []  # targets that were copied to the device
         dtype = next((log.dtype for log in logs.values()), model.dtype)
         # rate of each linear and row, then p0
@@ -117,7 +114,7 @@ class Captured:
         )
         with bound(self.model, episode, self.now), torch.cuda.device_of(self.inputs):
             # after a change as it stands, too: a recording must find every kernel compiled and loaded
-            if self.record is None or changed or self._watched():
+            if self.record is None or changed or self.watch is None or self.watch.hooked():
                 logits_B1V = self._run()
             else:
                 if self.replay is None:
@@ -162,37 +159,21 @@ class Captured:
         form = self._form(end, writes)
         changed = (
             form != self.form
-            or not all(map(operator.is_, map(dict.get, self.holders, self.names), self.parts))
+            or self.watch is None
+            or not self.watch.stands()
             or any(log.events != logs[0].events for logs in self.alike for log in logs)
         )
         if changed:
             self.replay = None
             self.end = end
-            self._list_parts()
+            self.watch = Watch(self.model, *((vars(log), "U_BRO", log.U_BRO) for log in self.logs.values()))
             self._make_turns(writes)
             self.form = self._form(end, writes)
         return changed
 
     def _form(self, end: int, writes: bool) -> tuple:
         versions = [target._version for target in self.moved]
-        return end, writes, self.cache.capacity, self.kernels, versions, [w.data_ptr() for w in self.weights]
-
-    def _list_parts(self) -> None:
-        modules = list(self.model.modules())
-        self.weights = list(self.model.parameters())
-        found: list[tuple[dict, str, object]] = [(vars(log), "U_BRO", log.U_BRO) for log in self.logs.values()]
-        for registry in (registry for m in modules for registry in (m._modules, m._parameters)):
-            found += [(registry, name, part) for name, part in registry.items()]
-        self.holders, self.names, self.parts = (list(column) for column in zip(*found, strict=True))
-        self.attributes = [vars(m) for m in modules]
-        # these dictionaries are filled and emptied in place
-        self.hooks = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
-        for m in modules:
-            self.hooks += [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
-
-    def _watched(self) -> bool:
-        """Whether hooks, or somebody's own `forward`, are to run at every token: a replay has no Python."""
-        return any(self.hooks) or any(map(operator.contains, self.attributes, repeat("forward")))
+        return end, writes, self.cache.capacity, self.kernels, versions
 
     def _read_rules(self) -> None:
         """What of the rules is a number goes into a tensor; the rest is part of the form."""

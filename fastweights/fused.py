@@ -6,40 +6,29 @@ machine without a C compiler, and the modules run instead. Shape suffixes as in 
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
-from torch.utils.hooks import RemovableHandle
 
 from .kernels.cpu import MOST_ROWS, library
 from .kernels.decode import FAST, LAYER, decode
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .model import KVCache, Llama, Span
 
 MLP = ("gate_proj", "up_proj", "down_proj")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Table:
-    """Where a model's weights lie, and whether that is still so."""
+    """Where a model's weights lie."""
 
     def __init__(self, model: Llama):
-        modules = list(model.modules())
-        found = [(r, name, part) for m in modules for r in (m._modules, m._parameters) for name, part in r.items()]
-        self.registries, self.names, self.parts = zip(*found, strict=True)
-        self.weights = [part for part in self.parts if isinstance(part, Tensor)]
-        self.pointers = list(map(Tensor.data_ptr, self.weights))
-        self.attributes = [m.__dict__ for m in modules]
-        self.hooks = [m.__dict__[name] for m in modules for name in HOOKS]
-        self.unhooked_at = -1  # how many hooks torch had ever made when there was none here
+        self.watch = Watch(model)
         blocks: list[Any] = list(model.model.layers)
         # linears that stand in for the model's own: they say themselves whether they are plain at the moment
         self.guests: list[Any] = [
@@ -48,7 +37,7 @@ class Table:
             for name in MLP
             if (linear := getattr(block.mlp, name)) is not None and type(linear) is not type(model.lm_head)
         ]
-        self.usable = self._check(model, modules) and library() is not None
+        self.usable = self._check(model) and library() is not None
         if not self.usable:
             return
         config = model.config
@@ -68,27 +57,14 @@ class Table:
         self.cache: list[int] = []  # addresses of the KV buffers that `layers` names
         self.scratch = torch.empty(0)
 
-    def _check(self, model: Llama, modules: list[nn.Module]) -> bool:
+    def _check(self, model: Llama) -> bool:
         """Whether every module is of a kind, and every weight of a form, that the step in C knows."""
+        modules = list(model.modules())
         known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList}
         known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
         guests = {id(guest) for guest in self.guests}
         kinds = all(type(m) in known or (id(m) in guests and hasattr(m, "plain")) for m in modules)
         return kinds and all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in model.parameters())
-
-    def stands(self) -> bool:
-        """Whether modules and weights are where they were."""
-        there = map(operator.is_, map(dict.get, self.registries, self.names), self.parts)
-        return all(there) and list(map(Tensor.data_ptr, self.weights)) == self.pointers
-
-    def hooked(self) -> bool:
-        """Whether anything of the user's would run, or see, in an ordinary pass."""
-        made = RemovableHandle.next_id
-        if made != self.unhooked_at:
-            if any(self.hooks) or global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-                return True
-            self.unhooked_at = made
-        return any(map(operator.contains, self.attributes, repeat("forward")))
 
     def point_at(self, cache: KVCache) -> None:
         addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]
@@ -111,9 +87,9 @@ def usable(model: Llama, rows: int) -> Table | None:
     ):
         return None
     table = _tables.get(model)
-    if table is None or not table.stands():
+    if table is None or not table.watch.stands():
         table = _tables[model] = Table(model)
-    return table if table.usable and not table.hooked() else None
+    return table if table.usable and not table.watch.hooked() else None
 
 
 def step(

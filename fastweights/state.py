@@ -133,7 +133,7 @@ class EventLog:
         return self.slots.segments(self.events, write_BT, width)
 
     def fits(self, counts: Sequence[int]) -> bool:
-        """Whether appending so many events [B] leaves what is written as it is, so that `rewind` takes them back."""
+        """Whether appending so many events [B] leaves what is written as it is, so that `roll_back` takes them back."""
         return self.slots.fits(self.events, counts)
 
     def check_room(self, counts: Sequence[int]) -> None:
@@ -414,8 +414,7 @@ class EventLog:
         """Takes back events that `fits` said fit: unlike `rewind`, it does not ask what came before them."""
         gone_BR = self.birth_BR >= torch.tensor(list(events), device=self.birth_BR.device)[:, None]
         if self.budget is not None and self.norm_BR is not None:
-            counted_BR = gone_BR & (self.birth_BR < self.now())  # a kernel may have put in one that was then refused
-            fewer = (counted_BR & (self.norm_BR > self.budget.limit)).sum(1).tolist()
+            fewer = (gone_BR & (self.norm_BR > self.budget.limit)).sum(1).tolist()
             self.scaled = [n - f for n, f in zip(self.scaled, fewer, strict=True)]
         self.birth_BR.masked_fill_(gone_BR, -1)
         self.events = list(events)
