@@ -115,7 +115,7 @@ def step(
     if span.real_BT is not None:  # the last slot is scratch
         slot_B1 = torch.where(span.real_BT, slot_B1, slots - 1)
     x_BD = nn.functional.embedding(input_ids[:, 0], model.model.embed_tokens.weight)
-    needed = rows * (2 * H * E + 2 * F + x_BD.shape[1] + H * slots)
+    needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * slots + torch.get_num_threads() * H * (E + 2))
     if len(table.scratch) < needed:
         table.scratch = torch.empty(needed)
     fast, which = table.frozen if read is None else read()

@@ -53,10 +53,13 @@ INLINE float total(lanes s) {
   return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
+/* w is most often read from memory, once: 4 KB ahead of it, past the end of a page where the processor's own prefetch
+   stops, and without pushing anything else out of the caches */
 INLINE float dot(const float *w, const float *x, long I) {
   lanes s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
   long i = 0;
   for (; i + 64 <= I; i += 64) {
+    for (int line = 0; line < 64; line += 16) __builtin_prefetch(w + i + 1024 + line, 0, 0);
     s0 += *(const lanes *)(w + i) * *(const lanes *)(x + i);
     s1 += *(const lanes *)(w + i + 16) * *(const lanes *)(x + i + 16);
     s2 += *(const lanes *)(w + i + 32) * *(const lanes *)(x + i + 32);
@@ -223,52 +226,75 @@ static void project(const Layer *p, float *q, const float *h, const float *cosin
   }
 }
 
-static void attend(const Layer *p, float *z, const float *q, float *scores, const long *position, long M, long H, long KH,
+/* Attention is shared out by positions, so that every key and value is read once, in order. A part is what one thread
+   finds of one head: E sums of s v, the largest score, and the sum of s. */
+static long parts(long position) {
+  long most = 1 + position / 32, T = omp_get_num_threads();
+  return most < T ? most : T;
+}
+
+static void attend(const Layer *p, float *part, const float *q, float *scores, const long *position, long M, long H, long KH,
                    long E, long S) {
-  long from, to;
-  share(M * H, &from, &to);
-  for (long i = from; i < to; i++) {
-    long m = i / H, kv = (m * KH + i % H / (H / KH)) * S * E;
+  for (long i = 0; i < M * H; i++) {
+    long m = i / H, kv = (m * KH + i % H / (H / KH)) * S * E, n = parts(position[m]), k = omp_get_thread_num();
+    if (k >= n) continue;
+    long from = (position[m] + 1) * k / n, to = (position[m] + 1) * (k + 1) / n;
     const float *K = p->K + kv, *V = p->V + kv, *query = q + i * E;
-    float *s = scores + i * S, *out = z + i * E, most = -INFINITY, sum = 0, root = 1 / sqrtf(E);
-    for (long t = 0; t <= position[m]; t++) {
-      s[t] = root * dot(query, K + t * E, E);
+    float *s = scores + i * S, *out = part + (k * M * H + i) * (E + 2), most = -INFINITY, sum = 0, root = 1 / sqrtf(E);
+    for (long t = from; t < to; t++) {
+      s[t] = root * dot(K + t * E, query, E);
       most = s[t] > most ? s[t] : most;
     }
 #pragma omp simd
-    for (long t = 0; t <= position[m]; t++) s[t] = exponential(s[t] - most);
-    for (long t = 0; t <= position[m]; t++) sum += s[t];
+    for (long t = from; t < to; t++) s[t] = exponential(s[t] - most);
+    for (long t = from; t < to; t++) sum += s[t];
     long e = 0;
     for (; e + 32 <= E; e += 32) {
       lanes o0 = {0}, o1 = {0}, p0 = {0}, p1 = {0};
-      long t = 0;
-      for (; t < position[m]; t += 2) {
+      long t = from;
+      for (; t + 1 < to; t += 2) {
         const float *v = V + t * E + e;
         o0 += s[t] * *(const lanes *)v, o1 += s[t] * *(const lanes *)(v + 16);
         p0 += s[t + 1] * *(const lanes *)(v + E), p1 += s[t + 1] * *(const lanes *)(v + E + 16);
       }
-      if (t == position[m]) o0 += s[t] * *(const lanes *)(V + t * E + e), o1 += s[t] * *(const lanes *)(V + t * E + e + 16);
-      *(lanes *)(out + e) = (o0 + p0) / sum, *(lanes *)(out + e + 16) = (o1 + p1) / sum;
+      if (t < to) o0 += s[t] * *(const lanes *)(V + t * E + e), o1 += s[t] * *(const lanes *)(V + t * E + e + 16);
+      *(lanes *)(out + e) = o0 + p0, *(lanes *)(out + e + 16) = o1 + p1;
     }
     for (; e < E; e++) {
-      float a = 0;
-      for (long t = 0; t <= position[m]; t++) a += s[t] * V[t * E + e];
-      out[e] = a / sum;
+      out[e] = 0;
+      for (long t = from; t < to; t++) out[e] += s[t] * V[t * E + e];
+    }
+    out[E] = most, out[E + 1] = sum;
+  }
+}
+
+/* z of all heads from its parts */
+static void combine(float *z, const float *part, const long *position, long M, long H, long E) {
+  for (long i = 0; i < M * H; i++, z += E) {
+    long n = parts(position[i / H]), stride = M * H * (E + 2);
+    const float *own = part + i * (E + 2);
+    float most = -INFINITY, sum = 0;
+    for (long k = 0; k < n; k++) most = own[k * stride + E] > most ? own[k * stride + E] : most;
+    for (long k = 0; k < n; k++) sum += expf(own[k * stride + E] - most) * own[k * stride + E + 1];
+    for (long e = 0; e < E; e++) z[e] = 0;
+    for (long k = 0; k < n; k++) {
+      float by = expf(own[k * stride + E] - most) / sum;
+      for (long e = 0; e < E; e++) z[e] += by * own[k * stride + e];
     }
   }
 }
 
 /* x [M, D] embeddings → y [M, V] logits. position [M]; slot [M]: where a row's token is stored. frequency [E/2]: rope's
    angle per position. fast: records, of which which[3 l], [3 l + 1], [3 l + 2] are layer l's gate, up and down; -1:
-   frozen. scratch: M (2 H E + 2 F + D + H S) floats. */
+   frozen. scratch: M (H E + 2 F + D + H S + threads H (E + 2)) floats. */
 void decode(const Layer *layers, long L, const Fast *fast, const long *which, const float *norm, const float *head,
             float *x, float *y, const float *frequency, const long *position, const long *slot, float *scratch, long M,
             long D, long F, long H, long KH, long E, long S, long V, float eps, int threads) {
-  float *q = scratch, *z = q + M * H * E, *gate = z + M * H * E, *up = gate + M * F, *down = up + M * F,
-        *scores = down + M * D;
+  float *q = scratch, *gate = q + M * H * E, *up = gate + M * F, *down = up + M * F, *scores = down + M * D,
+        *part = scores + M * H * S;
 #pragma omp parallel num_threads(threads)
   {
-    float h[M * D], cosine[M * E / 2], sine[M * E / 2];
+    float h[M * D], z[M * H * E], cosine[M * E / 2], sine[M * E / 2];
     long from, to;
     for (long m = 0, i = 0; m < M; m++)
       for (long j = 0; j < E / 2; j++, i++) {
@@ -282,8 +308,9 @@ void decode(const Layer *layers, long L, const Fast *fast, const long *which, co
       rms_norm(h, x, p->norm1, M, D, eps);
       project(p, q, h, cosine, sine, slot, M, D, H, KH, E, S);
 #pragma omp barrier
-      attend(p, z, q, scores, position, M, H, KH, E, S);
+      attend(p, part, q, scores, position, M, H, KH, E, S);
 #pragma omp barrier
+      combine(z, part, position, M, H, E);
       share(D, &from, &to);
       product(x, p->o, p->ob, z, M, D, H * E, from, to, 1);
 #pragma omp barrier

@@ -40,7 +40,7 @@ def decode(
     layers: LAYER [L]. fast: FAST [N], what is plastic; which [L, 3] int64: the record of each layer's gate, up and
     down, -1 where it is frozen. frequency [E/2]: rope's angle per position. position, slot [B] int64: each row's
     position, and where its key and value are stored. sizes: F, H, KH, E. slots: S of the cache. scratch:
-    B (2 H E + 2 F + D + H S) numbers.
+    B (H E + 2 F + D + H S + threads H (E + 2)) numbers.
     """
     helper = library()
     assert helper is not None
