@@ -346,10 +346,11 @@ class EventLog:
     def _reserve(self, slots: int) -> None:
         if slots <= self.capacity:
             return
-        extra = max(slots, 2 * self.capacity) - self.capacity
+        n, slots = self.capacity, max(slots, 2 * self.capacity)
         for name, old in self._buffers().items():
-            more = old.new_full((old.shape[0], extra, *old.shape[2:]), -1 if name == "birth" else 0)
-            setattr(self, BUFFERS[name], torch.cat([old, more], dim=1))
+            larger = old.new_empty(old.shape[0], slots, *old.shape[2:])
+            larger[:, :n], larger[:, n:] = old, -1 if name == "birth" else 0
+            setattr(self, BUFFERS[name], larger)
 
     # ---- other moments
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from .linear import product
 from .values import FUSED, jit, require_triton, tl, triton
 
 
@@ -27,10 +28,8 @@ def reference(
     if R == 0:
         return x_BTI.new_zeros(B, T, O, dtype=dtype)
     if w is None:
-        # bmm, where the batches agree, saves `@` its look at every dimension: this runs at each token
-        product = torch.bmm if B == len(U_BRO) == len(K_BRI) else torch.matmul
-        c_BTR = product(x_BTI.to(dtype), K_BRI.mT)
-        return product(c_BTR if kb_BR is None else c_BTR + kb_BR[:, None], U_BRO)
+        c_BTR = _times(x_BTI.to(dtype), K_BRI.mT)
+        return _times(c_BTR if kb_BR is None else c_BTR + kb_BR[:, None], U_BRO)
     w_BTR = (w if w.dim() == 3 else w[:, None]).to(dtype).expand(B, T, R)
     x_BTI = x_BTI.to(dtype)
     if B > 1 and _shared(U_BRO) and _shared(K_BRI):  # one large product instead of B small ones
@@ -45,12 +44,19 @@ def _shared(factor: torch.Tensor) -> bool:
     return factor.shape[0] == 1 or factor.stride(0) == 0
 
 
+def _times(x_BTI: torch.Tensor, W_BIO: torch.Tensor) -> torch.Tensor:
+    if len(W_BIO) == 1:
+        return product(x_BTI, W_BIO[0].T)
+    # bmm, where the batches agree, saves `@` its look at every dimension: this runs at each token
+    return torch.bmm(x_BTI, W_BIO) if len(x_BTI) == len(W_BIO) else x_BTI @ W_BIO
+
+
 def _masked(x_BTI, U_BRO, K_BRI, kb_BTR, w_BTR):
-    c_BTR = x_BTI @ K_BRI.mT
+    c_BTR = _times(x_BTI, K_BRI.mT)
     if kb_BTR is not None:
         c_BTR = c_BTR + kb_BTR
     c_BTR = (c_BTR * w_BTR).masked_fill(w_BTR == 0, 0)
-    y_BTO = c_BTR @ U_BRO
+    y_BTO = _times(c_BTR, U_BRO)
     if y_BTO.is_cpu and not torch.compiler.is_compiling() and bool(y_BTO.detach().sum().isfinite()):
         return y_BTO
     # 0 · NaN is NaN: take what is not finite out of U, and give NaN only to who reads it alive

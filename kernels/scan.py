@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .linear import product
 from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
 
@@ -62,7 +63,7 @@ class Gram:
         return G
 
     def _rows(self, t0: int, t1: int) -> torch.Tensor:
-        G = self.h[:, t0:t1] @ self.k[:, :t1].mT
+        G = torch.stack([product(h, k) for h, k in zip(self.h[:, t0:t1], self.k[:, :t1], strict=True)])
         if self.kb is not None:
             G += self.kb[:, None, :t1]
         if isinstance(self.decay, torch.Tensor) or self.decay != 0:
@@ -89,60 +90,62 @@ def scan_sequential(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torc
 
 def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in matrix products: earlier tokens enter as a GEMM, INNER tokens are solved together."""
+    whole = bool(gram.write.all())
+
+    def event(a: torch.Tensor, t0: int, t1: int) -> torch.Tensor:
+        u = value(a, t0, t1)
+        return u if whole else u.masked_fill(~gram.write[:, t0:t1, None], 0)
+
     a_BTO = a_BTO.clone(memory_format=torch.contiguous_format)
     u_BTO = torch.empty_like(a_BTO)
     T = a_BTO.shape[1]
     if T == 1:  # nothing came before: no Gram
-        return a_BTO, value(a_BTO, 0, 1).masked_fill(~gram.write[..., None], 0)
+        return a_BTO, event(a_BTO, 0, 1)
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G = gram.rows(t0, t1)
         if t0:
             _add_product(a_BTO[:, t0:t1], G[:, :, :t0], u_BTO[:, :t0])
-        _solve(a_BTO, u_BTO, G, gram.write, value, t0, t0, t1)
+        _solve(a_BTO, u_BTO, G, event, t0, t0, t1)
     return a_BTO, u_BTO
 
 
 def _add_product(a, G, u):
-    for row in range(a.shape[0]):  # bmm on CPU is slower than a loop of mm at these sizes
-        a[row].addmm_(G[row], u[row])
+    for row in range(a.shape[0]):  # bmm on CPU is slower than a loop of products at these sizes
+        a[row] += product(G[row], u[row].T)
 
 
-def _solve(a, u, G, write, value, g0, t0, t1):
+def _solve(a, u, G, event, g0, t0, t1):
     """Tokens t0:t1, everything before t0 being in a already: halves, until a leaf of INNER tokens."""
     if t1 - t0 > INNER:
         mid = t0 + (t1 - t0 + 1) // 2
-        _solve(a, u, G, write, value, g0, t0, mid)
+        _solve(a, u, G, event, g0, t0, mid)
         _add_product(a[:, mid:t1], G[:, mid - g0 : t1 - g0, t0:mid], u[:, t0:mid])
-        _solve(a, u, G, write, value, g0, mid, t1)
+        _solve(a, u, G, event, g0, mid, t1)
         return
     L = G[:, t0 - g0 : t1 - g0, t0:t1]
-    unwritten = ~write[:, t0:t1, None]
-    start = a[:, t0:t1]
-    a_leaf, u_leaf = _sweep(start, L, unwritten, value, t0, t1)
-    a[:, t0:t1], u[:, t0:t1] = a_leaf, u_leaf
+    a[:, t0:t1], u[:, t0:t1] = _sweep(a[:, t0:t1], L, event, t0, t1)
 
 
-def _sweep(start, L, unwritten, value, t0, t1):
+def _sweep(start, L, event, t0, t1):
     """Fixed-point sweeps of a = start + L u(a). L is strictly lower triangular: sweep n leaves the first n
     tokens exact, so the last one is exact, whatever the rate; usually rounding is reached in a few."""
-    a = start
-    u = value(a, t0, t1).masked_fill(unwritten, 0)
+    a, u = start, event(start, t0, t1)
     tolerance = 4 * torch.finfo(u.dtype).eps
-    for _ in range(t1 - t0 - 1):
+    for sweep in range(t1 - t0 - 1):
         a = torch.baddbmm(start, L, u)
-        new = value(a, t0, t1).masked_fill(unwritten, 0)
-        change, scale = (new - u).abs_().amax(1), new.abs().amax(1)
-        u = new
-        if bool((change <= tolerance * scale).all()):  # NaN compares false: no early stop
-            break
+        old, u = u, event(a, t0, t1)
+        if sweep:  # one is never enough
+            change, scale = (u - old).abs_().amax(1), u.abs().amax(1)
+            if bool((change <= tolerance * scale).all()):  # NaN compares false: no early stop
+                break
     if bool(u.sum().isfinite()):
         return a, u
     # 0 · NaN is NaN, so a product lets a later token reach back: token by token it cannot
     a, u = start.clone(), torch.zeros_like(start)
     for t in range(t1 - t0):
         a[:, t : t + 1] += L[:, t : t + 1, :t] @ u[:, :t]
-        u[:, t : t + 1] = value(a[:, t : t + 1], t0 + t, t0 + t + 1).masked_fill(unwritten[:, t : t + 1], 0)
+        u[:, t : t + 1] = event(a[:, t : t + 1], t0 + t, t0 + t + 1)
     return a, u
 
 

@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastweights.kernels import cpu
-from fastweights.kernels.linear import linear
+from fastweights.kernels.linear import linear, product
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def test_a_few_rows_equal_the_float64_product(rows, O, I, has_bias):
     exact = h.double() @ W.double().T + (b.double() if has_bias else 0)
     found = linear(h, W, b if has_bias else None)
     assert found.shape == (*rows, O)
-    assert float((found - exact).norm() / exact.norm()) < 3e-7
+    assert float((found - exact).norm() / exact.norm()) < 4e-7
 
 
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (8,)])
@@ -64,10 +65,45 @@ def test_nan_and_infinity_come_through():
     assert y[[0, 299]].tolist() == [300.0, 300.0]
 
 
-def test_a_gradient_goes_through_torch():
-    W, h = torch.randn(300, 300), torch.randn(1, 300, requires_grad=True)
-    linear(h, W, None).sum().backward()
-    torch.testing.assert_close(h.grad[0], W.sum(0), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gradients_go_through_torch(rows):
+    W, h, b = torch.randn(300, 300), torch.randn(rows, 300), torch.zeros(300)
+    for asked in (W, h, b):
+        asked.requires_grad_()
+        linear(h, W, b).square().sum().backward()
+        y = h.detach() @ W.detach().T
+        wanted = {id(W): 2 * y.T @ h.detach(), id(h): 2 * y @ W.detach(), id(b): 2 * y.sum(0)}[id(asked)]
+        torch.testing.assert_close(asked.grad, wanted, rtol=1e-4, atol=1e-2)
+        asked.requires_grad_(False)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_function_transforms_and_forward_mode_see_the_product(rows):
+    W, h, t = torch.randn(300, 300), torch.randn(rows, 300), torch.randn(rows, 300)
+    torch.testing.assert_close(torch.func.jvp(lambda x: linear(x, W, None), (h,), (t,))[1], t @ W.T)
+    torch.testing.assert_close(torch.func.grad(lambda x: linear(x, W, None).sum())(h)[0], W.sum(0))
+    with forward_ad.dual_level():
+        y = linear(forward_ad.make_dual(h, t), W, None)
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, t @ W.T)
+
+
+@pytest.mark.parametrize(("rows", "O", "I"), [(1, 300, 257), (45, 1536, 576), (128, 1536, 384), (5, 7, 3)])
+def test_product_takes_any_strides(rows, O, I):
+    x, W = torch.randn(I, rows).T, torch.randn(I, O).T
+    for w in (W, W.contiguous(), torch.randn(O, 2 * I)[:, ::2], torch.randn(O, I + 3)[:, 3:]):
+        exact = x.double() @ w.double().T
+        assert float((product(x, w) - exact).norm() / exact.norm()) < 6e-7
+        assert float((product(x.double(), w.double()) - exact).norm() / exact.norm()) < 1e-15
+
+
+def test_nan_and_infinity_come_through_many_rows():
+    W, h = torch.ones(300, 300), torch.ones(40, 300)
+    W[7, 3], W[8, 4], h[5, 0] = float("nan"), float("inf"), float("nan")
+    y = linear(h, W, None)
+    assert y[:, 7].isnan().all()
+    assert y[torch.arange(40) != 5, 8].isinf().all()
+    assert y[5].isnan().all()
+    assert y[4, 0] == 300
 
 
 @pytest.fixture
