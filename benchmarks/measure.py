@@ -210,7 +210,7 @@ class Ceiling:
         size = size or (8192 if cuda else 256 if dtype == torch.float16 else 2048)
         self._buffer = torch.randn(megabytes * 250_000, device=device)
         self._a = torch.randn(size, size, device=device).to(dtype)
-        # the best product that torch brings along: MKL and oneDNN differ by more than two on some processors
+        # the best product there is: on some processors torch's own has half the speed of another
         ways = (lambda: self._a @ self._a, lambda: product(self._a, self._a))
         self._matmul = ways[0] if cuda else min(ways, key=lambda way: min(timeit.repeat(way, number=1, repeat=3)))
 

@@ -1,4 +1,5 @@
-/* On a CPU: products of a few rows, and a whole decode step, that stream every weight once. float32, or bfloat16 bits.
+/* On a CPU: products of a few rows, and a whole decode step, that stream every weight once; products of many rows where
+   there is AVX-512. float32, or bfloat16 bits.
    Built by cpu.py. Shapes: M rows, D model width, F MLP width, H heads, KH key/value heads, E head width,
    S cache slots, V vocabulary, O out, I in, R slots of a log, n slots in use. All row-major. */
 #include <math.h>
@@ -153,6 +154,91 @@ void gemv_bfloat16(const unsigned short *W, const unsigned short *x, const unsig
         y[m * O + o] = to_bfloat16(dot_bfloat16(W + o * I, h + m * I, I) + (b ? from_bfloat16(b[o]) : 0));
   }
 }
+
+/* Products of many rows. A tile is TALL rows of one factor, broadcast, by up to WIDE vectors of the other: its sums
+   stay in registers, and every BLOCK terms they are added up apart, so that rounding does not grow with the length. */
+#ifdef __AVX512F__
+enum { TALL = 8, WIDE = 3, LANES = 16, ACROSS = WIDE * LANES, BLOCK = 128, STRIP = 64 };
+
+INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, const float *P, long ldp, long K, const int n) {
+  for (int r = 0; r < TALL; r++)
+    for (int j = 0; j < n; j++) sum[r][j] = (lanes){0};
+  for (long k = 0; k < K;) {
+    lanes s[TALL][WIDE] = {0};
+    for (long end = k + BLOCK < K ? k + BLOCK : K; k < end; k++) {
+      lanes x[WIDE];
+      for (int j = 0; j < n; j++) x[j] = *(const lanes *)(P + k * ldp + j * LANES);
+      for (int r = 0; r < TALL; r++)
+        for (int j = 0; j < n; j++) s[r][j] += A[r * lda + k] * x[j];
+    }
+    for (int r = 0; r < TALL; r++)
+      for (int j = 0; j < n; j++) sum[r][j] += s[r][j];
+  }
+}
+
+static void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, const float *P, long ldp, long K, long n) {
+  if (n == 3) tile(sum, A, lda, P, ldp, K, 3);
+  else if (n == 2) tile(sum, A, lda, P, ldp, K, 2);
+  else tile(sum, A, lda, P, ldp, K, 1);
+}
+
+/* y [M, O] = x Wᵀ + b, x [M, I] and W [O, I], O ≥ TALL. scratch: threads I ACROSS floats, aligned */
+void product_rows(const float *W, const float *x, const float *b, float *y, long O, long I, long M, float *scratch,
+                  int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    float *panel = scratch + omp_get_thread_num() * I * ACROSS; /* ACROSS rows of x, [I, ACROSS] */
+    long strips = (O + STRIP - 1) / STRIP, from, to, packed = -1;
+    share((M + ACROSS - 1) / ACROSS * strips, &from, &to);
+    for (; from < to; from++) {
+      long m = from / strips * ACROSS, rows = M - m < ACROSS ? M - m : ACROSS, n = (rows + LANES - 1) / LANES;
+      if (packed != m)
+        for (long r = 0; r < n * LANES; r++)
+          for (long i = 0; i < I; i++) panel[i * ACROSS + r] = r < rows ? x[(m + r) * I + i] : 0;
+      packed = m;
+      long end = from % strips * STRIP + STRIP;
+      if (end > O) end = O;
+      for (long o = from % strips * STRIP; o < end; o += TALL) {
+        if (o > O - TALL) o = O - TALL; /* the last tile may do some outputs again */
+        lanes sum[TALL][WIDE];
+        any_tile(sum, W + o * I, I, panel, ACROSS, I, n);
+        const float *s = (const float *)sum;
+        for (long r = 0; r < rows; r++)
+          for (long j = 0; j < TALL; j++) y[(m + r) * O + o + j] = s[j * ACROSS + r] + (b ? b[o + j] : 0);
+      }
+    }
+  }
+}
+
+/* y [M, O] (+)= x W, x [M, I] and W [I, O], M ≥ TALL and O ≥ ACROSS; rows of y, x and W lie ldy, ldx and ldw apart */
+void product_columns(const float *W, long ldw, const float *x, long ldx, float *y, long ldy, long O, long I, long M, int add,
+                     int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    long from, to;
+    share((O + ACROSS - 1) / ACROSS, &from, &to);
+    for (; from < to; from++) {
+      long o = from * ACROSS, skip = o > O - ACROSS ? o - (O - ACROSS) : 0; /* columns that the tile before has done */
+      for (long done = 0; done < M; done += TALL) {
+        long m = done > M - TALL ? M - TALL : done;
+        lanes sum[TALL][WIDE];
+        tile(sum, x + m * ldx, ldx, W + o - skip, ldw, I, WIDE);
+        for (long r = done - m; r < TALL; r++) {
+          float *to_ = y + (m + r) * ldy + o - skip;
+          const float *s = (const float *)sum[r];
+          if (skip)
+            for (long j = skip; j < ACROSS; j++) to_[j] = add ? to_[j] + s[j] : s[j];
+          else
+            for (int j = 0; j < WIDE; j++) {
+              lanes *here = (lanes *)(to_ + j * LANES);
+              *here = add ? *here + sum[r][j] : sum[r][j];
+            }
+        }
+      }
+    }
+  }
+}
+#endif
 
 static void rms_norm(float *y, const float *x, const float *w, long M, long D, float eps) {
   for (long m = 0; m < M; m++, x += D, y += D) {

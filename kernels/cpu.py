@@ -20,7 +20,8 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("cpu.c")
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-MOST_ROWS = 8  # of one product; more are as fast in torch
+MOST_ROWS = 8  # of `gemv` and `decode`
+ACROSS = 48  # of cpu.c
 
 
 @functools.cache
@@ -35,11 +36,21 @@ def library() -> ctypes.CDLL | None:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         warnings.warn(f"no C helper, decode on the CPU runs on torch's slower product: {reason}", stacklevel=2)
         return None
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    loaded.gemv.argtypes = loaded.gemv_bfloat16.argtypes = [*[pointer] * 4, *[long] * 3, ctypes.c_int]
-    loaded.decode.argtypes = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, ctypes.c_int]
-    loaded.put.argtypes = [pointer, long, long]
-    loaded.gemv.restype = loaded.gemv_bfloat16.restype = loaded.decode.restype = None
+    pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    gemv = [*[pointer] * 4, *[long] * 3, number]
+    functions: dict[str, list] = {
+        "gemv": gemv,
+        "gemv_bfloat16": gemv,
+        "product_rows": [*[pointer] * 4, *[long] * 3, pointer, number],
+        "product_columns": [*[pointer, long] * 3, *[long] * 3, number, number],
+        "decode": [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number],
+        "put": [pointer, long, long],
+    }
+    for name, arguments in functions.items():
+        if hasattr(loaded, name):  # the products of many rows are there with AVX-512 alone
+            getattr(loaded, name).argtypes = arguments
+            getattr(loaded, name).restype = None
+    loaded.put.restype = ctypes.c_int
     return loaded
 
 

@@ -1,62 +1,108 @@
-"""linear: W h + b, and product: x Wᵀ. On a CPU a few rows by a product in C that reads W once at memory speed, more
-rows of float32 by oneDNN.
+"""linear: W h + b, and the products of the scan and the read.
 
-torch computes float32 products with MKL, which on processors that are not Intel's leaves AVX-512 unused: oneDNN, which
-torch brings along as well, took less than half of its time on Zen 5. Half precision goes to oneDNN in torch already.
+On a CPU a few rows of float32 or bfloat16 go to a product in C that reads W once at memory speed, and more rows of
+float32 to another where there is AVX-512, which MKL leaves unused on processors that are not Intel's: less than half of
+torch's time on Zen 5. Everything else, and whatever is differentiated or traced, is torch's.
 """
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .cpu import MOST_ROWS, library
+from .cpu import ACROSS, MOST_ROWS, library
 
-LEAST_WEIGHTS = 1 << 16  # below this a product costs less than waking the threads
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+LEAST_WEIGHTS = 1 << 16  # of a few rows: below this a product costs less than waking the threads
+LEAST_TERMS = 1 << 20  # of more rows
+TALL = 8
 
 
 def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """W h + b, [..., O] in h's dtype; h [..., I]."""
-    if weight_OI.numel() < LEAST_WEIGHTS or not _ours(h, weight_OI, bias_O):
-        return F.linear(h, weight_OI, bias_O)
-    if h.numel() > MOST_ROWS * h.shape[-1]:
-        return _onednn(h, weight_OI, bias_O) if h.dtype == torch.float32 else F.linear(h, weight_OI, bias_O)
-    if not weight_OI.is_contiguous() or (helper := library()) is None:
-        return F.linear(h, weight_OI, bias_O)
-    h = h.contiguous()
     O, I = weight_OI.shape
+    rows = h.numel() // I
+    helper = _helper(h, weight_OI, bias_O) if weight_OI.is_contiguous() else None
+    if helper is None or (rows <= MOST_ROWS and O * I < LEAST_WEIGHTS):
+        return F.linear(h, weight_OI, bias_O)
+    bias = None if bias_O is None else bias_O.data_ptr()
+    if rows > MOST_ROWS:
+        return _rows(helper, h, weight_OI, bias) if _many(helper, h, rows, O, I) else F.linear(h, weight_OI, bias_O)
+    h = h.contiguous()
     y = h.new_empty(*h.shape[:-1], O)
     few = helper.gemv if h.dtype == torch.float32 else helper.gemv_bfloat16
-    pointers = (weight_OI.data_ptr(), h.data_ptr(), None if bias_O is None else bias_O.data_ptr(), y.data_ptr())
-    few(*pointers, O, I, h.numel() // I, torch.get_num_threads())
+    few(weight_OI.data_ptr(), h.data_ptr(), bias, y.data_ptr(), O, I, rows, torch.get_num_threads())
     return y
 
 
 def product(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x Wᵀ, [..., O]; x [..., I] and W of any strides."""
-    if weight_OI.numel() < LEAST_WEIGHTS or x.dtype != torch.float32 or not _ours(x, weight_OI):
+    """x Wᵀ, [..., O]; x [..., I], W of any strides."""
+    O, I = weight_OI.shape
+    helper = _helper(x, weight_OI)
+    if helper is None or not _many(helper, x, x.numel() // I, O, I):
         return x @ weight_OI.T
-    return _onednn(x, weight_OI, None)
+    if weight_OI.stride(0) != 1 or O < ACROSS:
+        return _rows(helper, x, weight_OI.contiguous(), None)
+    y = x.new_empty(*x.shape[:-1], O)
+    _columns(helper, y.view(-1, O), x.reshape(-1, I), weight_OI.T, add=False)
+    return y
 
 
-def _ours(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
-    """Whether these are plain CPU tensors through which nobody differentiates or traces."""
-    return (
-        h.dtype in (torch.float32, torch.bfloat16)
-        and weight_OI.dtype == h.dtype
-        and h.is_cpu
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (h, weight_OI, bias_O) if t is not None))
-        and not torch.compiler.is_compiling()
-        and type(h) is Tensor
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
+def add_product_(y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor) -> None:
+    """y += x W, in place; rows of each contiguous in themselves."""
+    (M, I), O = x_MI.shape, weight_IO.shape[1]
+    helper = _helper(x_MI, weight_IO, y_MO)
+    if helper is None or O < ACROSS or not _many(helper, x_MI, M, O, I):
+        y_MO.addmm_(x_MI, weight_IO)
+    else:
+        _columns(helper, y_MO, x_MI, weight_IO, add=True)
+
+
+def _rows(helper: ctypes.CDLL, h: Tensor, weight_OI: Tensor, bias: int | None) -> Tensor:
+    h, (O, I), threads = h.contiguous(), weight_OI.shape, torch.get_num_threads()
+    y, scratch = h.new_empty(*h.shape[:-1], O), h.new_empty(threads * I * ACROSS)
+    pointers = (weight_OI.data_ptr(), h.data_ptr(), bias, y.data_ptr())
+    helper.product_rows(*pointers, O, I, h.numel() // I, scratch.data_ptr(), threads)
+    return y
+
+
+def _columns(helper: ctypes.CDLL, y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor, add: bool) -> None:
+    (M, I), O = x_MI.shape, weight_IO.shape[1]
+    if x_MI.stride(1) != 1:
+        x_MI = x_MI.contiguous()
+    assert y_MO.stride(1) == weight_IO.stride(1) == 1
+    where = (
+        weight_IO.data_ptr(),
+        weight_IO.stride(0),
+        x_MI.data_ptr(),
+        x_MI.stride(0),
+        y_MO.data_ptr(),
+        y_MO.stride(0),
     )
+    helper.product_columns(*where, O, I, M, add, torch.get_num_threads())
 
 
-def _onednn(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    if not ONEDNN or not torch.backends.mkldnn.enabled:
-        return F.linear(h, weight_OI, bias_O)
-    return torch.ops.mkldnn._linear_pointwise(h, weight_OI, bias_O, "none", [], "")
+def _many(helper: ctypes.CDLL, x: Tensor, rows: int, O: int, I: int) -> bool:
+    """Whether the product of many rows is there, takes this one, and is worth it."""
+    fits = rows >= TALL and O >= TALL and rows * O * I >= LEAST_TERMS
+    return fits and x.dtype == torch.float32 and hasattr(helper, "product_rows")
+
+
+def _helper(h: Tensor, weight: Tensor, other: Tensor | None = None) -> ctypes.CDLL | None:
+    """The library, for plain CPU tensors through which nobody differentiates or traces."""
+    tensors = [t for t in (h, weight, other) if t is not None]
+    if (
+        h.dtype not in (torch.float32, torch.bfloat16)
+        or not h.is_cpu
+        or type(h) is not Tensor
+        or any(t.dtype != h.dtype for t in tensors)
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    return library()

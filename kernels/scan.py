@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .linear import product
+from .linear import add_product_, product
 from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
 
@@ -112,7 +112,7 @@ def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.T
 
 def _add_product(a, G, u):
     for row in range(a.shape[0]):  # bmm on CPU is slower than a loop of products at these sizes
-        a[row] += product(G[row], u[row].T)
+        add_product_(a[row], G[row], u[row])
 
 
 def _solve(a, u, G, event, g0, t0, t1):
