@@ -141,39 +141,40 @@ class Episode:
         if self._linears != plastic_linears(self.model):
             raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, torch.device("cpu"))
-        real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if span.real_BT is None else span.real_BT
-        write_BT = written(update, ids_BT, span.position_BT, generated) & real_BT
+        write_BT = written(update, ids_BT, span.position_BT, generated)
+        if span.real_BT is not None:
+            write_BT = write_BT & span.real_BT
         check_targets(self._linears, self.batch_size, span.position_BT, write_BT)
-        step = self._check_room(real_BT, write_BT)
+        step = self._check_room(span, write_BT)
         self.cache.reserve(span.end)
         try:
-            out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step)
+            out_BTV, last_BV = self._read(ids_BT, write_BT, span, logits, step)
         except OneByOne:
-            out_BTV, last_BV = self._read(ids_BT, real_BT, write_BT, span, logits, step=True)
+            out_BTV, last_BV = self._read(ids_BT, write_BT, span, logits, step=True)
         if self.logits_BV is not None and span.real_BT is not None:
-            last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
+            last_BV = torch.where(span.real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
         # a caller may change, or drop, what `feed` returns; `generate` hands out nothing of its last pass
         self.logits_BV = last_BV if generated else last_BV.clone()
-        for seen, ids, real in zip(self.seen, ids_BT.tolist(), real_BT.tolist(), strict=True):
-            seen.extend(i for i, r in zip(ids, real, strict=True) if r)
+        for seen, ids, row in zip(self.seen, ids_BT, range(self.batch_size), strict=True):
+            seen.extend((ids if span.real_BT is None else ids[span.real_BT[row]]).tolist())
         return out_BTV
 
-    def _read(
-        self, ids_BT: Tensor, real_BT: Tensor, write_BT: Tensor, span: Span, logits: str, step: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _read(self, ids_BT: Tensor, write_BT: Tensor, span: Span, logits: str, step: bool) -> tuple[Tensor, Tensor]:
         """Logits, and those of the last token [B, V], in one pass or (`step`) token by token; all of it or nothing."""
         with self._whole_or_not_at_all():
             if not step:
                 if self.pending:
+                    real_BT = _real(span, ids_BT)
                     first_B = real_BT.int().argmax(1, keepdim=True)
                     self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
-                out_BTV = self._pass(ids_BT, span.real_BT, write_BT, logits)
+                out_BTV = self._pass(ids_BT, span, write_BT, logits)
                 return out_BTV, span.last(out_BTV)[:, 0]
-            columns = []
+            columns, real_BT = [], _real(span, ids_BT)
             for t in range(ids_BT.shape[1]):
                 self._settle(ids_BT[:, t], real_BT[:, t])
                 column = slice(t, t + 1)
-                columns.append(self._pass(ids_BT[:, column], real_BT[:, column], write_BT[:, column], "all"))
+                here = self.cache.span((self.batch_size, 1), real_BT[:, column], torch.device("cpu"))
+                columns.append(self._pass(ids_BT[:, column], here, write_BT[:, column], "all"))
             out_BTV = torch.cat(columns, dim=1)
             last_B1V = span.last(out_BTV)
             return out_BTV if logits == "all" else last_B1V, last_B1V[:, 0]
@@ -203,11 +204,14 @@ class Episode:
         if site not in self._kept and not log.slots.fits(before, since):
             self._kept[site] = log.clone()
 
-    def _check_room(self, real_BT: Tensor, write_BT: Tensor) -> bool:
+    def _check_room(self, span: Span, write_BT: Tensor) -> bool:
         """Refuses what the logs could not take; says whether the tokens must go through one by one."""
+        if not self._linears:
+            return False
         counts = write_BT.sum(1).tolist()
         later, step = counts, False
         if not all(linear.rule.neuron_local for linear in self._linears.values()):
+            real_BT = _real(span, write_BT)
             # a gradient event waits for the next token: the last token's is not written in this feed
             followed_BT = real_BT.flip(1).cumsum(1).flip(1) > 1
             known_B = real_BT.any(1)
@@ -224,18 +228,19 @@ class Episode:
         """Events to come of each row as events to come of each ΔW."""
         return [sum(counts)] if self.shared else counts
 
-    def _pass(self, ids_BT: Tensor, real_BT: Tensor | None, write_BT: Tensor, logits: str) -> Tensor:
+    def _pass(self, ids_BT: Tensor, span: Span, write_BT: Tensor, logits: str) -> Tensor:
         """One forward pass over the model; its events are written only if all of it went well.
 
         A single token of each row takes the captured step where there is one, with the same effect.
         """
+        real_BT, device, counts = span.real_BT, self.model.device, write_BT.sum(1).tolist()
         if self.captured.suits(ids_BT.shape[1]):
             return self.captured.step(self, ids_BT, real_BT, write_BT)
-        device = self.model.device
-        span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
-        write = write_BT.to(device) if bool(write_BT.any()) else None
-        counts = self._per_state(write_BT.sum(1).tolist())
-        now = Pass(self.logs, span.position_BT, write, counts, bool(write_BT.all()))
+        if device.type != "cpu":
+            span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), real_BT, device)
+        write = write_BT.to(device) if any(counts) else None
+        whole = sum(counts) == write_BT.numel()
+        now = Pass(self.logs, span.position_BT, write, self._per_state(counts), whole)
         if self.states < self.batch_size and write is not None:
             row_BT = torch.arange(self.batch_size, device=device)[:, None].expand(write.shape)
             now.width, now.row_BT = self.batch_size, side_by_side(row_BT)
@@ -564,8 +569,9 @@ class Episode:
                 log.rewind([n - c for n, c in zip(log.events, own, strict=True)])
         self.cache.lengths = [n - int(w) for n, w in zip(self.lengths, waiting_B.tolist(), strict=True)]
         last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in self.seen])
+        span = self.cache.span((self.batch_size, 1), waiting_B[:, None], torch.device("cpu"))
         with self._whole_or_not_at_all():
-            self._pass(last_B1, waiting_B[:, None], waiting_B[:, None], "all")
+            self._pass(last_B1, span, waiting_B[:, None], "all")
         pending = self.pending
         self.restore(before)
         self.pending = pending
@@ -573,3 +579,8 @@ class Episode:
     def delta_weight(self, layer: int, linear: str, row: int = 0) -> Tensor:
         """ΔW of one linear in one row, dense [O, I]."""
         return self.logs[layer, linear].delta_weight(row)
+
+
+def _real(span: Span, like_BT: Tensor) -> Tensor:
+    """Which tokens are not padding, [B, T]."""
+    return torch.ones_like(like_BT, dtype=torch.bool) if span.real_BT is None else span.real_BT

@@ -114,7 +114,7 @@ def step(
     slot_B1 = position_B1 = span.position_BT.contiguous()
     if span.real_BT is not None:  # the last slot is scratch
         slot_B1 = torch.where(span.real_BT, slot_B1, slots - 1)
-    x_BD = nn.functional.embedding(input_ids[:, 0], model.model.embed_tokens.weight)
+    x_BD = torch.embedding(model.model.embed_tokens.weight, input_ids[:, 0])
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * slots + torch.get_num_threads() * H * (E + 2))
     if len(table.scratch) < needed:
         table.scratch = torch.empty(needed)
