@@ -240,6 +240,25 @@ void product_columns(const float *W, long ldw, const float *x, long ldx, float *
 }
 #endif
 
+/* whether no column of [T, O] has changed by more than tolerance times its largest entry; a NaN has */
+int settled(const float *now, const float *old, long T, long O, float tolerance) {
+  for (long o = 0; o < O; o += 64) {
+    float change[64] = {0}, scale[64] = {0};
+    long n = O - o < 64 ? O - o : 64;
+    int bad = 0;
+    for (long t = 0; t < T; t++)
+      for (long j = 0; j < n; j++) {
+        float x = now[t * O + o + j], d = fabsf(x - old[t * O + o + j]);
+        bad |= !(d - d == 0);
+        change[j] = d > change[j] ? d : change[j];
+        scale[j] = fabsf(x) > scale[j] ? fabsf(x) : scale[j];
+      }
+    for (long j = 0; j < n; j++) bad |= !(change[j] <= tolerance * scale[j]);
+    if (bad) return 0;
+  }
+  return 1;
+}
+
 static void rms_norm(float *y, const float *x, const float *w, long M, long D, float eps) {
   for (long m = 0; m < M; m++, x += D, y += D) {
     float s = dot(x, x, D);

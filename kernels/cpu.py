@@ -43,6 +43,7 @@ def library() -> ctypes.CDLL | None:
         "gemv_bfloat16": gemv,
         "product_rows": [*[pointer] * 4, *[long] * 3, pointer, number],
         "product_columns": [*[pointer, long] * 3, *[long] * 3, number, number],
+        "settled": [pointer, pointer, long, long, ctypes.c_float],
         "decode": [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number],
         "put": [pointer, long, long],
     }
@@ -50,7 +51,7 @@ def library() -> ctypes.CDLL | None:
         if hasattr(loaded, name):  # the products of many rows are there with AVX-512 alone
             getattr(loaded, name).argtypes = arguments
             getattr(loaded, name).restype = None
-    loaded.put.restype = ctypes.c_int
+    loaded.put.restype = loaded.settled.restype = number
     return loaded
 
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .cpu import ACROSS, MOST_ROWS, library
 
 LEAST_WEIGHTS = 1 << 16  # of a few rows: below this a product costs less than waking the threads
-LEAST_TERMS = 1 << 20  # of more rows
+LEAST_TERMS = 1 << 19  # of more rows
 TALL = 8
 
 
@@ -25,7 +25,7 @@ def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """W h + b, [..., O] in h's dtype; h [..., I]."""
     O, I = weight_OI.shape
     rows = h.numel() // I
-    helper = _helper(h, weight_OI, bias_O) if weight_OI.is_contiguous() else None
+    helper = plain(h, weight_OI, bias_O) if weight_OI.is_contiguous() else None
     if helper is None or (rows <= MOST_ROWS and O * I < LEAST_WEIGHTS):
         return F.linear(h, weight_OI, bias_O)
     bias = None if bias_O is None else bias_O.data_ptr()
@@ -41,7 +41,7 @@ def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 def product(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x Wᵀ, [..., O]; x [..., I], W of any strides."""
     O, I = weight_OI.shape
-    helper = _helper(x, weight_OI)
+    helper = plain(x, weight_OI)
     if helper is None or not _many(helper, x, x.numel() // I, O, I):
         return x @ weight_OI.T
     if weight_OI.stride(0) != 1 or O < ACROSS:
@@ -54,7 +54,7 @@ def product(x: Tensor, weight_OI: Tensor) -> Tensor:
 def add_product_(y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor) -> None:
     """y += x W, in place; rows of each contiguous in themselves."""
     (M, I), O = x_MI.shape, weight_IO.shape[1]
-    helper = _helper(x_MI, weight_IO, y_MO)
+    helper = plain(x_MI, weight_IO, y_MO)
     if helper is None or O < ACROSS or not _many(helper, x_MI, M, O, I):
         y_MO.addmm_(x_MI, weight_IO)
     else:
@@ -91,9 +91,9 @@ def _many(helper: ctypes.CDLL, x: Tensor, rows: int, O: int, I: int) -> bool:
     return fits and x.dtype == torch.float32 and hasattr(helper, "product_rows")
 
 
-def _helper(h: Tensor, weight: Tensor, other: Tensor | None = None) -> ctypes.CDLL | None:
+def plain(h: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
     """The library, for plain CPU tensors through which nobody differentiates or traces."""
-    tensors = [t for t in (h, weight, other) if t is not None]
+    tensors = [h, *(t for t in others if t is not None)]
     if (
         h.dtype not in (torch.float32, torch.bfloat16)
         or not h.is_cpu

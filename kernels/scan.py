@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .linear import add_product_, product
+from .linear import add_product_, plain, product
 from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
 
@@ -133,12 +133,11 @@ def _sweep(start, L, event, t0, t1):
     a, u = start, event(start, t0, t1)
     tolerance = 4 * torch.finfo(u.dtype).eps
     for sweep in range(t1 - t0 - 1):
-        a = torch.baddbmm(start, L, u)
+        a = start.clone(memory_format=torch.contiguous_format)
+        _add_product(a, L, u)
         old, u = u, event(a, t0, t1)
-        if sweep:  # one is never enough
-            change, scale = (u - old).abs_().amax(1), u.abs().amax(1)
-            if bool((change <= tolerance * scale).all()):  # NaN compares false: no early stop
-                break
+        if sweep and _settled(u, old, tolerance):  # one is never enough
+            break
     if bool(u.sum().isfinite()):
         return a, u
     # 0 · NaN is NaN, so a product lets a later token reach back: token by token it cannot
@@ -147,6 +146,14 @@ def _sweep(start, L, event, t0, t1):
         a[:, t : t + 1] += L[:, t : t + 1, :t] @ u[:, :t]
         u[:, t : t + 1] = event(a[:, t : t + 1], t0 + t, t0 + t + 1)
     return a, u
+
+
+def _settled(u: torch.Tensor, old: torch.Tensor, tolerance: float) -> bool:
+    """Whether no neuron's u has changed by more than `tolerance` of its largest; not where there is a NaN."""
+    helper = plain(u, old) if u.dtype == torch.float32 and u.is_contiguous() and old.is_contiguous() else None
+    if helper is None or len(u) > 1:
+        return bool(((u - old).abs_().amax(1) <= tolerance * u.abs().amax(1)).all())
+    return bool(helper.settled(u.data_ptr(), old.data_ptr(), *u.shape[1:], tolerance))
 
 
 # ---- Triton

@@ -613,3 +613,24 @@ def test_triton_interpreted(child):  # last: the others run meanwhile
     output, _ = child.communicate()
     assert child.returncode == 0, output[-8000:]
     assert "[100%]" in output, output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sweep_has_settled_when_no_neuron_changes_and_never_with_nan_or_infinity(dtype):
+    old = torch.randn(1, 32, 131, dtype=dtype)
+    new, tolerance = old.clone(), 1e-6
+    assert scan._settled(new, old, tolerance)
+    for o in (0, 63, 64, 130):
+        largest = float(old[0, :, o].abs().max())
+        for change, settled in ((0.9e-6 * largest, True), (1.1e-6 * largest, False)):
+            new = old.clone()
+            new[0, 31, o] += change
+            exact = float((new[0, 31, o] - old[0, 31, o]).abs()) <= tolerance * float(new[0, :, o].abs().max())
+            assert scan._settled(new, old, tolerance) == exact
+            assert dtype == torch.float32 or exact == settled
+        for bad in (float("nan"), float("inf")):
+            new = old.clone()
+            new[0, 5, o] = bad
+            assert not scan._settled(new, old, tolerance)
+    zero = torch.zeros(1, 4, 8, dtype=dtype)
+    assert scan._settled(zero, zero, 0.0)
