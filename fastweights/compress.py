@@ -80,7 +80,8 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
     leave of the slots' weights, √g (‖E Bᵀ‖ + ‖A E‖) + g ‖E‖. Not the proven worst case, but ten times and more what is
     seen.
     """
-    U, K = U_SO.double(), torch.cat([K_SI, bias_S[:, None]], dim=1).double()
+    U, K = U_SO.double(), torch.empty(len(K_SI), K_SI.shape[1] + 1, dtype=torch.float64, device=K_SI.device)
+    K[:, :-1], K[:, -1] = K_SI, bias_S
     split = Orthogonal if U_SO.dtype == torch.float64 else Mixing
     left, right = split(U), split(K)
     w_S = w_S.to(left.A.device)

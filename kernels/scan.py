@@ -149,10 +149,11 @@ def _sweep(start, L, event, t0, t1):
 
 
 def _settled(u: torch.Tensor, old: torch.Tensor, tolerance: float) -> bool:
-    """Whether no neuron's u has changed by more than `tolerance` of its largest; not where there is a NaN."""
+    """Whether no neuron's u has changed by more than `tolerance` of its largest; not where one is not finite."""
     helper = plain(u, old) if u.dtype == torch.float32 and u.is_contiguous() and old.is_contiguous() else None
     if helper is None or len(u) > 1:
-        return bool(((u - old).abs_().amax(1) <= tolerance * u.abs().amax(1)).all())
+        change = (u - old).abs_().amax(1)
+        return bool(((change <= tolerance * u.abs().amax(1)) & change.isfinite()).all())
     return bool(helper.settled(u.data_ptr(), old.data_ptr(), *u.shape[1:], tolerance))
 
 
