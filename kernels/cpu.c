@@ -54,13 +54,12 @@ INLINE float total(lanes s) {
   return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
-/* w is most often read from memory, once: 4 KB ahead of it, past the end of a page where the processor's own prefetch
-   stops, and without pushing anything else out of the caches */
-INLINE float dot(const float *w, const float *x, long I) {
+INLINE float dot(const float *w, const float *x, long I, const int ahead) {
   lanes s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
   long i = 0;
   for (; i + 64 <= I; i += 64) {
-    for (int line = 0; line < 64; line += 16) __builtin_prefetch(w + i + 1024 + line, 0, 0);
+    if (ahead)
+      for (int line = 0; line < 64; line += 16) __builtin_prefetch(w + i + ahead + line, 0, 0);
     s0 += *(const lanes *)(w + i) * *(const lanes *)(x + i);
     s1 += *(const lanes *)(w + i + 16) * *(const lanes *)(x + i + 16);
     s2 += *(const lanes *)(w + i + 32) * *(const lanes *)(x + i + 32);
@@ -70,6 +69,10 @@ INLINE float dot(const float *w, const float *x, long I) {
   for (; i < I; i++) sum += w[i] * x[i];
   return sum;
 }
+
+/* Of w that is read from memory, once: 4 KB ahead of it, past the end of a page where the processor's own prefetch stops,
+   and without pushing anything else out of the caches. */
+enum { AHEAD = 1024 };
 
 typedef unsigned short half16 __attribute__((vector_size(32), aligned(2)));
 typedef unsigned int bits16 __attribute__((vector_size(64), aligned(4)));
@@ -119,14 +122,14 @@ static void product(float *y, const float *W, const float *b, const float *x, lo
                     long to, int add) {
   if (M == 1) { /* the usual case, without the inner loop */
     for (long o = from; o < to; o++) {
-      float a = dot(W + o * I, x, I) + (b ? b[o] : 0);
+      float a = dot(W + o * I, x, I, AHEAD) + (b ? b[o] : 0);
       y[o] = add ? y[o] + a : a;
     }
     return;
   }
   for (long o = from; o < to; o++)
     for (long m = 0; m < M; m++) {
-      float a = dot(W + o * I, x + m * I, I) + (b ? b[o] : 0);
+      float a = dot(W + o * I, x + m * I, I, AHEAD) + (b ? b[o] : 0);
       y[m * O + o] = add ? y[m * O + o] + a : a;
     }
 }
@@ -261,7 +264,7 @@ int settled(const float *now, const float *old, long T, long O, float tolerance)
 
 static void rms_norm(float *y, const float *x, const float *w, long M, long D, float eps) {
   for (long m = 0; m < M; m++, x += D, y += D) {
-    float s = dot(x, x, D);
+    float s = dot(x, x, D, 0);
     s = 1 / sqrtf(s / D + eps);
     for (long i = 0; i < D; i++) y[i] = x[i] * s * w[i];
   }
@@ -274,7 +277,7 @@ static void coefficients(const Fast *f, const float *h, long M, long I) {
   for (long j = from; j < to; j++) {
     long m = j / f->n, slot = m * f->R + j % f->n;
     float w = f->w ? f->w[j] : 1;
-    f->c[j] = w == 0 ? 0 : w * (dot(f->K + slot * I, h + m * I, I) + (f->bias ? f->bias[slot] : 0));
+    f->c[j] = w == 0 ? 0 : w * (dot(f->K + slot * I, h + m * I, I, AHEAD) + (f->bias ? f->bias[slot] : 0));
   }
 }
 
@@ -303,7 +306,7 @@ static void add_fast(const Fast *f, float *y, long M, long O, long from, long to
 static void remember(const Fast *f, const float *h, long M) {
   if (f && omp_get_thread_num() == 0) {
     memcpy(f->h, h, M * f->I * sizeof(float));
-    for (long m = 0; m < M; m++) f->square[m] = dot(h + m * f->I, h + m * f->I, f->I);
+    for (long m = 0; m < M; m++) f->square[m] = dot(h + m * f->I, h + m * f->I, f->I, 0);
   }
 }
 
@@ -316,14 +319,14 @@ static void project(const Layer *p, float *q, const float *h, const float *cosin
     if (u >= turned) {
       long r = u - turned;
       for (long m = 0; m < M; m++)
-        p->V[((m * KH + r / E) * S + slot[m]) * E + r % E] = dot(p->v + r * D, h + m * D, D) + (p->vb ? p->vb[r] : 0);
+        p->V[((m * KH + r / E) * S + slot[m]) * E + r % E] = dot(p->v + r * D, h + m * D, D, AHEAD) + (p->vb ? p->vb[r] : 0);
     } else if (u % 2 == 0) {
       long head = u / E, j = u % E / 2, is_q = head < H, row = (is_q ? head : head - H) * E + j;
       const float *W = (is_q ? p->q : p->k) + row * D, *b = is_q ? p->qb : p->kb;
       for (long m = 0; m < M; m++) {
         float *to_ = is_q ? q + (m * H + head) * E : p->K + ((m * KH + head - H) * S + slot[m]) * E;
-        float left = dot(W, h + m * D, D) + (b ? b[row] : 0);
-        float right = dot(W + half * D, h + m * D, D) + (b ? b[row + half] : 0);
+        float left = dot(W, h + m * D, D, AHEAD) + (b ? b[row] : 0);
+        float right = dot(W + half * D, h + m * D, D, AHEAD) + (b ? b[row + half] : 0);
         to_[j] = left * cosine[m * half + j] - right * sine[m * half + j];
         to_[j + half] = right * cosine[m * half + j] + left * sine[m * half + j];
       }
@@ -338,38 +341,60 @@ static long parts(long position) {
   return most < T ? most : T;
 }
 
+/* parts of n heads that share K and V, over positions from:to; rows of q lie E apart, of s S, of part E + 2 */
+INLINE void heads(float *part, float *s, const float *q, const float *K, const float *V, long from, long to, long E, long S,
+                  const int n) {
+  float root = 1 / sqrtf(E);
+  for (int j = 0; j < n; j++) part[j * (E + 2) + E] = -INFINITY;
+  for (long t = from; t < to; t++) {
+    for (long e = 0; e < E; e += 16) __builtin_prefetch(K + (t + 16) * E + e), __builtin_prefetch(V + t * E + e);
+    for (int j = 0; j < n; j++) {
+      float a = s[j * S + t] = root * dot(K + t * E, q + j * E, E, 0), *most = part + j * (E + 2) + E;
+      *most = a > *most ? a : *most;
+    }
+  }
+  for (int j = 0; j < n; j++) {
+    float most = part[j * (E + 2) + E], sum = 0;
+#pragma omp simd
+    for (long t = from; t < to; t++) s[j * S + t] = exponential(s[j * S + t] - most);
+    for (long t = from; t < to; t++) sum += s[j * S + t];
+    part[j * (E + 2) + E + 1] = sum;
+  }
+  long e = 0;
+  for (; e + 64 <= E; e += 64) {
+    lanes out[n][4];
+    for (int j = 0; j < n; j++)
+      for (int c = 0; c < 4; c++) out[j][c] = (lanes){0};
+    for (long t = from; t < to; t++)
+      for (int c = 0; c < 4; c++) {
+        lanes v = *(const lanes *)(V + t * E + e + 16 * c);
+        for (int j = 0; j < n; j++) out[j][c] += s[j * S + t] * v;
+      }
+    for (int j = 0; j < n; j++) memcpy(part + j * (E + 2) + e, out[j], sizeof out[j]);
+  }
+  for (; e < E; e++)
+    for (int j = 0; j < n; j++) {
+      float *out = part + j * (E + 2) + e;
+      *out = 0;
+      for (long t = from; t < to; t++) *out += s[j * S + t] * V[t * E + e];
+    }
+}
+
 static void attend(const Layer *p, float *part, const float *q, float *scores, const long *position, long M, long H, long KH,
                    long E, long S) {
-  for (long i = 0; i < M * H; i++) {
-    long m = i / H, kv = (m * KH + i % H / (H / KH)) * S * E, n = parts(position[m]), k = omp_get_thread_num();
+  for (long m = 0; m < M; m++) {
+    long n = parts(position[m]), k = omp_get_thread_num();
     if (k >= n) continue;
-    long from = (position[m] + 1) * k / n, to = (position[m] + 1) * (k + 1) / n;
-    const float *K = p->K + kv, *V = p->V + kv, *query = q + i * E;
-    float *s = scores + i * S, *out = part + (k * M * H + i) * (E + 2), most = -INFINITY, sum = 0, root = 1 / sqrtf(E);
-    for (long t = from; t < to; t++) {
-      s[t] = root * dot(K + t * E, query, E);
-      most = s[t] > most ? s[t] : most;
+    long from = (position[m] + 1) * k / n, to = (position[m] + 1) * (k + 1) / n, group = H / KH;
+    for (long j = 0; j < H;) {
+      long i = m * H + j, kv = (m * KH + j / group) * S * E, left = group - j % group;
+      float *own = part + (k * M * H + i) * (E + 2), *s = scores + i * S;
+      const float *query = q + i * E, *K = p->K + kv, *V = p->V + kv;
+      if (left >= 4) heads(own, s, query, K, V, from, to, E, S, 4), j += 4;
+      else if (left == 3) heads(own, s, query, K, V, from, to, E, S, 3), j += 3;
+      else if (left == 2) heads(own, s, query, K, V, from, to, E, S, 2), j += 2;
+      else heads(own, s, query, K, V, from, to, E, S, 1), j += 1;
     }
-#pragma omp simd
-    for (long t = from; t < to; t++) s[t] = exponential(s[t] - most);
-    for (long t = from; t < to; t++) sum += s[t];
-    long e = 0;
-    for (; e + 32 <= E; e += 32) {
-      lanes o0 = {0}, o1 = {0}, p0 = {0}, p1 = {0};
-      long t = from;
-      for (; t + 1 < to; t += 2) {
-        const float *v = V + t * E + e;
-        o0 += s[t] * *(const lanes *)v, o1 += s[t] * *(const lanes *)(v + 16);
-        p0 += s[t + 1] * *(const lanes *)(v + E), p1 += s[t + 1] * *(const lanes *)(v + E + 16);
-      }
-      if (t < to) o0 += s[t] * *(const lanes *)(V + t * E + e), o1 += s[t] * *(const lanes *)(V + t * E + e + 16);
-      *(lanes *)(out + e) = o0 + p0, *(lanes *)(out + e + 16) = o1 + p1;
-    }
-    for (; e < E; e++) {
-      out[e] = 0;
-      for (long t = from; t < to; t++) out[e] += s[t] * V[t * E + e];
-    }
-    out[E] = most, out[E + 1] = sum;
   }
 }
 
