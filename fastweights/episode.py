@@ -63,6 +63,7 @@ class Episode:
         self._linears = plastic_linears(model)
         check_rows(self._linears, batch_size, self.shared)
         self._stacks: Stacks | None = None
+        self._table: fused.Table | None = None  # by which the plastic linears were last looked at
         self.generator = torch.Generator(model.device)
         self.cache = model.new_cache(batch_size, max_length)
         self.logs = {site: linear.new_log(self.states) for site, linear in self._linears.items()}
@@ -138,8 +139,11 @@ class Episode:
         return self._feed(ids_BT, mask_BT, update, generated=False, logits=logits)
 
     def _feed(self, ids_BT: Tensor, mask_BT: Tensor | None, update: Update, generated: bool, logits: str) -> Tensor:
-        if self._linears != plastic_linears(self.model):
-            raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")
+        table = fused.usable(self.model, self.batch_size) if ids_BT.shape[1] == 1 else None
+        if table is None or table is not self._table:  # as long as a table stands, every module is where it was
+            if self._linears != plastic_linears(self.model):
+                raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")
+            self._table = table
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, torch.device("cpu"))
         write_BT = written(update, ids_BT, span.position_BT, generated)
         if span.real_BT is not None:
@@ -148,9 +152,9 @@ class Episode:
         step = self._check_room(span, write_BT)
         self.cache.reserve(span.end)
         try:
-            out_BTV, last_BV = self._read(ids_BT, write_BT, span, logits, step)
+            out_BTV, last_BV = self._read(ids_BT, write_BT, span, logits, step, table)
         except OneByOne:
-            out_BTV, last_BV = self._read(ids_BT, write_BT, span, logits, step=True)
+            out_BTV, last_BV = self._read(ids_BT, write_BT, span, logits, True, None)
         if self.logits_BV is not None and span.real_BT is not None:
             last_BV = torch.where(span.real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, self.logits_BV)
         # a caller may change, or drop, what `feed` returns; `generate` hands out nothing of its last pass
@@ -159,7 +163,9 @@ class Episode:
             seen.extend((ids if span.real_BT is None else ids[span.real_BT[row]]).tolist())
         return out_BTV
 
-    def _read(self, ids_BT: Tensor, write_BT: Tensor, span: Span, logits: str, step: bool) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, ids_BT: Tensor, write_BT: Tensor, span: Span, logits: str, step: bool, table: fused.Table | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits, and those of the last token [B, V], in one pass or (`step`) token by token; all of it or nothing."""
         with self._whole_or_not_at_all():
             if not step:
@@ -167,14 +173,15 @@ class Episode:
                     real_BT = _real(span, ids_BT)
                     first_B = real_BT.int().argmax(1, keepdim=True)
                     self._settle(ids_BT.gather(1, first_B)[:, 0], real_BT.any(1))
-                out_BTV = self._pass(ids_BT, span, write_BT, logits)
+                out_BTV = self._pass(ids_BT, span, write_BT, logits, table)
                 return out_BTV, span.last(out_BTV)[:, 0]
             columns, real_BT = [], _real(span, ids_BT)
             for t in range(ids_BT.shape[1]):
                 self._settle(ids_BT[:, t], real_BT[:, t])
                 column = slice(t, t + 1)
                 here = self.cache.span((self.batch_size, 1), real_BT[:, column], torch.device("cpu"))
-                columns.append(self._pass(ids_BT[:, column], here, write_BT[:, column], "all"))
+                table = fused.usable(self.model, self.batch_size)
+                columns.append(self._pass(ids_BT[:, column], here, write_BT[:, column], "all", table))
             out_BTV = torch.cat(columns, dim=1)
             last_B1V = span.last(out_BTV)
             return out_BTV if logits == "all" else last_B1V, last_B1V[:, 0]
@@ -228,10 +235,13 @@ class Episode:
         """Events to come of each row as events to come of each ΔW."""
         return [sum(counts)] if self.shared else counts
 
-    def _pass(self, ids_BT: Tensor, span: Span, write_BT: Tensor, logits: str) -> Tensor:
+    def _pass(
+        self, ids_BT: Tensor, span: Span, write_BT: Tensor, logits: str, table: fused.Table | None = None
+    ) -> Tensor:
         """One forward pass over the model; its events are written only if all of it went well.
 
-        A single token of each row takes the captured step where there is one, with the same effect.
+        A single token of each row takes the captured step where there is one, or the fused step where a `table` of the
+        model stands, with the same effect.
         """
         real_BT, device, counts = span.real_BT, self.model.device, write_BT.sum(1).tolist()
         if self.captured.suits(ids_BT.shape[1]):
@@ -249,7 +259,7 @@ class Episode:
             if write is not None and linear.rule.neuron_local:
                 self._keep(site, now.counts)
         taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
-        if not taping and ids_BT.shape[1] == 1 and (out_BTV := self._fused(ids_BT, span, now)) is not None:
+        if table is not None and not taping and (out_BTV := self._fused(table, ids_BT, span, now)) is not None:
             return out_BTV
         with bound(self.model, self, now), torch.set_grad_enabled(taping):
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
@@ -259,21 +269,19 @@ class Episode:
         self._commit(now.staged)
         return out_BTV.detach()
 
-    def _fused(self, ids_B1: Tensor, span: Span, now: Pass) -> Tensor | None:
+    def _fused(self, table: fused.Table, ids_B1: Tensor, span: Span, now: Pass) -> Tensor | None:
         """`_pass` by the fused step; None where the modules must run."""
-        if self.model.dtype != torch.float32 or self.model.device.type != "cpu":
-            return None
         if self._stacks is None or not self._stacks.stands():
             self._stacks = Stacks(self._linears, self.batch_size, len(self.model.model.layers))
         stacks = self._stacks
         if not stacks.take(now):
             return None
-        out_B1V = fused.step(self.model, ids_B1, span, self.cache, lambda: stacks.read(now))
-        if out_B1V is not None:
-            last_ran(self.model, self)
-            self.cache.advance(span)
-            if now.write_BT is not None:
-                self._commit(stacks.write(now, span.position_BT))
+        records = stacks.read(now) if self._linears else table.frozen
+        out_B1V = fused.run(self.model, table, ids_B1, span, self.cache, *records)
+        last_ran(self.model, self)
+        self.cache.advance(span)
+        if now.write_BT is not None:
+            self._commit(stacks.write(now, span.position_BT))
         return out_B1V
 
     def _settle(self, next_B: Tensor, known_B: Tensor) -> None:

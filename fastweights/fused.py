@@ -7,7 +7,6 @@ machine without a C compiler, and the modules run instead. Shape suffixes as in 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +39,8 @@ class Table:
         self.usable = self._check(model) and library() is not None
         if not self.usable:
             return
-        config = model.config
+        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
+        self.head, config = model.lm_head.weight, model.config
         heads = (config.num_attention_heads, config.num_key_value_heads)
         self.sizes = (config.intermediate_size, *heads, config.head_dim)
         self.layers = np.zeros(len(blocks), LAYER)
@@ -92,39 +92,34 @@ def usable(model: Llama, rows: int) -> Table | None:
     return table if table.usable and not table.watch.hooked() else None
 
 
-def step(
-    model: Llama,
-    input_ids: Tensor,
-    span: Span,
-    cache: KVCache | None,
-    read: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
-) -> Tensor | None:
-    """Logits [B, 1, V] of one token per row, stored in `cache`; None where the modules must run instead.
-
-    read: gives `fast` and `which` of `kernels.decode`; None: the model as it stands, if no linear is plastic just now.
-    """
-    rows = len(input_ids)
-    table = usable(model, rows)
-    if table is None or (read is None and not all(guest.plain for guest in table.guests)):
+def step(model: Llama, input_ids: Tensor, span: Span, cache: KVCache | None) -> Tensor | None:
+    """Logits [B, 1, V] of one token per row, stored in `cache`; None where the modules must run instead."""
+    table = usable(model, len(input_ids))
+    if table is None or not all(guest.plain for guest in table.guests):
         return None
-    cache = cache or model.new_cache(rows, 1)
+    return run(model, table, input_ids, span, cache or model.new_cache(len(input_ids), 1), *table.frozen)
+
+
+def run(
+    model: Llama, table: Table, input_ids: Tensor, span: Span, cache: KVCache, fast: np.ndarray, which: np.ndarray
+) -> Tensor:
+    """`step` by a usable table; `fast` and `which` as in `kernels.decode`."""
+    rows, (F, H, _, E) = len(input_ids), table.sizes
     table.point_at(cache)
-    F, H, _, E = table.sizes
     slots = cache.capacity + 1
     slot_B1 = position_B1 = span.position_BT.contiguous()
     if span.real_BT is not None:  # the last slot is scratch
         slot_B1 = torch.where(span.real_BT, slot_B1, slots - 1)
-    x_BD = torch.embedding(model.model.embed_tokens.weight, input_ids[:, 0])
+    x_BD = torch.embedding(table.embedding, input_ids[:, 0])
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * slots + torch.get_num_threads() * H * (E + 2))
     if len(table.scratch) < needed:
         table.scratch = torch.empty(needed)
-    fast, which = table.frozen if read is None else read()
     y_BV = decode(
         table.layers,
         fast,
         which,
-        model.model.norm.weight,
-        model.lm_head.weight,
+        table.norm,
+        table.head,
         x_BD,
         model.frequencies(),
         position_B1,
