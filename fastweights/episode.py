@@ -227,8 +227,9 @@ class Episode:
             # rows that share ΔW see each other's waiting events: none may come before its column
             late_B = known_B & ~real_BT[:, 0]
             step = any(counts) or (self.shared and any(bool((p.rows_B & late_B).any()) for p in self.pending))
-        for site, linear in self._linears.items():
-            self.logs[site].check_room(self._per_state(counts if linear.rule.neuron_local else later))
+        for site, log in self.logs.items():
+            if log.overflow == "error":
+                log.check_room(self._per_state(counts if self._linears[site].rule.neuron_local else later))
         return step
 
     def _per_state(self, counts: list[int]) -> list[int]:

@@ -128,7 +128,7 @@ def _batches(
     config, tokens = episode.model.config, span.position_BT.shape[1]
     kept = tokens if columns is None else len(columns)
     slots = max((log.used for log in episode.logs.values()), default=0)
-    per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 2 * slots
+    per_token = 8 * config.hidden_size + 6 * config.intermediate_size + 2 * slots
     numbers = tokens * per_token + (1 if last else kept) * 2 * config.vocab_size
     numbers += kept * 2 * len(sites) * config.num_hidden_layers * config.hidden_size
     size = max(1, budget_bytes // (rows * numbers * episode.model.dtype.itemsize))

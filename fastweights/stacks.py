@@ -5,7 +5,7 @@ Linears of one rule, activation and shape form a stack; to the rule they are one
 
 from __future__ import annotations
 
-import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from .kernels.decode import FAST, put
 from .passes import Pass, Site
 from .plastic import ACTIVATIONS, PlasticLinear
 from .rules import Local, event_value, key_scale
-from .state import EventLog
+from .state import BUFFERS, EventLog
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,13 @@ class Stacks:
             row_NB1 = torch.arange(rows)[:, None].expand(len(group), -1, -1)
             self.stacks.append(Stack(group, here, row_NB1, h, self.square_LB1[here], frozen, a))
             start = here.stop
-        self.buffers: list[int] = []  # addresses that the records name
+        # where the events of each stack are to be named, and how far apart they lie
+        self.events = [
+            (self.records[name][stack.here], np.arange(len(stack.linears), dtype=np.uint64) * (rows * width * 4))
+            for stack in self.stacks
+            for name, width in (("u", stack.a_NB1O.shape[3]), ("scale", 1))
+        ]
+        self.buffers: list[Tensor] = []  # U of every log that the records name; its other buffers come and go with it
         self.kinds: list[int] = []  # logs of one kind and event count have the same slots in use, and weights
         self.facts: list[tuple[int, Tensor | None, int | None]] = []  # slots in use, weights, where the event belongs
 
@@ -108,12 +114,12 @@ class Stacks:
         return self.records, self.which
 
     def _point_at(self, logs: list[EventLog]) -> None:
-        buffers = [t.data_ptr() for log in logs for t in (log.U_BRO, log.K_BRI, log.birth_BR)]
-        if buffers == self.buffers:
+        buffers = [log.U_BRO for log in logs]
+        if self.buffers and all(map(operator.is_, buffers, self.buffers)):
             return
         self.buffers = buffers
-        for name, address in zip(("U", "K", "birth"), np.array(buffers, np.uint64).reshape(-1, 3).T, strict=True):
-            self.records[name] = address
+        for name in ("U", "K", "birth"):
+            self.records[name] = [getattr(log, BUFFERS[name]).data_ptr() for log in logs]
         biased = [linear.rule.bias for linear in self.linears]
         self.records["bias"] = [log.bias_BR.data_ptr() if b else 0 for log, b in zip(logs, biased, strict=True)]
         self.records["R"] = [log.capacity for log in logs]
@@ -138,9 +144,9 @@ class Stacks:
         slots = [slot for _, _, slot in self.facts]
         if None in slots:
             return self._events(now, events)
-        for stack, (u_NB1O, scale_NB1) in zip(self.stacks, events, strict=True):
-            self.records["u"][stack.here] = addresses(u_NB1O)
-            self.records["scale"][stack.here] = addresses(scale_NB1)
+        made = [tensor for event in events for tensor in event]
+        for (named, steps), tensor in zip(self.events, made, strict=True):
+            np.add(steps, tensor.data_ptr(), out=named)
         self.records["slot"] = slots
         self.records["event"] = [now.logs[linear.site].events[0] for linear in self.linears]
         if not put(self.records, self.rows):
@@ -162,9 +168,4 @@ class Stacks:
 
 def addresses(tensor: Tensor) -> np.ndarray:
     """Where each entry of the first dimension begins."""
-    return _count(tensor.shape[0]) * (tensor.stride(0) * tensor.element_size()) + tensor.data_ptr()
-
-
-@functools.cache
-def _count(n: int) -> np.ndarray:
-    return np.arange(n, dtype=np.uint64)
+    return np.arange(len(tensor), dtype=np.uint64) * (tensor.stride(0) * tensor.element_size()) + tensor.data_ptr()

@@ -248,7 +248,7 @@ class EventLog:
 
     def reserve(self, counts: Sequence[int]) -> None:
         """Makes room for events that a kernel puts into their slots itself."""
-        if self.overflow == "grow":
+        if self.overflow == "grow" and max(self.events) + max(counts) > self.capacity:
             self._reserve(max(n + c for n, c in zip(self.events, counts, strict=True)))
 
     def next_slot(self) -> int | None:
