@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import fused
 from .config import LlamaConfig
+from .kernels.attention import attention
 from .kernels.linear import linear
 
 
@@ -225,7 +226,6 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=bias)
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], span: Span, cache: KVCache | None) -> Tensor:
         q, k, v = (
@@ -235,14 +235,8 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v, span)
-        causal = span.visible is None and q.shape[2] > 1
-        grouped, heads, tokens = self.grouped, q.shape[1], q.shape[2]
-        if grouped and tokens == 1 and span.visible is not None:
-            # a group's queries stand side by side like tokens: CUDA's fused kernels take no mask with enable_gqa
-            q, grouped = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim), False
-        z_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=span.visible, is_causal=causal, enable_gqa=grouped)
-        z_BHTE = z_BHTE.reshape(-1, heads, tokens, self.head_dim)
-        return self.o_proj(z_BHTE.transpose(1, 2).flatten(2))
+        z_BTHE = attention(q, k, v, span.visible, span.start)
+        return self.o_proj(z_BTHE.flatten(2))
 
 
 class MLP(nn.Module):

@@ -163,7 +163,7 @@ void gemv_bfloat16(const unsigned short *W, const unsigned short *x, const unsig
 #ifdef __AVX512F__
 enum { TALL = 8, WIDE = 3, LANES = 16, ACROSS = WIDE * LANES, BLOCK = 128, STRIP = 64 };
 
-INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, const float *P, long ldp, long K, const int n) {
+INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, long ka, const float *P, long ldp, long K, const int n) {
   for (int r = 0; r < TALL; r++)
     for (int j = 0; j < n; j++) sum[r][j] = (lanes){0};
   for (long k = 0; k < K;) {
@@ -172,17 +172,17 @@ INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, const float *P
       lanes x[WIDE];
       for (int j = 0; j < n; j++) x[j] = *(const lanes *)(P + k * ldp + j * LANES);
       for (int r = 0; r < TALL; r++)
-        for (int j = 0; j < n; j++) s[r][j] += A[r * lda + k] * x[j];
+        for (int j = 0; j < n; j++) s[r][j] += A[r * lda + k * ka] * x[j];
     }
     for (int r = 0; r < TALL; r++)
       for (int j = 0; j < n; j++) sum[r][j] += s[r][j];
   }
 }
 
-static void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, const float *P, long ldp, long K, long n) {
-  if (n == 3) tile(sum, A, lda, P, ldp, K, 3);
-  else if (n == 2) tile(sum, A, lda, P, ldp, K, 2);
-  else tile(sum, A, lda, P, ldp, K, 1);
+INLINE void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, const long ka, const float *P, long ldp, long K, long n) {
+  if (n == 3) tile(sum, A, lda, ka, P, ldp, K, 3);
+  else if (n == 2) tile(sum, A, lda, ka, P, ldp, K, 2);
+  else tile(sum, A, lda, ka, P, ldp, K, 1);
 }
 
 /* y [M, O] = x Wᵀ + b, x [M, I] and W [O, I], O ≥ TALL. scratch: threads I ACROSS floats, aligned */
@@ -204,7 +204,7 @@ void product_rows(const float *W, const float *x, const float *b, float *y, long
       for (long o = from % strips * STRIP; o < end; o += TALL) {
         if (o > O - TALL) o = O - TALL; /* the last tile may do some outputs again */
         lanes sum[TALL][WIDE];
-        any_tile(sum, W + o * I, I, panel, ACROSS, I, n);
+        any_tile(sum, W + o * I, I, 1, panel, ACROSS, I, n);
         const float *s = (const float *)sum;
         for (long r = 0; r < rows; r++)
           for (long j = 0; j < TALL; j++) y[(m + r) * O + o + j] = s[j * ACROSS + r] + (b ? b[o + j] : 0);
@@ -225,7 +225,7 @@ void product_columns(const float *W, long ldw, const float *x, long ldx, float *
       for (long done = 0; done < M; done += TALL) {
         long m = done > M - TALL ? M - TALL : done;
         lanes sum[TALL][WIDE];
-        tile(sum, x + m * ldx, ldx, W + o - skip, ldw, I, WIDE);
+        tile(sum, x + m * ldx, ldx, 1, W + o - skip, ldw, I, WIDE);
         for (long r = done - m; r < TALL; r++) {
           float *to_ = y + (m + r) * ldy + o - skip;
           const float *s = (const float *)sum[r];
@@ -240,6 +240,81 @@ void product_columns(const float *W, long ldw, const float *x, long ldx, float *
       }
     }
   }
+}
+/* Causal attention of many queries: query t of each row sees keys 0 to start + t. A unit is ACROSS queries of one head,
+   side by side in the lanes; keys pass by KEYS at a time, and what was summed so far is scaled down where a larger score
+   comes (Milakov & Gimelshein 2018; Dao et al. 2022). */
+enum { KEYS = 64 };
+
+typedef struct {
+  const float *q, *k, *v;    /* [B, H, T, E], [B, KH, S, E] twice, S = start + T, S and E at least TALL */
+  float *y;                  /* [B, T, H, E] */
+  long q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t; /* strides; each E lies together */
+  long B, H, KH, T, start, E;
+} Attention;
+
+static void scores(float *s, const float *K, long stride, const float *Q, long E, long from, long to, long n) {
+  for (long r = from; r < to; r += TALL) {
+    long first = r + TALL > to ? to - TALL : r; /* the last tile may begin before `from`: those scores are left alone */
+    lanes sum[TALL][WIDE];
+    any_tile(sum, K + first * stride, stride, 1, Q, ACROSS, E, n);
+    for (long i = r - first; i < TALL; i++) memcpy(s + (first + i - from) * ACROSS, sum[i], n * sizeof(lanes));
+  }
+}
+
+static void unit(const Attention *p, long b, long h, long t0, float *scratch) {
+  const float *K = p->k + b * p->k_b + h / (p->H / p->KH) * p->k_h, *V = p->v + b * p->v_b + h / (p->H / p->KH) * p->v_h;
+  long E = p->E, rows = p->T - t0 < ACROSS ? p->T - t0 : ACROSS, n = (rows + LANES - 1) / LANES, width = n * LANES;
+  float *Q = scratch, *out = Q + E * ACROSS, *s = out + E * ACROSS, root = 1 / sqrtf(E);
+  float most[ACROSS], sum[ACROSS];
+  for (long r = 0; r < width; r++) {
+    for (long e = 0; e < E; e++) Q[e * ACROSS + r] = r < rows ? root * p->q[b * p->q_b + h * p->q_h + (t0 + r) * p->q_t + e] : 0;
+    most[r] = -INFINITY, sum[r] = 0;
+  }
+  memset(out, 0, E * ACROSS * sizeof(float));
+  for (long from = 0, end = p->start + t0 + rows; from < end; from += KEYS) {
+    long keys = end - from < KEYS ? end - from : KEYS;
+    scores(s, K, p->k_t, Q, E, from, from + keys, n);
+    float larger[ACROSS], down[ACROSS];
+    memcpy(larger, most, sizeof most);
+    for (long i = 0; i < keys; i++) {
+      long hidden = from + i - p->start - t0; /* queries before this one do not see the key */
+      for (long r = 0; r < width && r < hidden; r++) s[i * ACROSS + r] = -INFINITY;
+      for (long r = 0; r < width; r++) larger[r] = s[i * ACROSS + r] > larger[r] ? s[i * ACROSS + r] : larger[r];
+    }
+    int moved = 0;
+    for (long r = 0; r < width; r++) moved |= larger[r] != most[r];
+    if (moved) {
+#pragma omp simd
+      for (long r = 0; r < width; r++) down[r] = exponential(most[r] - larger[r]), sum[r] *= down[r];
+      for (long e = 0; e < E; e++)
+        for (long r = 0; r < width; r++) out[e * ACROSS + r] *= down[r];
+      memcpy(most, larger, sizeof most);
+    }
+    for (long i = 0; i < keys; i++)
+#pragma omp simd
+      for (long r = 0; r < width; r++) {
+        float w = exponential(s[i * ACROSS + r] - most[r]);
+        s[i * ACROSS + r] = w, sum[r] += w;
+      }
+    for (long e = 0; e < E; e += TALL) {
+      long first = e + TALL > E ? E - TALL : e;
+      lanes more[TALL][WIDE];
+      any_tile(more, V + from * p->v_t + first, 1, p->v_t, s, ACROSS, keys, n);
+      for (long i = e - first; i < TALL; i++)
+        for (long r = 0; r < width; r++) out[(first + i) * ACROSS + r] += ((float *)more[i])[r];
+    }
+  }
+  for (long r = 0; r < rows; r++)
+    for (long e = 0; e < E; e++) p->y[((b * p->T + t0 + r) * p->H + h) * E + e] = out[e * ACROSS + r] / sum[r];
+}
+
+/* scratch: threads ACROSS (2 E + KEYS) floats */
+void attention(const Attention *p, float *scratch, int threads) {
+  long blocks = (p->T + ACROSS - 1) / ACROSS, units = p->B * p->H * blocks;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long u = 0; u < units; u++)
+    unit(p, u / (p->H * blocks), u / blocks % p->H, u % blocks * ACROSS, scratch + omp_get_thread_num() * ACROSS * (2 * p->E + KEYS));
 }
 #endif
 

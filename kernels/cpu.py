@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 MOST_ROWS = 8  # of `gemv` and `decode`
-ACROSS = 48  # of cpu.c
+TALL, ACROSS, KEYS = 8, 48, 64  # of cpu.c: a tile of a product, the keys of an attention
 
 
 @functools.cache
@@ -43,6 +43,7 @@ def library() -> ctypes.CDLL | None:
         "gemv_bfloat16": gemv,
         "product_rows": [*[pointer] * 4, *[long] * 3, pointer, number],
         "product_columns": [*[pointer, long] * 3, *[long] * 3, number, number],
+        "attention": [pointer, pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
         "decode": [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number],
         "put": [pointer, long, long],

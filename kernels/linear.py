@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .cpu import ACROSS, MOST_ROWS, library
+from .cpu import ACROSS, MOST_ROWS, TALL, library
 
 LEAST_WEIGHTS = 1 << 16  # of a few rows: below this a product costs less than waking the threads
 LEAST_TERMS = 1 << 19  # of more rows
-TALL = 8
 
 
 def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,0 +1,96 @@
+"""Attention in C for causal passes of many queries, against a softmax written out in float64."""
+
+import pytest
+import torch
+
+from fastweights.kernels import attention as module
+from fastweights.kernels.attention import attention
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def slow(q, k, v, start):
+    """z [B, T, H, E], query by query."""
+    B, H, T, E = q.shape
+    z = torch.empty(B, T, H, E, dtype=torch.float64)
+    for h in range(H):
+        K, V = (x[:, h // (H // k.shape[1])].double() for x in (k, v))
+        for t in range(T):
+            seen = start + t + 1
+            score = (K[:, :seen] @ q[:, h, t].double()[..., None])[..., 0] / E**0.5
+            z[:, t, h] = (score.softmax(-1)[:, None] @ V[:, :seen])[:, 0]
+    return z
+
+
+def case(B, H, KH, T, start, E, slots=3):
+    """Queries as a projection lays them out, keys and values as a cache with room does."""
+    q = torch.randn(B, T, H, E).transpose(1, 2)
+    k, v = (torch.randn(B, KH, start + T + slots, E)[:, :, : start + T] for _ in range(2))
+    return q, k, v
+
+
+SHAPES = [(1, 9, 3, 45, 0, 64), (2, 4, 2, 8, 0, 16), (1, 2, 2, 48, 17, 64), (1, 3, 1, 49, 0, 8), (3, 2, 1, 130, 0, 20)]
+SHAPES += [
+    (1, 4, 4, 100, 1, 128),
+    (2, 2, 1, 9, 200, 32),
+    (1, 1, 1, 64, 64, 11),
+    (1, 2, 1, 200, 0, 64),
+    (1, 3, 3, 8, 56, 9),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_causal_attention_is_the_softmax_written_out(shape):
+    q, k, v = case(*shape)
+    exact = slow(q, k, v, shape[4])
+    visible = torch.ones(shape[3], shape[4] + shape[3], dtype=torch.bool).tril(shape[4])[None, None]
+    for mask in (visible, *([None] if shape[4] == 0 else [])):
+        z = attention(q, k, v, mask, shape[4])
+        assert float((z - exact).abs().max()) < 2e-6
+    for start, mask in ((None, visible), (shape[4], visible)):
+        twice = attention(q.double(), k.double(), v.double(), mask, start)
+        assert float((twice - exact).abs().max()) < 1e-13
+
+
+def test_scores_of_hundreds_neither_overflow_nor_lose_the_largest():
+    q, k, v = case(1, 2, 1, 100, 0, 64)
+    q *= 300
+    assert float((attention(q, k, v, None, 0) - slow(q, k, v, 0)).abs().max()) < 1e-4
+
+
+def test_a_row_does_not_depend_on_the_rows_and_queries_beside_it():
+    q, k, v = case(3, 4, 2, 60, 0, 64)
+    together = attention(q, k, v, None, 0)
+    for row in range(3):
+        alone = attention(q[row : row + 1], k[row : row + 1], v[row : row + 1], None, 0)
+        assert torch.equal(alone[0], together[row])
+    first = attention(q[:, :, :20], k[:, :, :20], v[:, :, :20], None, 0)
+    assert float((first - together[:, :20]).abs().max()) < 1e-6
+
+
+def test_a_key_that_is_not_finite_is_seen_by_every_query_that_sees_it():
+    q, k, v = case(1, 2, 1, 100, 0, 64)
+    k[0, 0, 70, 3] = float("nan")
+    z = attention(q, k, v, None, 0)
+    assert z[0, 70:].isnan().all()
+    assert not z[0, :70].isnan().any()
+
+
+def test_gradients_and_masks_go_to_torch(monkeypatch):
+    q, k, v = case(1, 2, 1, 20, 0, 64)
+    exact, seen = slow(q, k, v, 0), []
+    monkeypatch.setattr(module, "_torch", lambda *given, original=module._torch: seen.append(1) or original(*given))
+    q.requires_grad_()
+    z = attention(q, k, v, None, 0)
+    z.sum().backward()
+    assert q.grad.isfinite().all()
+    q = q.detach()
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    torch.testing.assert_close(attention(q, k, v, mask, None).double(), exact, rtol=0, atol=1e-5)
+    assert len(seen) == 2
+    attention(q, k, v, None, 0)
+    helper = module.plain(q)
+    assert len(seen) == (2 if hasattr(helper, "attention") else 3)
