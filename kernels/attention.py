@@ -15,7 +15,7 @@ from torch import Tensor
 from .cpu import ACROSS, KEYS, TALL
 from .linear import plain
 
-FIELDS = "q k v y q_b q_h q_t k_b k_h k_t v_b v_h v_t B H KH T start E".split()  # of tiles.c
+FIELDS = ["q", "k", "v", "y", "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "B", "H", "KH", "T", "start", "E"]  # of tiles.c
 
 
 class Arguments(ctypes.Structure):
