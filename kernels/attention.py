@@ -15,31 +15,16 @@ from torch import Tensor
 from .cpu import ACROSS, KEYS, TALL
 from .linear import plain
 
-FIELDS = (
-    "q",
-    "k",
-    "v",
-    "y",
-    "q_b",
-    "q_h",
-    "q_t",
-    "k_b",
-    "k_h",
-    "k_t",
-    "v_b",
-    "v_h",
-    "v_t",
-    "B",
-    "H",
-    "KH",
-    "T",
-    "start",
-    "E",
-)
+STRIDES = [f"{tensor}_{dimension}" for tensor in "qkv" for dimension in "bht"]
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p if n < 4 else ctypes.c_long) for n, name in enumerate(FIELDS)]
+    """`Attention` of tiles.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "y")),
+        *((name, ctypes.c_long) for name in (*STRIDES, "B", "H", "KH", "T", "start", "E")),
+    ]
 
 
 def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Tensor | None, start: int | None) -> Tensor:

@@ -1,12 +1,7 @@
-/* On a CPU: products of a few rows, and a whole decode step, that stream every weight once; products of many rows where
-   there is AVX-512. float32, or bfloat16 bits.
+/* On a CPU: products of a few rows, and a whole decode step, that stream every weight once. float32, or bfloat16 bits.
    Built by cpu.py. Shapes: M rows, D model width, F MLP width, H heads, KH key/value heads, E head width,
    S cache slots, V vocabulary, O out, I in, R slots of a log, n slots in use. All row-major. */
-#include <math.h>
-#include <omp.h>
-#include <string.h>
-
-typedef float lanes __attribute__((vector_size(64), aligned(4)));
+#include "cpu.h"
 
 /* ΔW of one linear: y += Σ_j w_j (k_j·h + bias_j) u_j; what its rule needs of this token; and the event it makes */
 typedef struct {
@@ -39,8 +34,6 @@ static inline unsigned short to_bfloat16(float x) {
   if (x != x) return 0x7fc0;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to nearest, ties to even */
 }
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE float total(lanes s) {
   typedef float half __attribute__((vector_size(32)));
@@ -93,30 +86,6 @@ INLINE float dot_bfloat16(const unsigned short *w, const float *x, long I) {
   return sum;
 }
 
-/* e^x with a relative error of (2 + |x|) 2^-24, 0 below 2^-126; the library's expf is not vectorised without
-   giving up NaN */
-static inline float exponential(float x) {
-  x = x > 89 ? 89 : x < -88 ? -88 : x; /* NaN stays */
-  float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1;
-  int bits = ((int)n + 127) << 23;
-  float power;
-  memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-/* this thread's share of n */
-static void share(long n, long *from, long *to) {
-  long t = omp_get_thread_num(), T = omp_get_num_threads();
-  *from = n * t / T, *to = n * (t + 1) / T;
-}
-
 /* y[m, o] (+)= W[o]·x[m] + b[o] for neurons from:to */
 static void product(float *y, const float *W, const float *b, const float *x, long M, long O, long I, long from,
                     long to, int add) {
@@ -156,185 +125,6 @@ void gemv_bfloat16(const unsigned short *W, const unsigned short *x, const unsig
       for (long m = 0; m < M; m++)
         y[m * O + o] = to_bfloat16(dot_bfloat16(W + o * I, h + m * I, I) + (b ? from_bfloat16(b[o]) : 0));
   }
-}
-
-/* Products of many rows. A tile is TALL rows of one factor, broadcast, by up to WIDE vectors of the other: its sums
-   stay in registers, and every BLOCK terms they are added up apart, so that rounding does not grow with the length. */
-#ifdef __AVX512F__
-enum { TALL = 8, WIDE = 3, LANES = 16, ACROSS = WIDE * LANES, BLOCK = 128, STRIP = 64 };
-
-INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, long ka, const float *P, long ldp, long K, const int n) {
-  for (int r = 0; r < TALL; r++)
-    for (int j = 0; j < n; j++) sum[r][j] = (lanes){0};
-  for (long k = 0; k < K;) {
-    lanes s[TALL][WIDE] = {0};
-    for (long end = k + BLOCK < K ? k + BLOCK : K; k < end; k++) {
-      lanes x[WIDE];
-      for (int j = 0; j < n; j++) x[j] = *(const lanes *)(P + k * ldp + j * LANES);
-      for (int r = 0; r < TALL; r++)
-        for (int j = 0; j < n; j++) s[r][j] += A[r * lda + k * ka] * x[j];
-    }
-    for (int r = 0; r < TALL; r++)
-      for (int j = 0; j < n; j++) sum[r][j] += s[r][j];
-  }
-}
-
-INLINE void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, const long ka, const float *P, long ldp, long K, long n) {
-  if (n == 3) tile(sum, A, lda, ka, P, ldp, K, 3);
-  else if (n == 2) tile(sum, A, lda, ka, P, ldp, K, 2);
-  else tile(sum, A, lda, ka, P, ldp, K, 1);
-}
-
-/* y [M, O] = x Wᵀ + b, x [M, I] and W [O, I], O ≥ TALL. scratch: threads I ACROSS floats, aligned */
-void product_rows(const float *W, const float *x, const float *b, float *y, long O, long I, long M, float *scratch,
-                  int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    float *panel = scratch + omp_get_thread_num() * I * ACROSS; /* ACROSS rows of x, [I, ACROSS] */
-    long strips = (O + STRIP - 1) / STRIP, from, to, packed = -1;
-    share((M + ACROSS - 1) / ACROSS * strips, &from, &to);
-    for (; from < to; from++) {
-      long m = from / strips * ACROSS, rows = M - m < ACROSS ? M - m : ACROSS, n = (rows + LANES - 1) / LANES;
-      if (packed != m)
-        for (long r = 0; r < n * LANES; r++)
-          for (long i = 0; i < I; i++) panel[i * ACROSS + r] = r < rows ? x[(m + r) * I + i] : 0;
-      packed = m;
-      long end = from % strips * STRIP + STRIP;
-      if (end > O) end = O;
-      for (long o = from % strips * STRIP; o < end; o += TALL) {
-        if (o > O - TALL) o = O - TALL; /* the last tile may do some outputs again */
-        lanes sum[TALL][WIDE];
-        any_tile(sum, W + o * I, I, 1, panel, ACROSS, I, n);
-        const float *s = (const float *)sum;
-        for (long r = 0; r < rows; r++)
-          for (long j = 0; j < TALL; j++) y[(m + r) * O + o + j] = s[j * ACROSS + r] + (b ? b[o + j] : 0);
-      }
-    }
-  }
-}
-
-/* y [M, O] (+)= x W, x [M, I] and W [I, O], M ≥ TALL and O ≥ ACROSS; rows of y, x and W lie ldy, ldx and ldw apart */
-void product_columns(const float *W, long ldw, const float *x, long ldx, float *y, long ldy, long O, long I, long M, int add,
-                     int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    long from, to;
-    share((O + ACROSS - 1) / ACROSS, &from, &to);
-    for (; from < to; from++) {
-      long o = from * ACROSS, skip = o > O - ACROSS ? o - (O - ACROSS) : 0; /* columns that the tile before has done */
-      for (long done = 0; done < M; done += TALL) {
-        long m = done > M - TALL ? M - TALL : done;
-        lanes sum[TALL][WIDE];
-        tile(sum, x + m * ldx, ldx, 1, W + o - skip, ldw, I, WIDE);
-        for (long r = done - m; r < TALL; r++) {
-          float *to_ = y + (m + r) * ldy + o - skip;
-          const float *s = (const float *)sum[r];
-          if (skip)
-            for (long j = skip; j < ACROSS; j++) to_[j] = add ? to_[j] + s[j] : s[j];
-          else
-            for (int j = 0; j < WIDE; j++) {
-              lanes *here = (lanes *)(to_ + j * LANES);
-              *here = add ? *here + sum[r][j] : sum[r][j];
-            }
-        }
-      }
-    }
-  }
-}
-/* Causal attention of many queries: query t of each row sees keys 0 to start + t. A unit is ACROSS queries of one head,
-   side by side in the lanes; keys pass by KEYS at a time, and what was summed so far is scaled down where a larger score
-   comes (Milakov & Gimelshein 2018; Dao et al. 2022). */
-enum { KEYS = 64 };
-
-typedef struct {
-  const float *q, *k, *v;    /* [B, H, T, E], [B, KH, S, E] twice, S = start + T, S and E at least TALL */
-  float *y;                  /* [B, T, H, E] */
-  long q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t; /* strides; each E lies together */
-  long B, H, KH, T, start, E;
-} Attention;
-
-static void scores(float *s, const float *K, long stride, const float *Q, long E, long from, long to, long n) {
-  for (long r = from; r < to; r += TALL) {
-    long first = r + TALL > to ? to - TALL : r; /* the last tile may begin before `from`: those scores are left alone */
-    lanes sum[TALL][WIDE];
-    any_tile(sum, K + first * stride, stride, 1, Q, ACROSS, E, n);
-    for (long i = r - first; i < TALL; i++) memcpy(s + (first + i - from) * ACROSS, sum[i], n * sizeof(lanes));
-  }
-}
-
-static void unit(const Attention *p, long b, long h, long t0, float *scratch) {
-  const float *K = p->k + b * p->k_b + h / (p->H / p->KH) * p->k_h, *V = p->v + b * p->v_b + h / (p->H / p->KH) * p->v_h;
-  long E = p->E, rows = p->T - t0 < ACROSS ? p->T - t0 : ACROSS, n = (rows + LANES - 1) / LANES, width = n * LANES;
-  float *Q = scratch, *out = Q + E * ACROSS, *s = out + E * ACROSS, root = 1 / sqrtf(E);
-  float most[ACROSS], sum[ACROSS];
-  for (long r = 0; r < width; r++) {
-    for (long e = 0; e < E; e++) Q[e * ACROSS + r] = r < rows ? root * p->q[b * p->q_b + h * p->q_h + (t0 + r) * p->q_t + e] : 0;
-    most[r] = -INFINITY, sum[r] = 0;
-  }
-  memset(out, 0, E * ACROSS * sizeof(float));
-  for (long from = 0, end = p->start + t0 + rows; from < end; from += KEYS) {
-    long keys = end - from < KEYS ? end - from : KEYS;
-    scores(s, K, p->k_t, Q, E, from, from + keys, n);
-    float larger[ACROSS], down[ACROSS];
-    memcpy(larger, most, sizeof most);
-    for (long i = 0; i < keys; i++) {
-      long hidden = from + i - p->start - t0; /* queries before this one do not see the key */
-      for (long r = 0; r < width && r < hidden; r++) s[i * ACROSS + r] = -INFINITY;
-      for (long r = 0; r < width; r++) larger[r] = s[i * ACROSS + r] > larger[r] ? s[i * ACROSS + r] : larger[r];
-    }
-    int moved = 0;
-    for (long r = 0; r < width; r++) moved |= larger[r] != most[r];
-    if (moved) {
-#pragma omp simd
-      for (long r = 0; r < width; r++) down[r] = exponential(most[r] - larger[r]), sum[r] *= down[r];
-      for (long e = 0; e < E; e++)
-        for (long r = 0; r < width; r++) out[e * ACROSS + r] *= down[r];
-      memcpy(most, larger, sizeof most);
-    }
-    for (long i = 0; i < keys; i++)
-#pragma omp simd
-      for (long r = 0; r < width; r++) {
-        float w = exponential(s[i * ACROSS + r] - most[r]);
-        s[i * ACROSS + r] = w, sum[r] += w;
-      }
-    for (long e = 0; e < E; e += TALL) {
-      long first = e + TALL > E ? E - TALL : e;
-      lanes more[TALL][WIDE];
-      any_tile(more, V + from * p->v_t + first, 1, p->v_t, s, ACROSS, keys, n);
-      for (long i = e - first; i < TALL; i++)
-        for (long r = 0; r < width; r++) out[(first + i) * ACROSS + r] += ((float *)more[i])[r];
-    }
-  }
-  for (long r = 0; r < rows; r++)
-    for (long e = 0; e < E; e++) p->y[((b * p->T + t0 + r) * p->H + h) * E + e] = out[e * ACROSS + r] / sum[r];
-}
-
-/* scratch: threads ACROSS (2 E + KEYS) floats */
-void attention(const Attention *p, float *scratch, int threads) {
-  long blocks = (p->T + ACROSS - 1) / ACROSS, units = p->B * p->H * blocks;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long u = 0; u < units; u++)
-    unit(p, u / (p->H * blocks), u / blocks % p->H, u % blocks * ACROSS, scratch + omp_get_thread_num() * ACROSS * (2 * p->E + KEYS));
-}
-#endif
-
-/* whether no column of [T, O] has changed by more than tolerance times its largest entry; a NaN has */
-int settled(const float *now, const float *old, long T, long O, float tolerance) {
-  for (long o = 0; o < O; o += 64) {
-    float change[64] = {0}, scale[64] = {0};
-    long n = O - o < 64 ? O - o : 64;
-    int bad = 0;
-    for (long t = 0; t < T; t++)
-      for (long j = 0; j < n; j++) {
-        float x = now[t * O + o + j], d = fabsf(x - old[t * O + o + j]);
-        bad |= !(d - d == 0);
-        change[j] = d > change[j] ? d : change[j];
-        scale[j] = fabsf(x) > scale[j] ? fabsf(x) : scale[j];
-      }
-    for (long j = 0; j < n; j++) bad |= !(change[j] <= tolerance * scale[j]);
-    if (bad) return 0;
-  }
-  return 1;
 }
 
 static void rms_norm(float *y, const float *x, const float *w, long M, long D, float eps) {

@@ -1,4 +1,4 @@
-"""cpu.c as a shared library: compiled once, by the machine's own `cc`, into the user's cache folder.
+"""cpu.c and tiles.c as a shared library: compiled once, by the machine's own `cc`, into the user's cache folder.
 
 MKL's product for one row reaches less than half of the memory's read stream on some CPUs, and a decode step is nothing
 but such products. Where the library cannot be built, a warning says so and torch computes.
@@ -17,11 +17,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "cpu.h")]
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 MOST_ROWS = 8  # of `gemv` and `decode`
-TALL, ACROSS, KEYS = 8, 48, 64  # of cpu.c: a tile of a product, the keys of an attention
+TALL, ACROSS, KEYS = 8, 48, 64  # of tiles.c: a tile of a product, the keys of an attention
 
 
 @functools.cache
@@ -63,7 +63,8 @@ def _built(compiler: str) -> Path:
     cpu = Path("/proc/cpuinfo")  # -march=native must not meet another processor in a shared home folder
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    identity = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), platform.processor(), flags)
+    sources = [source.read_text() for source in SOURCES]
+    identity = (sources, compiler, *FLAGS, platform.machine(), platform.processor(), flags)
     name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     root = os.environ.get("FASTWEIGHTS_CACHE")
     folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
@@ -71,7 +72,7 @@ def _built(compiler: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), *map(str, SOURCES[:2]), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(built, folder / name)
     return folder / name

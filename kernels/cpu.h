@@ -1,0 +1,32 @@
+/* What cpu.c and tiles.c share. */
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+typedef float lanes __attribute__((vector_size(64), aligned(4)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* e^x with a relative error of (2 + |x|) 2^-24, 0 below 2^-126; the library's expf is not vectorised without
+   giving up NaN */
+static inline float exponential(float x) {
+  x = x > 89 ? 89 : x < -88 ? -88 : x; /* NaN stays */
+  float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  int bits = ((int)n + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+/* this thread's share of n */
+static inline void share(long n, long *from, long *to) {
+  long t = omp_get_thread_num(), T = omp_get_num_threads();
+  *from = n * t / T, *to = n * (t + 1) / T;
+}
