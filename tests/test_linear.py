@@ -87,6 +87,8 @@ def test_function_transforms_and_forward_mode_see_the_product(rows):
         torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, t @ W.T)
 
 
+# torch's own products, where there is no AVX-512, round more
+ROUNDING = 4e-7 if hasattr(cpu.library(), "product_rows") else 1e-6
 SHAPES = [(1, 300, 257), (24, 24, 2000), (9, 1000, 130), (45, 1536, 576), (128, 1536, 384), (61, 257, 300)]
 SHAPES += [(48, 48, 512), (49, 49, 512), (47, 50, 512), (97, 71, 513), (200, 9, 700), (16, 575, 129), (5, 7, 3)]
 
@@ -97,12 +99,12 @@ def test_a_product_of_any_shape_and_strides_rounds_no_more_than_its_blocks_do(ro
     for W in (torch.randn(O, I), torch.randn(I, O).T, torch.randn(O, 2 * I)[:, ::2], torch.randn(I, O + 3)[:, 3:].T):
         for h in (x, torch.randn(I, rows).T, torch.randn(rows, I + 5)[:, 5:]):
             exact = h.double() @ W.double().T
-            assert float((product(h, W) - exact).norm() / exact.norm()) < 4e-7
+            assert float((product(h, W) - exact).norm() / exact.norm()) < ROUNDING
         twice = product(x.double(), W.double())
         torch.testing.assert_close(twice, x.double() @ W.double().T, rtol=0, atol=1e-11)
     b = torch.randn(O)
     exact = x.double() @ W.double().T + b
-    assert float((linear(x[None], W.contiguous(), b)[0] - exact).norm() / exact.norm()) < 4e-7
+    assert float((linear(x[None], W.contiguous(), b)[0] - exact).norm() / exact.norm()) < ROUNDING
 
 
 @pytest.mark.parametrize(("rows", "O", "I"), SHAPES)
@@ -110,7 +112,7 @@ def test_a_product_is_added_in_place_and_nowhere_else(rows, O, I):
     around, x, W = torch.full((rows + 2, O + 7), 3.0), torch.randn(rows, I), torch.randn(I, O)
     add_product_(around[1:-1, 4:-3], x, W)
     exact = 3 + x.double() @ W.double()
-    assert float((around[1:-1, 4:-3] - exact).norm() / exact.norm()) < 8e-7  # as torch's, where it computes
+    assert float((around[1:-1, 4:-3] - exact).norm() / exact.norm()) < 2 * ROUNDING
     around[1:-1, 4:-3] = 3
     assert torch.equal(around, torch.full_like(around, 3))
 
