@@ -52,7 +52,8 @@ def available_bytes(device: torch.device) -> int:
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:
     """Random weights of a scale that keeps activations of the order of 1."""
-    need = dtype.itemsize * (measure.linear_parameters(config) * (1 if config.tie_word_embeddings else 2))
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    need = dtype.itemsize * (measure.linear_parameters(config) + embedding)
     if need * 1.3 > available_bytes(device):
         raise Unavailable(f"{need / 1e9:.1f} GB of weights, {available_bytes(device) / 1e9:.1f} GB are free")
     with torch.device("meta"):
