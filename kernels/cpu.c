@@ -78,6 +78,7 @@ INLINE float dot_bfloat16(const unsigned short *w, const float *x, long I) {
   lanes s0 = {0}, s1 = {0};
   long i = 0;
   for (; i + 32 <= I; i += 32) {
+    __builtin_prefetch(w + i + 2 * AHEAD, 0, 0);
     s0 += widen(w + i) * *(const lanes *)(x + i);
     s1 += widen(w + i + 16) * *(const lanes *)(x + i + 16);
   }
