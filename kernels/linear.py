@@ -24,7 +24,7 @@ def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """W h + b, [..., O] in h's dtype; h [..., I]."""
     O, I = weight_OI.shape
     rows = h.numel() // I
-    helper = plain(h, weight_OI, bias_O) if weight_OI.is_contiguous() else None
+    helper = plain(h, weight_OI, bias_O) if h.shape[-1] == I and weight_OI.is_contiguous() else None
     if helper is None or (rows <= MOST_ROWS and O * I < LEAST_WEIGHTS):
         return F.linear(h, weight_OI, bias_O)
     bias = None if bias_O is None else bias_O.data_ptr()
@@ -40,7 +40,7 @@ def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 def product(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x Wᵀ, [..., O]; x [..., I], W of any strides."""
     O, I = weight_OI.shape
-    helper = plain(x, weight_OI)
+    helper = plain(x, weight_OI) if x.shape[-1] == I else None
     if helper is None or not _many(helper, x, x.numel() // I, O, I):
         return x @ weight_OI.T
     if weight_OI.stride(0) != 1 or O < ACROSS:
@@ -73,14 +73,7 @@ def _columns(helper: ctypes.CDLL, y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor,
     if x_MI.stride(1) != 1:
         x_MI = x_MI.contiguous()
     assert y_MO.stride(1) == weight_IO.stride(1) == 1
-    where = (
-        weight_IO.data_ptr(),
-        weight_IO.stride(0),
-        x_MI.data_ptr(),
-        x_MI.stride(0),
-        y_MO.data_ptr(),
-        y_MO.stride(0),
-    )
+    where = [number for t in (weight_IO, x_MI, y_MO) for number in (t.data_ptr(), t.stride(0))]
     helper.product_columns(*where, O, I, M, add, torch.get_num_threads())
 
 
@@ -95,9 +88,8 @@ def plain(h: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
     tensors = [h, *(t for t in others if t is not None)]
     if (
         h.dtype not in (torch.float32, torch.bfloat16)
-        or not h.is_cpu
         or type(h) is not Tensor
-        or any(t.dtype != h.dtype for t in tensors)
+        or any(t.dtype != h.dtype or not t.is_cpu for t in tensors)
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0

@@ -2,8 +2,8 @@
    the scan has settled. Built by cpu.py. Shapes: M rows, O out, I in; the attention's as in cpu.c. */
 #include "cpu.h"
 
-/* A tile is TALL rows of one factor, broadcast, by up to WIDE vectors of the other: its sums
-   stay in registers, and every BLOCK terms they are added up apart, so that rounding does not grow with the length. */
+/* A tile is TALL rows of one factor, broadcast, by up to WIDE vectors of the other: its sums stay in registers, and every
+   BLOCK terms they are added up apart, so that rounding does not grow with the length. */
 #ifdef __AVX512F__
 enum { TALL = 8, WIDE = 3, LANES = 16, ACROSS = WIDE * LANES, BLOCK = 128, STRIP = 64 };
 
@@ -23,7 +23,7 @@ INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, long ka, const
   }
 }
 
-INLINE void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, const long ka, const float *P, long ldp, long K, long n) {
+INLINE void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, long ka, const float *P, long ldp, long K, long n) {
   if (n == 3) tile(sum, A, lda, ka, P, ldp, K, 3);
   else if (n == 2) tile(sum, A, lda, ka, P, ldp, K, 2);
   else tile(sum, A, lda, ka, P, ldp, K, 1);
@@ -85,6 +85,7 @@ void product_columns(const float *W, long ldw, const float *x, long ldx, float *
     }
   }
 }
+
 /* Causal attention of many queries: query t of each row sees keys 0 to start + t. A unit is ACROSS queries of one head,
    side by side in the lanes; keys pass by KEYS at a time, and what was summed so far is scaled down where a larger score
    comes (Milakov & Gimelshein 2018; Dao et al. 2022). */

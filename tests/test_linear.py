@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastweights.kernels import cpu
-from fastweights.kernels.linear import add_product_, linear, product
+from fastweights.kernels.linear import add_product_, linear, plain, product
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,16 @@ def test_a_product_is_added_in_place_and_nowhere_else(rows, O, I):
     assert float((around[1:-1, 4:-3] - exact).norm() / exact.norm()) < 2 * ROUNDING
     around[1:-1, 4:-3] = 3
     assert torch.equal(around, torch.full_like(around, 3))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_wrong_width_is_torchs_error_not_a_look_past_the_end(rows):
+    h, W = torch.randn(rows, 600), torch.randn(300, 300)
+    for call in (lambda: linear(h, W, None), lambda: product(h, W)):
+        with pytest.raises(RuntimeError, match="cannot be multiplied|size mismatch"):
+            call()
+    assert plain(h, W) is not None
+    assert plain(h, W.to("meta")) is None
 
 
 def test_nan_and_infinity_come_through_many_rows():
