@@ -19,7 +19,7 @@ from torch import Tensor
 from .model import KVCache, Llama, Span
 from .passes import Pass, Site, Turn
 from .plastic import PlasticLinear, bound
-from .rules import Rule
+from .rules import Rule, has_twin
 from .state import EventLog
 from .watch import Watch
 
@@ -87,7 +87,7 @@ class Captured:
             return False
         rules = [linear.rule for linear in self.linears.values()]
         if len(rules) != len(self.rules) or not all(map(operator.is_, rules, self.rules)):
-            self.rules, self.local = rules, all(rule.neuron_local and hasattr(rule, "twin") for rule in rules)
+            self.rules, self.local = rules, all(rule.neuron_local and has_twin(rule) for rule in rules)
             if self.local:
                 self._read_rules()
         return self.local

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .budget import OVER_BUDGET, Budget
 from .model import Llama
 from .passes import Site
-from .rules import Rule
+from .rules import Rule, has_twin
 
 if TYPE_CHECKING:
     from .plastic import PlasticLinear
@@ -49,16 +49,16 @@ def weight_norm(linear: nn.Linear | PlasticLinear) -> float:
 
 
 def backend_of(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) -> str:
-    has_twin, cuda = hasattr(rule, "twin"), model.device.type == "cuda"
+    known, cuda = has_twin(rule), model.device.type == "cuda"
     match backend:
         case "torch":
             return "torch"
         case "auto":
-            if cuda and not has_twin and rule.neuron_local:
+            if cuda and not known and rule.neuron_local:
                 warnings.warn(f"{type(rule).__name__} has no Triton twin: it runs on torch", stacklevel=3)
-            return "triton" if cuda and has_twin and factor_dtype != torch.float64 else "torch"
+            return "triton" if cuda and known and factor_dtype != torch.float64 else "torch"
         case "triton":
-            if not has_twin:
+            if not known:
                 raise ValueError(f"backend='triton': {type(rule).__name__} has no Triton twin, use 'torch'")
             if model.dtype == torch.float64:
                 raise ValueError("backend='triton' computes in float32: use 'torch' for a float64 model")

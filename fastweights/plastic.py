@@ -16,11 +16,11 @@ from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
 from .kernels.step import step_
-from .kernels.values import Value
+from .kernels.values import IN_C, Value
 from .model import Llama
 from .options import backend_of, budget_of, check_target, factor_dtype_of
 from .passes import Binding, Keys, Pass, Site, Turn
-from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, key_scale, target_at
+from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, has_twin, key_scale, target_at
 from .state import OVERFLOW, EventLog
 
 if TYPE_CHECKING:
@@ -177,16 +177,20 @@ class PlasticLinear(nn.Module):
             h_BTI = keys.h_BTI if now.width == 1 else side_by_side(keys.h_BTI)
             own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
             keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.width)
+        if not self._known(a_BCO, now.width):
+            return scan(a_BCO, keys.grams[t0, t1], value)
+        row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
+        twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1], row_BC)
+        known = Value(**twin, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
+        return scan(a_BCO, keys.grams[t0, t1], known, self.backend)
+
+    def _known(self, a_BTO: Tensor, width: int) -> bool:
+        """Whether a kernel has this rule: Triton's, or the one in C, which takes a rate per row of the batch alone."""
         if self.backend == "triton":
-            row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
-            twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1], row_BC)
-            return scan(
-                a_BCO,
-                keys.grams[t0, t1],
-                Value(**twin, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1]),
-                "triton",
-            )
-        return scan(a_BCO, keys.grams[t0, t1], value)
+            return True
+        one_rate = width == 1 or not isinstance(self.rule.rate, tuple)
+        plain = a_BTO.is_cpu and a_BTO.dtype == torch.float32
+        return plain and one_rate and has_twin(self.rule) and self.twin()["rule"] in IN_C
 
     def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""

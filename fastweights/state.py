@@ -292,7 +292,7 @@ class EventLog:
         """Every token of every row, into slots that lie side by side: what a decode step does."""
         n, tokens = self.events[0], new.write_BT.shape[1]
         if self.overflow == "grow":
-            self._reserve(n + tokens)
+            self._reserve(n + tokens, n + tokens)
         first = self.slots.next(n)
         slots = slice(first, first + tokens)
         self.U_BRO[:, slots], self.K_BRI[:, slots] = new.U_BTO, new.K_BTI
@@ -343,13 +343,15 @@ class EventLog:
             return fade
         return fade * float(self.budget.left(self.birth_BR[row], self.norm_BR[row], n)[0])
 
-    def _reserve(self, slots: int) -> None:
+    def _reserve(self, slots: int, written: int = 0) -> None:
+        """Makes room; U and K of new slots below `written` are left to the caller, who is about to write them."""
         if slots <= self.capacity:
             return
         n, slots = self.capacity, max(slots, 2 * self.capacity)
         for name, old in self._buffers().items():
             larger = old.new_empty(old.shape[0], slots, *old.shape[2:])
-            larger[:, :n], larger[:, n:] = old, -1 if name == "birth" else 0
+            empty = max(n, written) if name in ("U", "K") else n
+            larger[:, :n], larger[:, empty:] = old, -1 if name == "birth" else 0
             setattr(self, BUFFERS[name], larger)
 
     # ---- other moments

@@ -1,4 +1,4 @@
-/* What cpu.c and tiles.c share. */
+/* What cpu.c, tiles.c and scan.c share. */
 #include <math.h>
 #include <omp.h>
 #include <string.h>
@@ -30,3 +30,31 @@ static inline void share(long n, long *from, long *to) {
   long t = omp_get_thread_num(), T = omp_get_num_threads();
   *from = n * t / T, *to = n * (t + 1) / T;
 }
+
+/* A tile is TALL rows of one factor, broadcast, by up to WIDE vectors of the other: its sums stay in registers, and every
+   BLOCK terms they are added up apart, so that rounding does not grow with the length. */
+#ifdef __AVX512F__
+enum { TALL = 8, WIDE = 3, LANES = 16, ACROSS = WIDE * LANES, BLOCK = 128 };
+
+INLINE void tile(lanes sum[TALL][WIDE], const float *A, long lda, long ka, const float *P, long ldp, long K, const int n) {
+  for (int r = 0; r < TALL; r++)
+    for (int j = 0; j < n; j++) sum[r][j] = (lanes){0};
+  for (long k = 0; k < K;) {
+    lanes s[TALL][WIDE] = {0};
+    for (long end = k + BLOCK < K ? k + BLOCK : K; k < end; k++) {
+      lanes x[WIDE];
+      for (int j = 0; j < n; j++) x[j] = *(const lanes *)(P + k * ldp + j * LANES);
+      for (int r = 0; r < TALL; r++)
+        for (int j = 0; j < n; j++) s[r][j] += A[r * lda + k * ka] * x[j];
+    }
+    for (int r = 0; r < TALL; r++)
+      for (int j = 0; j < n; j++) sum[r][j] += s[r][j];
+  }
+}
+
+INLINE void any_tile(lanes sum[TALL][WIDE], const float *A, long lda, long ka, const float *P, long ldp, long K, long n) {
+  if (n == 3) tile(sum, A, lda, ka, P, ldp, K, 3);
+  else if (n == 2) tile(sum, A, lda, ka, P, ldp, K, 2);
+  else tile(sum, A, lda, ka, P, ldp, K, 1);
+}
+#endif

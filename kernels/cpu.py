@@ -1,4 +1,4 @@
-"""cpu.c and tiles.c as a shared library: compiled once, by the machine's own `cc`, into the user's cache folder.
+"""The C files beside this one as a shared library, compiled once, by the machine's own `cc`, into the cache folder.
 
 MKL's product for one row reaches less than half of the memory's read stream on some CPUs, and a decode step is nothing
 but such products. Where the library cannot be built, a warning says so and torch computes.
@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "cpu.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "cpu.h")]
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 MOST_ROWS = 8  # of `gemv` and `decode`
@@ -44,12 +44,13 @@ def library() -> ctypes.CDLL | None:
         "product_rows": [*[pointer] * 4, *[long] * 3, pointer, number],
         "product_columns": [*[pointer, long] * 3, *[long] * 3, number, number],
         "attention": [pointer, pointer, number],
+        "scan_block": [pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
         "decode": [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number],
         "put": [pointer, long, long],
     }
     for name, arguments in functions.items():
-        if hasattr(loaded, name):  # the products of many rows are there with AVX-512 alone
+        if hasattr(loaded, name):  # the products of many rows, and what is built of them, need AVX-512
             getattr(loaded, name).argtypes = arguments
             getattr(loaded, name).restype = None
     loaded.put.restype = loaded.settled.restype = number
@@ -72,7 +73,7 @@ def _built(compiler: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), *map(str, SOURCES[:2]), "-lm"]
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), *map(str, SOURCES[:3]), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(built, folder / name)
     return folder / name

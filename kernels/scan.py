@@ -11,13 +11,15 @@ side and do not see each other, so s<t means an earlier column, and e(s,t) count
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from .linear import add_product_, plain, product
-from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
+from .values import FUSED, IN_C, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
 
 # value(a_BCO, t0, t1) → u_BCO of tokens t0:t1, rate and clip included
@@ -101,13 +103,67 @@ def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.T
     T = a_BTO.shape[1]
     if T == 1:  # nothing came before: no Gram
         return a_BTO, event(a_BTO, 0, 1)
+    in_c = _in_c(a_BTO, u_BTO, gram, value)
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G = gram.rows(t0, t1)
         if t0:
             _add_product(a_BTO[:, t0:t1], G[:, :, :t0], u_BTO[:, :t0])
-        _solve(a_BTO, u_BTO, G, event, t0, t0, t1)
+        if in_c is None:
+            _solve(a_BTO, u_BTO, G, event, t0, t0, t1)
+        else:
+            in_c(G, t0, t1)
     return a_BTO, u_BTO
+
+
+class Block(ctypes.Structure):
+    """`Block` of scan.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "u", "G", "frozen", "target", "norm", "write")),
+        *((name, ctypes.c_long) for name in ("a_t", "u_t", "G_t", "frozen_t", "target_t", "T", "O")),
+        *((name, ctypes.c_float) for name in ("rate", "p0", "clip")),
+        *((name, ctypes.c_int) for name in ("rule", "silu")),
+    ]
+
+
+def _in_c(a_BTO, u_BTO, gram: Gram, value: Value) -> Callable[[torch.Tensor, int, int], None] | None:
+    """Solves tokens t0:t1, given their Gram rows and a with everything before t0; None where C does not do that."""
+    if not isinstance(value, TwinValue) or value.rule not in IN_C or a_BTO.dtype != torch.float32:
+        return None
+    (B, T, O), rule = a_BTO.shape, twin(value.rule)
+    frozen = value.frozen_BTO if rule.reads_frozen else None
+    target = value.target.expand(B, T, O) if rule.reads_target and value.target is not None else None
+    norm = value.norm_BT.contiguous() if value.clip is not None and value.norm_BT is not None else None
+    helper = plain(a_BTO, gram.h, frozen, target, norm)
+    if (
+        helper is None
+        or not hasattr(helper, "scan_block")
+        or any(x is not None and x.stride(2) != 1 for x in (frozen, target))
+    ):
+        return None
+    rate_B, p0_B = (per_row(x, B, a_BTO).tolist() for x in (value.rate, value.p0))
+    write, clip = gram.write.contiguous(), math.inf if value.clip is None else value.clip
+
+    def solve(G: torch.Tensor, t0: int, t1: int) -> None:
+        for b in range(B):
+            one = [None if x is None else x[b, t0:t1] for x in (a_BTO, u_BTO, None, frozen, target, norm, write)]
+            one[2] = G[b, :, t0:]
+            where = [0 if x is None else x.data_ptr() for x in one]
+            strides = [0 if x is None else x.stride(0) for x in one[:5]]
+            numbers = (
+                *strides,
+                t1 - t0,
+                O,
+                rate_B[b],
+                p0_B[b],
+                clip,
+                IN_C.index(value.rule),
+                value.activation == "silu",
+            )
+            helper.scan_block(ctypes.byref(Block(*where, *numbers)), torch.get_num_threads())
+
+    return solve
 
 
 def _add_product(a, G, u):

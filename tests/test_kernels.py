@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
 
-from fastweights.kernels import read, scan, step, values
+from fastweights.kernels import cpu, read, scan, step, values
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -271,6 +271,9 @@ def scan_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance):
     value = values.Value(
         rule, activation, rate, p0, clip, k.norm(dim=-1), frozen, target.to(work)
     )  # fmt: skip
+    if backend == "torch":  # as a function that nobody knows: in sweeps, where C would do the rules that it knows
+        for found, one in zip(scan.scan(a, gram, lambda *at: value(*at)), (0, 1), strict=True):
+            close(found, torch.stack([r[one] for r in rows]), tolerance)
     a, u = scan.scan(a, gram, value, backend)
     close(a, torch.stack([r[0] for r in rows]), tolerance)
     close(u, torch.stack([r[1] for r in rows]), tolerance)
@@ -311,6 +314,44 @@ def test_scan_that_writes_nothing_is_the_identity(backend):
     write = torch.zeros(2, 20, dtype=torch.bool)
     _, u = scan_case(backend, torch.float32, 2, 20, 6, 12, 2, "slow_ones", 1, write, 2e-5)
     assert torch.equal(u, torch.zeros_like(u))
+
+
+@pytest.mark.parametrize("activation", ["silu", "identity"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("T", "O", "clip"), [(300, 100, None), (129, 48, 0.05), (9, 49, 0.05)])
+def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, blocks):
+    h, k = keys(2, T, 12)
+    target = torch.randn(T, O, dtype=torch.float64)
+    start, frozen, write = torch.randn(2, T, O), torch.randn(2, T, O).double(), torch.rand(2, T) > 0.1
+
+    def by(dtype):
+        options = (
+            rule,
+            activation,
+            (0.02, 0.05),
+            0.7,
+            clip,
+            k.norm(dim=-1).to(dtype),
+            frozen.to(dtype),
+            target.to(dtype),
+        )
+        return scan.Gram(h.to(dtype), k.to(dtype), None, write, 0.01), values.Value(*options)
+
+    gram, value = by(torch.float64)
+    wanted = scan.scan_sequential(start.double(), gram, value)
+    found = scan.scan(start, *by(torch.float32))
+    assert len(blocks) == 2 * -(-T // scan.OUTER) * (hasattr(cpu.library(), "scan_block"))
+    for f, w in zip(found, wanted, strict=True):
+        close(f, w, 2e-6)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks that C has solved."""
+    made = []
+    real = scan.Block
+    monkeypatch.setattr(scan, "Block", lambda *args: made.append(args) or real(*args))
+    return made
 
 
 def keys(B, T, I, dtype=torch.float64):

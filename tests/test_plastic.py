@@ -6,6 +6,7 @@ from tiny import described, oracle_of, prompt, tiny
 
 import fastweights as fw
 from fastweights.plastic import PlasticLinear
+from fastweights.rules import has_twin
 
 ALL = ("gate_proj", "up_proj", "down_proj")
 GAPS = [True, True, False, True, False, False, True, True, True, False, True, True, True]
@@ -120,6 +121,35 @@ def test_a_rule_of_the_users_own_runs_in_one_pass():
     logits = whole.feed(ids)
     stepped = torch.cat([steps.feed(ids[:, t : t + 1]) for t in range(20)], dim=1)
     torch.testing.assert_close(logits, stepped, rtol=1e-10, atol=1e-10)
+
+
+class Half(fw.Hebbian):
+    """What a class changes counts, not the twin that its base has in the kernels."""
+
+    def value(self, a, z, at):
+        return 0.5 * z
+
+
+class HalfWithTwin(Half):
+    @property
+    def twin(self):
+        return {"rule": "ones", "rate": self.rate / 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_value_of_a_subclass_is_not_its_bases_twin(dtype):
+    ids = prompt(1, 40)
+    found = []
+    for rule in (Half(rate=0.1), HalfWithTwin(rate=0.1), fw.Hebbian(rate=0.05)):
+        model = tiny(dtype=dtype)
+        fw.attach(model, [1, 3], rule)
+        found.append(fw.Episode(model).feed(ids))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+    with pytest.raises(ValueError, match="Half has no Triton twin"):
+        fw.attach(tiny(dtype=torch.float32), [1], Half(), backend="triton")
+    assert not has_twin(Half())
+    assert has_twin(HalfWithTwin())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

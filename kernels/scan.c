@@ -1,0 +1,74 @@
+/* On a CPU with AVX-512: one block of the scan (scan.py) in float32, by a rule that has its twin here. Built by cpu.py. */
+#include "cpu.h"
+
+#ifdef __AVX512F__
+enum { MOST = 128 }; /* tokens of a block */
+enum { ONES, POSITIVE, DERIVATIVE, SLOW, DELTA = 6 }; /* SLOW + gate: of the frozen weights' a */
+
+typedef struct {
+  float *a, *u;                        /* [T, O], T ≤ MOST: a has all that was written before the block */
+  const float *G;                      /* [T, T], strictly lower triangular */
+  const float *frozen, *target, *norm; /* [T, O], [T, O], [T]; null where neither rule nor clip looks */
+  const unsigned char *write;          /* [T] */
+  long a_t, u_t, G_t, frozen_t, target_t, T, O; /* strides; each O lies together */
+  float rate, p0, clip;                         /* clip: inf for none */
+  int rule, silu;
+} Block;
+
+/* u [ACROSS] of one token */
+static void values(const Block *p, float norm, const float *a, const float *frozen, const float *target, float *u) {
+  const float *x = p->rule < SLOW ? a : frozen;
+  int gate = p->rule % SLOW;
+  if (p->rule == DELTA)
+    for (int j = 0; j < ACROSS; j++) u[j] = target[j] - a[j];
+  else if (!p->silu)
+    for (int j = 0; j < ACROSS; j++) u[j] = gate == POSITIVE ? (x[j] > 0) * x[j] : x[j]; /* a product: NaN stays NaN */
+  else
+#pragma omp simd
+    for (int j = 0; j < ACROSS; j++) {
+      float e = 1 + exponential(-x[j]), z = x[j] / e, s = 1 / e;
+      u[j] = gate == POSITIVE ? (z > 0) * z : gate == DERIVATIVE ? s * (1 + x[j] * (1 - s)) * z : z;
+    }
+  if (p->rule >= SLOW && p->rule != DELTA)
+    for (int j = 0; j < ACROSS; j++) u[j] = p->p0 * u[j] - (a[j] - frozen[j]);
+  for (int j = 0; j < ACROSS; j++) u[j] *= p->rate;
+  if (p->clip < INFINITY)
+    for (int j = 0; j < ACROSS; j++) {
+      float size = fabsf(u[j]) * norm;
+      u[j] = size > p->clip ? u[j] * (p->clip / size) : u[j];
+    }
+}
+
+/* Neurons o to o + n, n ≤ ACROSS: TALL tokens at a time, what earlier ones wrote coming in as one tile. */
+static void neurons(const Block *p, long o, long n) {
+  lanes u[MOST][WIDE] = {0}, a[WIDE] = {0}, frozen[WIDE] = {0}, target[WIDE] = {0}, sum[TALL][WIDE];
+  for (long t0 = 0; t0 < p->T; t0 += TALL) {
+    long rows = p->T - t0 < TALL ? p->T - t0 : TALL, from = 0;
+    if (rows == TALL) {
+      tile(sum, p->G + t0 * p->G_t, p->G_t, 1, (float *)u, ACROSS, t0, WIDE);
+      from = t0;
+    } else
+      memset(sum, 0, sizeof sum);
+    for (long t = t0; t < t0 + rows; t++) {
+      memcpy(a, p->a + t * p->a_t + o, n * sizeof(float));
+      for (int j = 0; j < WIDE; j++) {
+        lanes more = sum[t - t0][j];
+        for (long s = from; s < t; s++) more += p->G[t * p->G_t + s] * u[s][j];
+        a[j] += more;
+      }
+      memcpy(p->a + t * p->a_t + o, a, n * sizeof(float));
+      if (p->write[t]) {
+        if (p->frozen) memcpy(frozen, p->frozen + t * p->frozen_t + o, n * sizeof(float));
+        if (p->target) memcpy(target, p->target + t * p->target_t + o, n * sizeof(float));
+        values(p, p->norm ? p->norm[t] : 0, (float *)a, (float *)frozen, (float *)target, (float *)u[t]);
+      }
+      memcpy(p->u + t * p->u_t + o, u[t], n * sizeof(float));
+    }
+  }
+}
+
+void scan_block(const Block *p, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long o = 0; o < p->O; o += ACROSS) neurons(p, o, p->O - o < ACROSS ? p->O - o : ACROSS);
+}
+#endif
