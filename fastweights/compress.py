@@ -1,16 +1,17 @@
 """Low-rank truncation of a sum of rank-1 events, with a bound on what it loses.
 
-    M = Σ_j w_j u_j [k_j | s_j]ᵀ = Y_u A (Y_k B)ᵀ,  A w Bᵀ = P diag(σ) Vᵀ      Y orthonormal, A and B small, one SVD
-    ‖M − Σ_{r ≤ keep} σ_r p_r v_rᵀ‖₂ = σ_{keep+1}                             the best possible (Eckart–Young)
+    M = Σ_j w_j u_j [k_j | s_j]ᵀ                              ‖M − Σ_{r ≤ keep} σ_r p_r v_rᵀ‖₂ = σ_{keep+1}
+    the best possible (Eckart–Young); σ_r is split evenly over both factors: √σ_r p_r and √σ_r v_r are stored
 
 The bias key s is one more column of the keys, so a bound for M = [ΔW | Δb] is one for ΔW and for Δb. float64 factors
-are split by QR; float32 ones by the eigenvectors of their Gram matrix, at half the cost and without Y: what is kept is
-a mixture of slots, and only matrices of the number of slots leave the device. Everything runs in float64; only the
-kept factors are rounded to the dtype they are stored in. Shape suffixes: S slots, R kept, O out, I in.
+go by QR and the SVD of the small core; float32 ones by Gram matrices, at a third of the cost: what is kept is a mixture
+of slots, and only matrices of the number of slots leave the device. Everything runs in float64; only the kept factors
+are rounded to the dtype they are stored in. Shape suffixes: S slots, R kept, O out, I in.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,79 +31,90 @@ class Folded:
     error_F: float
 
 
-class Orthogonal:
-    """Xᵀ = Y A by QR: Y [width, S] orthonormal."""
+@dataclass(frozen=True)
+class Best:
+    """The best R terms before they are rounded to the dtype that they are stored in, float64.
 
-    def __init__(self, X: Tensor):
-        self.Y, self.A = torch.linalg.qr(X.T)
-
-    def rows(self, C_SR: Tensor) -> Tensor:
-        """(Y C)ᵀ, [R, width]."""
-        return (self.Y @ C_SR).T
-
-
-class Mixing:
-    """The same from G = X Xᵀ of rows scaled to length 1, G = Q Λ Qᵀ: A = Λ^½ Qᵀ, and Yᵀ = Λ^-½ Qᵀ X is never formed.
-
-    Directions of Λ within rounding of 0 are left out.
+    U and K hold their sum to within `arithmetic`, in the Frobenius norm; of M, they leave singular values `lost`, to
+    within `squared` in the sum of their squares.
     """
 
-    def __init__(self, X: Tensor):
-        G = (X @ X.T).cpu()
-        self.X, self.norm = X, G.diagonal().sqrt()
-        self.scale = torch.where(self.norm > 0, 1 / self.norm, 0.0)
-        eigenvalue, Q = torch.linalg.eigh(G * self.scale * self.scale[:, None])
-        live = eigenvalue > len(G) * EPSILON * eigenvalue[-1]
-        root = torch.where(live, eigenvalue.clamp(min=EPSILON).sqrt(), 0.0)
-        self.unit = (Q * root).T  # A of the scaled rows
-        self.inverse = torch.where(live[:, None], Q.T / root.clamp(min=EPSILON)[:, None], 0.0)
-        self.A = self.unit * self.norm
+    U_RO: Tensor
+    K_RI: Tensor
+    sigma_R: Tensor
+    lost: Tensor
+    squared: float
+    arithmetic: float
 
-    def mix(self, C_SR: Tensor) -> Tensor:
-        """(Y C)ᵀ as a mixture of the scaled rows, [R, S]."""
-        return C_SR.T @ self.inverse
 
-    def rows(self, C_SR: Tensor) -> Tensor:
-        """(Y C)ᵀ, [R, width]."""
-        return (self.mix(C_SR) * self.scale).to(self.X.device) @ self.X
+def _by_qr(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
+    """M = Y_u A (Y_k B)ᵀ with orthonormal Y and small A, B: the SVD of A Bᵀ is that of M."""
+    Y_u, A = torch.linalg.qr((U_SO * w_S[:, None]).T)
+    Y_k, B = torch.linalg.qr(K_SI.T)
+    P, sigma, Vh = torch.linalg.svd(A @ B.T, full_matrices=False)
+    root = sigma[:keep].sqrt()
+    g = EPSILON * (U_SO.shape[1] + K_SI.shape[1] + len(U_SO))
+    arithmetic = g * float((U_SO * w_S[:, None]).norm() * K_SI.norm())
+    U_RO, K_RI = (Y_u @ (P[:, :keep] * root)).T, (Y_k @ (Vh[:keep].T * root)).T
+    return Best(U_RO, K_RI, sigma[:keep], sigma[keep:], 0.0, arithmetic)
+
+
+def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
+    """M = Uᵀ D K, of slots scaled to length 1 with Gram matrices G_u = L Lᵀ and G_k:
+
+        (D L)ᵀ G_k (D L) = Y diag(σ²) Yᵀ,  V = diag(1/σ) Yᵀ (D L)ᵀ K,  M Vᵀ = Uᵀ D G_k (D L) Y diag(1/σ)
+
+    V is orthonormal whatever L is, and M Vᵀ V the projection of M onto it. δ on the diagonal of G_u makes its Cholesky
+    factor exist; the σ² are those of M and a little more, never less. They are not known better than `squared`, nor
+    are terms whose σ² is not above it kept.
+    """
+    G_u, G_k = (U_SO @ U_SO.T).cpu(), (K_SI @ K_SI.T).cpu()
+    norm_u, norm_k = G_u.diagonal().sqrt(), G_k.diagonal().sqrt()
+    scale_u, scale_k = (torch.where(norm > 0, 1 / norm, 0.0) for norm in (norm_u, norm_k))
+    G_u, G_k = (G * scale * scale[:, None] for G, scale in ((G_u, scale_u), (G_k, scale_k)))
+    D_S1 = (w_S.cpu() * norm_u * norm_k)[:, None]
+    delta, failed = len(G_u) * EPSILON / 16, 1
+    while failed and delta < 1:  # no δ helps a NaN
+        delta *= 16
+        L, failed = torch.linalg.cholesky_ex(G_u.diagonal_scatter(torch.full_like(norm_u, 1 + delta)))
+    DL = D_S1 * L
+    squares, Y = torch.linalg.eigh(DL.T @ G_k @ DL)
+    squares, Y = squares.flip(0), Y.flip(1)[:, :keep]
+    squared = 16 * EPSILON * float(DL.square().sum() * G_k.norm())
+    live_R = squares[:keep] > squared
+    sigma_R = torch.where(live_R, squares[:keep], 0.0).sqrt()
+    inverse_R = torch.where(live_R, 1 / sigma_R, 0.0)
+    C_k = DL @ Y * inverse_R.sqrt()
+    C_u = D_S1 * (G_k @ (C_k * inverse_R))
+    U_RO, K_RI = ((C.T * scale).to(X.device) @ X for C, scale, X in ((C_u, scale_u, U_SO), (C_k, scale_k, K_SI)))
+    lost = squares.clamp(min=0).sqrt()
+    lost[:keep][live_R] = 0
+    return Best(U_RO, K_RI, sigma_R, lost, squared, squared * float(inverse_R.norm()))
 
 
 def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> Folded:
     """Folds S slots of weight w [S] (float64) into the best `keep` ≤ min(S, O, I + 1); σ_r is split evenly over both.
 
-    The bounds are on the stored factors Û, K̂ in exact arithmetic. With δ the rounding to their dtype, which is known,
-    and rows u_r, k_r of norm √σ_r that are orthogonal to each other:
+    The bounds are on the stored factors Û, K̂ in exact arithmetic. With η the rounding of their dtype, and rows u_r, k_r
+    of norm √σ_r that are orthogonal to each other:
 
-        ‖M − ÛᵀK̂‖_F ≤ (Σ_{r > keep} σ_r²)^½ + (Σ σ_r ‖δu_r‖²)^½ + (Σ σ_r ‖δk_r‖²)^½ + ‖δU‖ ‖δK‖ + arithmetic
+        ‖M − ÛᵀK̂‖_F ≤ (Σ_{r > keep} σ_r² + squared)^½ + 2 η (Σ σ_r²)^½ + η² Σ σ_r + arithmetic
 
-    and ‖·‖₂ with σ_{keep+1} as its first term. `arithmetic` is for float64 itself. By QR: g ‖w U‖ ‖K‖ with
-    g = ε (O + I + 1 + S). By Gram matrices, whose rounding g may hide a direction of size √g: with E what the mixtures
-    leave of the slots' weights, √g (‖E Bᵀ‖ + ‖A E‖) + g ‖E‖. Not the proven worst case, but ten times and more what is
-    seen.
+    and ‖·‖₂ with σ_{keep+1} in place of the first sum. `squared` and `arithmetic` are for float64 itself, see `Best`:
+    not the proven worst case, but ten times and more what is seen.
     """
     U, K = U_SO.double(), torch.empty(len(K_SI), K_SI.shape[1] + 1, dtype=torch.float64, device=K_SI.device)
     K[:, :-1], K[:, -1] = K_SI, bias_S
-    split = Orthogonal if U_SO.dtype == torch.float64 else Mixing
-    left, right = split(U), split(K)
-    w_S = w_S.to(left.A.device)
-    P, sigma, Vh = torch.linalg.svd((left.A * w_S) @ right.A.T, full_matrices=False)
-    root = sigma[:keep].sqrt()
-    C_u, C_k = P[:, :keep] * root, Vh[:keep].T * root
-    U_exact, K_exact = left.rows(C_u), right.rows(C_k)
-    U_RO, K_RI = U_exact.to(U_SO.dtype), K_exact.to(K_SI.dtype)
-    dU, dK = (
-        (stored.double() - exact).norm(dim=1).to(root.device) for stored, exact in ((U_RO, U_exact), (K_RI, K_exact))
+    wide = U_SO.dtype == torch.float64
+    best = (_by_qr if wide else _by_grams)(U, K, w_S, keep)
+    eta = 0.0 if wide else torch.finfo(U_SO.dtype).eps / 2
+    rounding = 2 * eta * float(best.sigma_R.norm()) + eta**2 * float(best.sigma_R.sum()) + best.arithmetic
+    error_2, error_F = (
+        math.hypot(lost, best.squared**0.5) + rounding
+        for lost in (max(best.lost.tolist(), default=0.0), float(best.lost.norm()))
     )
-    rounding = (root * dU).norm() + (root * dK).norm() + dU.norm() * dK.norm()
-    g = EPSILON * (U.shape[1] + K.shape[1] + len(U))
-    if isinstance(left, Mixing) and isinstance(right, Mixing):
-        E = torch.diag(w_S * left.norm * right.norm) - left.mix(C_u).T @ right.mix(C_k)
-        rounding += g**0.5 * ((E @ right.unit.T).norm() + (left.unit @ E).norm()) + g * E.norm()
-    else:
-        rounding += g * (U * w_S[:, None]).norm() * K.norm()
-    lost = sigma[keep:]
-    error_2 = float(rounding + lost[:1].sum())  # σ is in descending order; the sum of nothing is 0
-    return Folded(U_RO, K_RI[:, :-1], K_RI[:, -1], error_2, float(rounding + lost.norm()))
+    U_RO, K_RI = best.U_RO.to(U_SO.dtype), best.K_RI.to(K_SI.dtype)
+    return Folded(U_RO, K_RI[:, :-1], K_RI[:, -1], error_2, error_F)
 
 
 def spectrum(U_SO: Tensor, K_SI: Tensor) -> Tensor:

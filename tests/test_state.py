@@ -225,6 +225,46 @@ def test_the_certificate_says_something():
     assert error <= log.certificate(0)[0] <= 2 * error
 
 
+def hard(kind, S, O, I):
+    U, K, b, w = torch.randn(S, O), torch.randn(S, I), torch.zeros(S), torch.ones(S, dtype=F64)
+    match kind:
+        case "cancelling":  # large slots, a small sum
+            U = U.abs() * torch.tensor([1.0, -1.0]).repeat(S // 2)[:, None]
+            K = K[:1] + 1e-6 * torch.randn(S, I)
+        case "steep":
+            U *= (10.0 ** torch.linspace(0, -12, S))[:, None]
+        case "unbalanced":
+            U *= (10.0 ** torch.linspace(10, -10, S))[:, None]
+            K *= (10.0 ** torch.linspace(-10, 10, S))[:, None]
+        case "repeated":
+            U, K = (x[:1].expand_as(x).clone() for x in (U, K))
+        case "low rank":
+            U, K = (torch.randn(S, 5) @ torch.randn(5, x.shape[1]) for x in (U, K))
+        case "holes":
+            U[1::5], K[2::7], w[::3], b = 0, 0, 0, torch.randn(S)
+        case "nothing":
+            w.zero_()
+    return U, K, b, w
+
+
+@pytest.mark.parametrize("kind", ["cancelling", "steep", "unbalanced", "repeated", "low rank", "holes", "nothing"])
+@pytest.mark.parametrize(("S", "O", "I", "keep"), [(96, 576, 200, 64), (24, 48, 40, 16), (12, 11, 7, 4)])
+def test_the_bounds_of_a_float32_fold_hold_where_sums_are_hard(kind, S, O, I, keep):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        U, K, b, w = hard(kind, S, O, I)
+        found = fold(U, K, b, w, keep)
+        M, N = (
+            u.double().T @ torch.cat([k, s[:, None]], 1).double()
+            for u, k, s in ((U.double() * w[:, None], K, b), (found.U_RO, found.K_RI, found.bias_R))
+        )
+        best, lost = torch.linalg.svdvals(M)[keep:], torch.linalg.svdvals(M - N)
+        assert lost.max() <= found.error_2
+        assert lost.norm() <= found.error_F
+        size = (U.double() * w[:, None]).norm() * K.double().norm()  # what sums are made of
+        assert found.error_F <= best.norm() + 2e-6 * size
+
+
 def test_fold_of_a_known_sum():
     U, K = torch.eye(3, 5, dtype=F64), torch.eye(3, 4, dtype=F64)
     best = fold(U, K, torch.zeros(3, dtype=F64), torch.tensor([1.0, 4.0, 2.0], dtype=F64), keep=1)
