@@ -69,7 +69,7 @@ class Captured:
         self.able = plain and own and bool(record or linears)
         self.rules: list[Rule] = []  # as last looked at
         self.local = True  # whether all of them are neuron-local and have a kernel
-        self.kernels: list[tuple] = []  # what of them is no number
+        self.kernels: list[tuple] = []  # what of them is no number, the target last
         self.form: tuple | None = None  # what the step relies on by value, and ...
         self.watch: Watch | None = None  # ... by identity: the model's parts, and the buffers of the logs
         self.alike: list[list[EventLog]] = []  # logs whose events fall together
@@ -219,7 +219,17 @@ class Captured:
                 target=here,
                 bad_B=self.bad_LB[number],
             )
-        self.now = Pass(self.logs, self.inputs[POSITION][:, None], turns=turns)
+        # gate and up whose rules have one kernel (their numbers may differ) and whose events fall together
+        kernel = {site: form[:-1] for site, form in zip(self.logs, self.kernels, strict=True)}
+        pairs = frozenset(
+            layer
+            for layer, name in turns
+            if name == "gate_proj"
+            and (up := (layer, "up_proj")) in turns
+            and kernel[up] == kernel[layer, name]
+            and turns[up].slot_B.data_ptr() == turns[layer, name].slot_B.data_ptr()
+        )
+        self.now = Pass(self.logs, self.inputs[POSITION][:, None], turns=turns, pairs=pairs)
 
 
 def _rows(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

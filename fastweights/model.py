@@ -248,8 +248,13 @@ class MLP(nn.Module):
         self.down_proj = Linear(O, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # what gate_proj gave may be in somebody's hands (a hook's); what SiLU gives is not
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD)))
+        # a gate may have a kernel for both, SiLU included, and say when that can run
+        gated = getattr(self.gate_proj, "gated", None)
+        act_BTO = gated(self.up_proj, x_BTD) if gated else None
+        if act_BTO is None:
+            # what gate_proj gave may be in somebody's hands (a hook's); what SiLU gives is not
+            act_BTO = F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD))
+        return self.down_proj(act_BTO)
 
 
 class Block(nn.Module):

@@ -60,6 +60,7 @@ class Pass:
     weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
     staged: dict[Site, Events] = field(default_factory=dict)
     turns: Mapping[Site, Turn] = field(default_factory=dict)  # linears that write their event into its slot themselves
+    pairs: frozenset[int] = frozenset()  # layers whose gate and up do that in one kernel
     # gradient rules: (a, h) of this token, a with its graph
     taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them

@@ -15,13 +15,14 @@ from .events import Events, as_rows, side_by_side
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
-from .kernels.step import step_
+from .kernels.step import step_, step_gated_
 from .kernels.values import IN_C, Value
 from .model import Llama
 from .options import backend_of, budget_of, check_target, factor_dtype_of
 from .passes import Binding, Keys, Pass, Site, Turn
 from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, has_twin, key_scale, target_at
 from .state import OVERFLOW, EventLog
+from .watch import touched
 
 if TYPE_CHECKING:
     from .episode import Episode
@@ -194,24 +195,18 @@ class PlasticLinear(nn.Module):
 
     def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""
-        rows, target_BO = len(h_B1I), None
-        if turn.target is not None:
-            target_BO = target_at(turn.target, position_B1).expand(rows, 1, -1)[:, 0]
         a_BO = step_(
             h_B1I[:, 0],
             self.weight,
             self.bias,
-            log.U_BRO,
-            log.K_BRI,
-            log.bias_BR if self.rule.bias else None,
-            log.birth_BR,
+            *self._factors(log),
             turn.w_BR,
             turn.slot_B,
             turn.event_B,
             turn.write_B,
             turn.rate,
             turn.p0,
-            target_BO,
+            _target(turn, position_B1, len(h_B1I)),
             turn.bad_B,
             rule=self.twin()["rule"],
             activation=self.activation.name,
@@ -220,6 +215,56 @@ class PlasticLinear(nn.Module):
             backend=self.backend,
         )
         return a_BO[:, None]
+
+    def gated(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
+        """SiLU(this linear) ⊙ up of one token, by one kernel that writes both events; None: call them one by one."""
+        now = self.binding.now
+        if (
+            now is None
+            or self.site[0] not in now.pairs
+            or type(up) is not PlasticLinear
+            or touched(self)
+            or touched(up)
+        ):
+            return None
+        rows, turn, other = len(h_B1I), now.turns[self.site], now.turns[up.site]
+        U_BRO, K_BRI, bias_BR, birth_BR = self._factors(now.logs[self.site])
+        U_up_BRO, K_up_BRI, bias_up_BR, birth_up_BR = up._factors(now.logs[up.site])
+        act_BO = step_gated_(
+            h_B1I[:, 0],
+            self.weight,
+            up.weight,
+            self.bias,
+            up.bias,
+            U_BRO,
+            U_up_BRO,
+            K_BRI,
+            K_up_BRI,
+            bias_BR,
+            bias_up_BR,
+            birth_BR,
+            birth_up_BR,
+            turn.w_BR,
+            turn.slot_B,
+            turn.event_B,
+            turn.write_B,
+            turn.rate,
+            other.rate,
+            turn.p0,
+            other.p0,
+            _target(turn, now.position_BT, rows),
+            _target(other, now.position_BT, rows),
+            turn.bad_B,
+            other.bad_B,
+            rule=self.twin()["rule"],
+            mu=self.rule.mu,
+            clip=self.rule.clip,
+            backend=self.backend,
+        )
+        return act_BO[:, None]
+
+    def _factors(self, log: EventLog) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        return log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR
 
     def twin(self) -> dict:
         """The rule in the kernels' words: its name there, rate and p0."""
@@ -243,6 +288,11 @@ class PlasticLinear(nn.Module):
             norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
             now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, norm_BT, {})
         return now.keys
+
+
+def _target(turn: Turn, position_B1: Tensor, rows: int) -> Tensor | None:
+    """v* [B, O] of one token."""
+    return None if turn.target is None else target_at(turn.target, position_B1).expand(rows, 1, -1)[:, 0]
 
 
 class FastWeights:

@@ -12,6 +12,16 @@ from torch.utils.hooks import RemovableHandle
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def touched(module: nn.Module) -> bool:
+    """Whether hooks, or somebody's own `forward`, are to run when this module is called."""
+    own = module.__dict__
+    return any(own[name] for name in HOOKS) or "forward" in own or _global()
+
+
+def _global() -> bool:
+    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+
+
 class Watch:
     """A model's modules, weights and where they lie, as found now; all looks are loops in C over lists made once.
 
@@ -37,7 +47,7 @@ class Watch:
         """Whether hooks, or somebody's own `forward`, are to run at every token."""
         made = RemovableHandle.next_id
         if made != self.unhooked_at:
-            if any(self.hooks) or global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            if any(self.hooks) or _global():
                 return True
             self.unhooked_at = made
         return any(map(operator.contains, self.attributes, repeat("forward")))

@@ -3,8 +3,8 @@
     a = W h + b + Σ_j w_j (k_j·h + kb_j) u_j                    read, before this token's own write
     k = h / (‖h‖² + mu),   u = rate · value(a), clipped         write, into slot `slot` where `write`
 
-and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, one set of keys for both.
-Two launches each. Whatever changes between tokens (weights, slots, rates, the mask) is a tensor, so a
+and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, whose logs have slots, weights and
+rule in common. Two launches each. Whatever changes between tokens (weights, slots, rates, the mask) is a tensor, so a
 captured graph stays good. A slot outside 0:R writes nothing. `bad` [B] becomes 1 where what was written is not
 finite, so that nobody has to look, and wait for the device, after every linear.
 """
@@ -73,15 +73,16 @@ def reference(
 
 
 def reference_gated(
-    h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
-    target, target_up, bad, rule, mu, clip,
+    h, weight, weight_up, bias, bias_up, U, U_up, K, K_up, kb, kb_up, birth, birth_up, w, slot, event, write, rate,
+    rate_up, p0, p0_up, target, target_up, bad, bad_up, rule, mu, clip,
 ):  # fmt: skip
-    k, scale, norm = _keys(h.to(K.dtype), mu)
-    gate, u = _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, "silu", clip)
-    up, u_up = _linear(h, weight_up, bias_up, U_up, K, kb, w, rate, p0, target_up, norm, rule, "identity", clip)
-    _put(slot, write, (U, u), (U_up, u_up), (K, k), (kb, scale), (birth, event))
-    _note(bad, slot, write, K.shape[1], u, u_up, k)
-    return F.silu(gate.to(h.dtype)) * up.to(h.dtype)
+    turn = (w, slot, event, write)
+    gate = reference(h, weight, bias, U, K, kb, birth, *turn, rate, p0, target, bad, rule, "silu", mu, clip)
+    up = reference(
+        h, weight_up, bias_up, U_up, K_up, kb_up, birth_up, *turn, rate_up, p0_up, target_up, bad_up, rule, "identity",
+        mu, clip,
+    )  # fmt: skip
+    return F.silu(gate) * up
 
 
 # ---- Triton
@@ -89,15 +90,26 @@ def reference_gated(
 
 @jit
 def _coefficients(
-    h_ptr, K_ptr, kb_ptr, birth_ptr, w_ptr, slot_ptr, event_ptr, write_ptr, c_ptr, norm_ptr, bad_ptr,
-    I, R, K_sb, kb_sb, birth_sb, w_sb, mu, NORMALISE: tl.constexpr, BIAS: tl.constexpr, BI: tl.constexpr,
+    h_ptr, K_ptr, K2_ptr, kb_ptr, kb2_ptr, birth_ptr, birth2_ptr, w_ptr, slot_ptr, event_ptr, write_ptr, c_ptr,
+    norm_ptr, bad_ptr, bad2_ptr, I, R, K_sb, K2_sb, kb_sb, kb2_sb, birth_sb, birth2_sb, w_sb, mu,
+    PAIR: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """c [B, R] = w ⊙ (K h + kb) and norm [B] = ‖k‖; then this token's key into its slot.
+    """c [B, R] = w ⊙ (K h + kb) and norm [B] = ‖k‖; then this token's key into its slot. Of a PAIR, c is [2, B, R].
 
     One program per slot: who overwrites a slot is who read it before.
     """
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64)
+    if PAIR:
+        up = tl.program_id(2) == 1
+        K_ptr, kb_ptr = tl.where(up, K2_ptr, K_ptr), tl.where(up, kb2_ptr, kb_ptr)
+        birth_ptr, bad_ptr = tl.where(up, birth2_ptr, birth_ptr), tl.where(up, bad2_ptr, bad_ptr)
+        K_sb, kb_sb, birth_sb = (
+            tl.where(up, K2_sb, K_sb),
+            tl.where(up, kb2_sb, kb_sb),
+            tl.where(up, birth2_sb, birth_sb),
+        )
+        c_ptr += tl.program_id(2) * tl.num_programs(1).to(tl.int64) * R
     w = tl.load(w_ptr + b * w_sb + r)
     K_row = K_ptr + b * K_sb + r * I
     live = tl.where(w != 0, I, 0)  # a dead slot may hold anything
@@ -196,9 +208,9 @@ def _single(
 
 @jit
 def _gated(
-    h_ptr, W_ptr, W2_ptr, bias_ptr, bias2_ptr, frozen_ptr, frozen2_ptr, U_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr,
-    slot_ptr, write_ptr, rate_ptr, p0_ptr, target_ptr, target2_ptr, bad_ptr, out_ptr,
-    rows, O, I, R, U_sb, U2_sb, w_sb, rate_sb, p0_sb, target_sb, target2_sb, clip,
+    h_ptr, W_ptr, W2_ptr, bias_ptr, bias2_ptr, frozen_ptr, frozen2_ptr, U_ptr, U2_ptr, c_ptr, c2_ptr, w_ptr, norm_ptr,
+    slot_ptr, write_ptr, rate_ptr, rate2_ptr, p0_ptr, p02_ptr, target_ptr, target2_ptr, bad_ptr, bad2_ptr, out_ptr,
+    rows, O, I, R, U_sb, U2_sb, w_sb, rate_sb, rate2_sb, p0_sb, p02_sb, target_sb, target2_sb, clip,
     RULE: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIAS2: tl.constexpr, TARGET: tl.constexpr,
     CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -211,8 +223,8 @@ def _gated(
             RULE, "silu", GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
         )  # fmt: skip
         up = _neurons(
-            b, n, h_ptr, W2_ptr, bias2_ptr, frozen2_ptr, U2_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate_ptr, p0_ptr, target2_ptr, bad_ptr, O, I, R, U2_sb, w_sb, rate_sb, p0_sb, target2_sb, clip,
+            b, n, h_ptr, W2_ptr, bias2_ptr, frozen2_ptr, U2_ptr, c2_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
+            rate2_ptr, p02_ptr, target2_ptr, bad2_ptr, O, I, R, U2_sb, w_sb, rate2_sb, p02_sb, target2_sb, clip,
             RULE, "identity", GEMV, HAS_BIAS2, TARGET, CLIP, BN, BK, BR,
         )  # fmt: skip
         # each linear's output has the model's dtype, as when the two run one by one
@@ -222,16 +234,19 @@ def _gated(
         tl.store(out_ptr + b * O + n, (gate * up).to(out_ptr.dtype.element_ty), mask=n < O)
 
 
-def _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, bad, mu):
-    require_triton(h, U, K)
+def _launch_coefficients(h, w, slot, event, write, mu, logs):
+    """c [len(logs), B, R] and norm [B]; logs: one or two of (U, K, kb, birth, bad)."""
+    (U, K, kb, birth, bad), (U2, K2, kb2, birth2, bad2) = logs[0], logs[-1]
+    require_triton(h, U, K, U2, K2)
     (B, I), R = h.shape, K.shape[1]
-    c = torch.empty(B, R, dtype=torch.float32, device=h.device)
+    c = torch.empty(len(logs), B, R, dtype=torch.float32, device=h.device)
     norm = torch.empty(B, dtype=torch.float32, device=h.device)
-    _coefficients[(R, B)](
-        h, K, birth if kb is None else kb, birth, w, slot, event, write, c, norm, bad,
-        I, R, K.stride(0), 0 if kb is None else kb.stride(0), birth.stride(0), w.stride(0), float(mu or 0),
-        NORMALISE=mu is not None, BIAS=kb is not None, BI=min(1024, triton.next_power_of_2(I)),
-        num_warps=4, **FUSED,
+    kb, kb2 = (birth, birth2) if kb is None or kb2 is None else (kb, kb2)
+    _coefficients[(R, B, len(logs))](
+        h, K, K2, kb, kb2, birth, birth2, w, slot, event, write, c, norm, bad, bad2,
+        I, R, K.stride(0), K2.stride(0), kb.stride(0), kb2.stride(0), birth.stride(0), birth2.stride(0), w.stride(0),
+        float(mu or 0), PAIR=len(logs) == 2, NORMALISE=mu is not None, BIAS=logs[0][2] is not None,
+        BI=min(1024, triton.next_power_of_2(I)), num_warps=4, **FUSED,
     )  # fmt: skip
     return c, norm
 
@@ -256,7 +271,7 @@ def launch(
     (B, I), O, R = h.shape, len(weight), K.shape[1]
     h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
     rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
-    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, bad, mu)
+    c, norm = _launch_coefficients(h, w, slot, event, write, mu, [(U, K, kb, birth, bad)])
     gemv, grid, tile = _shape(B, O, I)
     frozen = h if gemv else F.linear(h, weight, bias)
     out = torch.empty(B, O, dtype=h.dtype, device=h.device)
@@ -271,23 +286,25 @@ def launch(
 
 
 def launch_gated(
-    h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
-    target, target_up, bad, rule, mu, clip,
+    h, weight, weight_up, bias, bias_up, U, U_up, K, K_up, kb, kb_up, birth, birth_up, w, slot, event, write, rate,
+    rate_up, p0, p0_up, target, target_up, bad, bad_up, rule, mu, clip,
 ):  # fmt: skip
     (B, I), O, R = h.shape, len(weight), K.shape[1]
     target2_sb = _aligned(h, w, slot, event, write, target_up)[-1]
     h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
-    rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
-    c, norm = _launch_coefficients(h, U, K, kb, birth, w, slot, event, write, bad, mu)
+    rate, rate_up, p0, p0_up = (per_row(x, B, U) for x in (rate, rate_up, p0, p0_up))
+    logs = [(U, K, kb, birth, bad), (U_up, K_up, kb_up, birth_up, bad_up)]
+    (c, c_up), norm = _launch_coefficients(h, w, slot, event, write, mu, logs)
     gemv, grid, tile = _shape(B, O, I)
     frozen = h if gemv else F.linear(h, weight, bias)
     frozen_up = h if gemv else F.linear(h, weight_up, bias_up)
     out = torch.empty(B, O, dtype=h.dtype, device=h.device)
     _gated[grid](
         h, weight, weight_up, h if bias is None else bias, h if bias_up is None else bias_up,
-        frozen, frozen_up, U, U_up, c, w, norm, slot, write, rate, p0, h if target is None else target,
-        h if target_up is None else target_up, bad, out, B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0),
-        w.stride(0), rate.stride(0), p0.stride(0), target_sb, target2_sb, float(clip or 0),
+        frozen, frozen_up, U, U_up, c, c_up, w, norm, slot, write, rate, rate_up, p0, p0_up,
+        h if target is None else target, h if target_up is None else target_up, bad, bad_up, out,
+        B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0), w.stride(0), rate.stride(0), rate_up.stride(0),
+        p0.stride(0), p0_up.stride(0), target_sb, target2_sb, float(clip or 0),
         RULE=twin(rule).triton, GEMV=gemv, HAS_BIAS=bias is not None, HAS_BIAS2=bias_up is not None,
         TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
     )  # fmt: skip
@@ -311,17 +328,20 @@ def _op(
 
 
 @torch.library.custom_op(
-    "fastweights::step_gated", mutates_args=("U", "U_up", "K", "kb", "birth", "bad"), device_types="cuda"
-)  # fmt: skip
+    "fastweights::step_gated",
+    mutates_args=("U", "U_up", "K", "K_up", "kb", "kb_up", "birth", "birth_up", "bad", "bad_up"),
+    device_types="cuda",
+)
 def _op_gated(
     h: Tensor, weight: Tensor, weight_up: Tensor, bias: Tensor | None, bias_up: Tensor | None,
-    U: Tensor, U_up: Tensor, K: Tensor, kb: Tensor | None, birth: Tensor, w: Tensor, slot: Tensor, event: Tensor,
-    write: Tensor, rate: Tensor, p0: Tensor, target: Tensor | None, target_up: Tensor | None,
-    bad: Tensor, rule: str, mu: float | None, clip: float | None,
+    U: Tensor, U_up: Tensor, K: Tensor, K_up: Tensor, kb: Tensor | None, kb_up: Tensor | None, birth: Tensor,
+    birth_up: Tensor, w: Tensor, slot: Tensor, event: Tensor, write: Tensor, rate: Tensor, rate_up: Tensor,
+    p0: Tensor, p0_up: Tensor, target: Tensor | None, target_up: Tensor | None, bad: Tensor, bad_up: Tensor,
+    rule: str, mu: float | None, clip: float | None,
 ) -> Tensor:  # fmt: skip
     return launch_gated(
-        h, weight, weight_up, bias, bias_up, U, U_up, K, kb, birth, w, slot, event, write, rate, p0,
-        target, target_up, bad, rule, mu, clip,
+        h, weight, weight_up, bias, bias_up, U, U_up, K, K_up, kb, kb_up, birth, birth_up, w, slot, event, write,
+        rate, rate_up, p0, p0_up, target, target_up, bad, bad_up, rule, mu, clip,
     )  # fmt: skip
 
 
@@ -396,18 +416,29 @@ def step_(
 
 def step_gated_(
     h_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, gate_bias_O: Tensor | None, up_bias_O: Tensor | None,
-    U_gate_BRO: Tensor, U_up_BRO: Tensor, K_BRI: Tensor, kb_BR: Tensor | None, birth_BR: Tensor, w_BR: Tensor,
-    slot_B: Tensor, event_B: Tensor, write_B: Tensor, rate: Tensor, p0: Tensor | None = None,
-    gate_target: Tensor | None = None, up_target: Tensor | None = None, bad_B: Tensor | None = None, *, rule: str,
-    mu: float | None, clip: float | None = None, backend: str = "torch",
+    U_gate_BRO: Tensor, U_up_BRO: Tensor, K_gate_BRI: Tensor, K_up_BRI: Tensor, kb_gate_BR: Tensor | None,
+    kb_up_BR: Tensor | None, birth_gate_BR: Tensor, birth_up_BR: Tensor, w_BR: Tensor, slot_B: Tensor, event_B: Tensor,
+    write_B: Tensor, rate_gate: Tensor, rate_up: Tensor, p0_gate: Tensor | None = None, p0_up: Tensor | None = None,
+    gate_target: Tensor | None = None, up_target: Tensor | None = None, bad_gate_B: Tensor | None = None,
+    bad_up_B: Tensor | None = None, *, rule: str, mu: float | None, clip: float | None = None, backend: str = "torch",
 ) -> Tensor:  # fmt: skip
-    """One token of gate_proj and up_proj, which share keys, rule and slots: silu(a_gate) ⊙ a_up, [B, O]."""
-    bad_B = torch.zeros_like(slot_B, dtype=torch.int32) if bad_B is None else bad_B
-    _check(h_BI, U_gate_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, bad_B, backend)
-    _check(h_BI, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, bad_B, backend)
+    """One token of gate_proj and up_proj: silu(a_gate) ⊙ a_up, [B, O], each a rounded to h's dtype first.
+
+    They have the rule, slots and weights in common; rate, p0, target, factors, birth and bad are each one's own.
+    """
+    bad_gate_B, bad_up_B = (
+        torch.zeros_like(slot_B, dtype=torch.int32) if bad is None else bad for bad in (bad_gate_B, bad_up_B)
+    )
+    common = (w_BR, slot_B, event_B, write_B)
+    _check(h_BI, U_gate_BRO, K_gate_BRI, kb_gate_BR, birth_gate_BR, *common, bad_gate_B, backend)
+    _check(h_BI, U_up_BRO, K_up_BRI, kb_up_BR, birth_up_BR, *common, bad_up_B, backend)
+    if K_gate_BRI is K_up_BRI or (kb_gate_BR is None) != (kb_up_BR is None):
+        raise ValueError("step_gated_() expected keys of its own for each linear, and bias keys for both or none")
     arguments = (
-        h_BI, gate_OI, up_OI, gate_bias_O, up_bias_O, U_gate_BRO, U_up_BRO, K_BRI, kb_BR, birth_BR, w_BR,
-        slot_B, event_B, write_B, rate, rate if p0 is None else p0, gate_target, up_target, bad_B, rule, mu, clip,
+        h_BI, gate_OI, up_OI, gate_bias_O, up_bias_O, U_gate_BRO, U_up_BRO, K_gate_BRI, K_up_BRI, kb_gate_BR, kb_up_BR,
+        birth_gate_BR, birth_up_BR, *common, rate_gate, rate_up, rate_gate if p0_gate is None else p0_gate,
+        rate_up if p0_up is None else p0_up, gate_target, up_target,
+        bad_gate_B, bad_up_B, rule, mu, clip,
     )  # fmt: skip
     match backend:
         case "triton":

@@ -100,9 +100,24 @@ def scan_constants(rule, **more):
     } | more
 
 
-STEP_TYPES = {"slot_ptr": "*i64", "event_ptr": "*i64", "birth_ptr": "*i64", "write_ptr": "*u8", "bad_ptr": "*i32"}
+STEP_TYPES = {f"{name}_ptr": "*i64" for name in ("slot", "event", "birth", "birth2")}
+STEP_TYPES |= {"write_ptr": "*u8", "bad_ptr": "*i32", "bad2_ptr": "*i32"}
 HALF = {f"{name}_ptr": "*bf16" for name in ("h", "W", "W2", "bias", "bias2", "frozen", "frozen2", "out")}
-ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "p0_sb", "kb_sb", "birth_sb", "w_sb", "w_st")
+ODD = (
+    "T",
+    "R",
+    "rows",
+    "write_sb",
+    "norm_sb",
+    "rate_sb",
+    "p0_sb",
+    "kb_sb",
+    "kb2_sb",
+    "birth_sb",
+    "birth2_sb",
+    "w_sb",
+    "w_st",
+)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -142,8 +157,9 @@ def test_step(kernel, gemv, target, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_step_coefficients(target, tmp_path):
-    constants = {"NORMALISE": True, "BIAS": True, "BI": 1024}
+@pytest.mark.parametrize("pair", [False, True])
+def test_step_coefficients(pair, target, tmp_path):
+    constants = {"PAIR": pair, "NORMALISE": True, "BIAS": True, "BI": 1024}
     binary = compiled(step._coefficients, constants, target, 4, STEP_TYPES | {"h_ptr": "*bf16"}, ODD)
     listing = check_resources(binary, target, tmp_path)
     assert re.search(r"dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128", listing)

@@ -9,7 +9,7 @@ from test_memory import Allocated
 from tiny import prompt, tiny
 
 import fastweights as fw
-from fastweights import state
+from fastweights import plastic, state
 from fastweights.captured import Captured, graphed
 from fastweights.compress import fold
 
@@ -97,6 +97,39 @@ def test_the_captured_step_is_the_ordinary_pass(name, overflow, rows):
         for row in range(rows):
             close(ours.delta_weight(*site, row), theirs.delta_weight(*site, row))
             close(torch.tensor(ours.logs[site].certificate(row)), torch.tensor(theirs.logs[site].certificate(row)))
+
+
+@pytest.mark.parametrize(("rules", "together"), [(("self", "self"), True), (("self", "slow"), False)])
+def test_gate_and_up_of_one_kernel_go_together(rules, together, monkeypatch):
+    """Each with a rate of its own; what hooks either of them parts them."""
+    calls = []
+    real = plastic.step_gated_
+    monkeypatch.setattr(plastic, "step_gated_", lambda *args, **options: calls.append(1) or real(*args, **options))
+
+    def made(backend, able):
+        model = tiny(DTYPE, num_hidden_layers=3).to(DEVICE)
+        for name, rule, gamma in zip(ALL, (*rules, "hebbian"), (0.1, 0.4, 0), strict=True):
+            options = dict(rank=4, overflow="compress", backend=backend)
+            fw.attach(model, [1], replace(RULES[rule], gamma=gamma, decay=0) if gamma else HEBBIAN, [name], **options)
+        episode = fw.Episode(model, 2)
+        episode.captured = Captured(model, episode._linears, episode.cache, episode.logs, as_it_stands, backend)
+        episode.captured.able = able
+        return episode
+
+    ours, theirs = made(BACKEND, True), made("torch", False)
+    close(decode(ours), decode(theirs))
+    for site in ours.logs:
+        close(ours.delta_weight(*site), theirs.delta_weight(*site))
+    assert bool(calls) == together
+    calls.clear()
+    seen = []
+    handle = ours.model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    close(decode(ours, 3, 7), decode(theirs, 3, 7))
+    assert not calls
+    assert len(seen) == 4
+    handle.remove()
+    decode(ours, 3, 7)
+    assert bool(calls) == together
 
 
 def test_a_frozen_model_and_one_that_never_writes_give_the_same_bits():

@@ -487,17 +487,21 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gat
     K = torch.full((B, R, I), NAN, dtype=work, device=DEVICE)
     kb = torch.full((B, R), NAN, dtype=work, device=DEVICE) if fast_bias else None
     birth = torch.full((B, R), -1, device=DEVICE)
+    K2, kb2, birth2 = (None if x is None else x.clone() for x in (K, kb, birth))
     n = torch.zeros(B, dtype=torch.int64, device=DEVICE)
     out = []
     for t in range(T):
         age = n[:, None] - 1 - birth
         w = torch.where(birth >= 0, (1 - decay) ** age.to(work), 0)
         common = dict(rule=rule, mu=mu, clip=clip, backend=backend)
-        state = (K, kb, birth, w, n % R, n, write[:, t].to(DEVICE), rate.to(work), p0.to(work))
+        turn, numbers = (w, n % R, n, write[:, t].to(DEVICE)), [x.to(work) for x in (rate, rate / 2, p0, p0 * 2)]
         if gated:
-            y = step.step_gated_(h[:, t], W, W2, bias, None, U, U2, *state, target[:, t], target2[:, t], **common)
+            logs = (U, U2, K, K2, kb, kb2, birth, birth2)
+            targets = target[:, t], target2[:, t]
+            y = step.step_gated_(h[:, t], W, W2, bias, None, *logs, *turn, *numbers, *targets, **common)
         else:
-            y = step.step_(h[:, t], W, bias, U, *state, target[:, t], activation=activation, **common)
+            rest = (*turn, *numbers[::2], target[:, t])
+            y = step.step_(h[:, t], W, bias, U, K, kb, birth, *rest, activation=activation, **common)
         assert y.dtype == dtype
         out.append(y)
         n += write[:, t].to(DEVICE)
@@ -508,6 +512,7 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gat
         options = (mu, decay, clip, fast_bias)
         a, _ = oracle(h[b], W, bias, events, 0, R, write[b], *rest, target[b], rule, activation, *options)
         if gated:
+            rest = (float(rate[b]) / 2, float(p0) * 2)
             a2, _ = oracle(h[b], W2, None, events2, 0, R, write[b], *rest, target2[b], rule, "identity", *options)
             a = phi(a, "silu") * a2
         close(out[b], a, tolerance)
@@ -517,13 +522,15 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gat
             close(U[b, slot], u, tolerance)
             close(K[b, slot], k, tolerance)
             if gated:
+                assert birth2[b, slot] == born
                 close(U2[b, slot], u2, tolerance)
-            if fast_bias:
-                close(kb[b, slot], torch.as_tensor(s), tolerance)
+                close(K2[b, slot], k, tolerance)
+            for bias_key in (kb, kb2)[: 1 + gated] if fast_bias else ():
+                close(bias_key[b, slot], torch.as_tensor(s), tolerance)
         unwritten = birth[b] < 0
         assert unwritten.sum() == R - len(events)
-        assert U[b, unwritten].isnan().all()
-        assert K[b, unwritten].isnan().all()
+        for factor in (U, K, U2, K2):
+            assert factor[b, unwritten].isnan().all()
     return out
 
 
@@ -592,23 +599,27 @@ def test_step_notes_rows_whose_event_is_not_finite(backend, gated):
     """Rows: fine, NaN input, infinite value alone (a large rate), NaN but not written, NaN but no such slot."""
     B, O, I, R = 5, 7, 6, 3
     h, W, _, _ = inputs(B, 1, I, O, torch.float32)
-    (U, K, kb), (U_up, _, _) = factors(B, R, I, O), factors(B, R, I, O)
+    (U, K, kb), (U_up, K_up, kb_up) = factors(B, R, I, O), factors(B, R, I, O)
     birth, w = torch.zeros(B, R, dtype=torch.int64, device=DEVICE), torch.ones(B, R, device=DEVICE)
     h[[1, 3, 4], 0, 2] = NAN
     rate = torch.tensor([0.1, 0.1, 3e38, 0.1, 0.1], device=DEVICE)
     W = W * 100
     slot, write = torch.tensor([0, 1, 2, 1, R], device=DEVICE), torch.tensor([True, True, True, False, True]).to(DEVICE)
     bad = torch.zeros(B, dtype=torch.int32, device=DEVICE)
-    state = (K, kb, birth, w, slot, slot, write, rate)
-    common = dict(bad_B=bad, rule="ones", mu=0.1, backend=backend)
+    turn = (w, slot, slot, write, rate)
+    common = dict(rule="ones", mu=0.1, backend=backend)
     if gated:
-        step.step_gated_(h[:, 0], W, W, None, None, U, U_up, *state, **common)
+        bad_up, logs = bad.clone(), (U, U_up, K, K_up, kb, kb_up, birth, birth.clone())
+        step.step_gated_(h[:, 0], W, W, None, None, *logs, *turn, rate, bad_gate_B=bad, bad_up_B=bad_up, **common)
+        assert bad_up.tolist() == [0, 1, 1, 0, 0]
+        with pytest.raises(ValueError, match="expected keys of its own for each linear"):
+            step.step_gated_(h[:, 0], W, W, None, None, U, U_up, K, K, kb, kb, birth, birth, *turn, rate, **common)
     else:
-        step.step_(h[:, 0], W, None, U, *state, activation="identity", **common)
+        step.step_(h[:, 0], W, None, U, K, kb, birth, *turn, bad_B=bad, activation="identity", **common)
     assert bad.tolist() == [0, 1, 1, 0, 0]
     assert K[2].isfinite().all()
     with pytest.raises(ValueError, match=r"got bad of torch.int64 \[5\], expected torch.int32 \[5\]"):
-        step.step_(h[:, 0], W, None, U, *state, bad_B=slot, rule="ones", mu=0.1, activation="identity")
+        step.step_(h[:, 0], W, None, U, K, kb, birth, *turn, bad_B=slot, rule="ones", mu=0.1, activation="identity")
 
 
 def test_step_operators():
@@ -623,9 +634,9 @@ def test_step_operators():
     op, gated = torch.ops.fastweights.step.default, torch.ops.fastweights.step_gated.default
     torch.library.opcheck(op, (h[:, 0], W, bias, U, *rest, bad, "delta", "silu", 0.1, 0.5))
     torch.library.opcheck(op, (h[:, 0], W, None, U, K, None, *rest[2:-1], None, bad, "ones", "silu", None, None))
-    torch.library.opcheck(
-        gated, (h[:, 0], W, W + 1, bias, None, U, U + 1, *rest, target[:, 0], bad, "delta", 0.1, 0.5)
-    )  # fmt: skip
+    logs = (U, U + 1, K, K + 1, kb, kb + 1, birth, birth + 1)
+    state = (*rest[3:8], rate + 1, rate, rate, *rest[9:], target[:, 0] + 1, bad, bad + 1)
+    torch.library.opcheck(gated, (h[:, 0], W, W + 1, bias, None, *logs, *state, "delta", 0.1, 0.5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
