@@ -1,7 +1,7 @@
 """The fused step: one token of each row through the whole model in one call of C, where that gives what modules give.
 
-A model in float32 on a CPU takes it for every pass of one token; any hook, any replaced module, a gradient, or a
-machine without a C compiler, and the modules run instead. Shape suffixes as in `model`.
+A model in float32 or bfloat16 on a CPU takes it for every pass of one token; any hook, any replaced module, a gradient,
+or a machine without a C compiler, and the modules run instead. Shape suffixes as in `model`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .model import KVCache, Llama, Span
 
 MLP = ("gate_proj", "up_proj", "down_proj")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Table:
@@ -64,7 +65,7 @@ class Table:
         known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
         guests = {id(guest) for guest in self.guests}
         kinds = all(type(m) in known or (id(m) in guests and hasattr(m, "plain")) for m in modules)
-        return kinds and all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in model.parameters())
+        return kinds and all(p.dtype == model.dtype and p.is_cpu and p.is_contiguous() for p in model.parameters())
 
     def point_at(self, cache: KVCache) -> None:
         addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]
@@ -80,7 +81,7 @@ def usable(model: Llama, rows: int) -> Table | None:
     """The table of a model whose next pass of one token may take the fused step."""
     if (
         rows > MOST_ROWS
-        or model.dtype != torch.float32
+        or model.dtype not in DTYPES
         or model.device.type != "cpu"
         or torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()))
@@ -110,7 +111,7 @@ def run(
     slot_B1 = position_B1 = span.position_BT.contiguous()
     if span.real_BT is not None:  # the last slot is scratch
         slot_B1 = torch.where(span.real_BT, slot_B1, slots - 1)
-    x_BD = torch.embedding(table.embedding, input_ids[:, 0])
+    x_BD = torch.embedding(table.embedding, input_ids[:, 0]).float()
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * slots + torch.get_num_threads() * H * (E + 2))
     if len(table.scratch) < needed:
         table.scratch = torch.empty(needed)

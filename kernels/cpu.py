@@ -17,10 +17,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "cpu.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "decode.h", "cpu.h")]
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-MOST_ROWS = 8  # of `gemv` and `decode`
+MOST_ROWS = 8  # of the products of a few rows and a decode step
 TALL, ACROSS, KEYS = 8, 48, 64  # of tiles.c: a tile of a product, the keys of an attention
 
 
@@ -38,6 +38,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     gemv = [*[pointer] * 4, *[long] * 3, number]
+    decode = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number]
     functions: dict[str, list] = {
         "gemv": gemv,
         "gemv_bfloat16": gemv,
@@ -46,7 +47,8 @@ def library() -> ctypes.CDLL | None:
         "attention": [pointer, pointer, number],
         "scan_block": [pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
-        "decode": [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number],
+        "decode_float32": decode,
+        "decode_bfloat16": decode,
         "put": [pointer, long, long],
     }
     for name, arguments in functions.items():
@@ -73,7 +75,16 @@ def _built(compiler: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), *map(str, SOURCES[:3]), "-lm"]
+            command = [
+                compiler,
+                *FLAGS,
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(built),
+                *(str(source) for source in SOURCES if source.suffix == ".c"),
+                "-lm",
+            ]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(built, folder / name)
     return folder / name

@@ -1,7 +1,7 @@
-"""decode: one token of each row through a whole float32 Llama on a CPU, in one call of C that reads every weight once.
+"""decode: one token of each row through a whole Llama on a CPU, in one call of C that reads every weight once.
 
 The model's own modules are its slow twin: `fastweights.fused` decides which of the two runs. Records are numpy
-structures, field for field those of `cpu.c`.
+structures, field for field those of `cpu.c` and `decode.h`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def decode(
     slots: int,
     eps: float,
 ) -> Tensor:
-    """Logits [B, V] of embeddings x [B, D], which are overwritten; float32, contiguous, on the CPU.
+    """Logits [B, V] of embeddings x [B, D], float32, which are overwritten; all contiguous, on the CPU.
+
+    Weights, KV cache and logits are float32, or all of them bfloat16: then every sum is a float32 one, rounded once.
 
     layers: LAYER [L]. fast: FAST [N], what is plastic; which [L, 3] int64: the record of each layer's gate, up and
     down, -1 where it is frozen. frequency [E/2]: rope's angle per position. position, slot [B] int64: each row's
@@ -45,12 +47,13 @@ def decode(
     helper = library()
     assert helper is not None
     (B, D), V = x_BD.shape, len(head_VD)
-    y_BV = torch.empty(B, V)
+    y_BV = head_VD.new_empty(B, V)
     tensors = (norm_D, head_VD, x_BD, y_BV, frequency, position_B, slot_B, scratch)
     tables = (layers.ctypes.data, len(layers), fast.ctypes.data, which.ctypes.data)
     F, H, KH, E = sizes
     numbers = (B, D, F, H, KH, E, slots, V, eps, torch.get_num_threads())
-    helper.decode(*tables, *(t.data_ptr() for t in tensors), *numbers)
+    run = helper.decode_float32 if head_VD.dtype == torch.float32 else helper.decode_bfloat16
+    run(*tables, *(t.data_ptr() for t in tensors), *numbers)
     return y_BV
 
 
