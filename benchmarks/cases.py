@@ -11,6 +11,7 @@ from .bed import ALL, Bed
 from .decode import CONTEXT, frozen_decode, overflow, plastic_decode
 from .measure import Experiment
 from .passes import moments, prefill
+from .passes import overflow as prefill_overflow
 from .whole import load, surgery
 
 
@@ -37,6 +38,8 @@ def _cases() -> list[Case]:
     for tokens in (128, 512, 2048):
         about = f"{tokens} tokens in one pass, all written: against frozen and transformers"
         cases.append(Case(f"prefill.{tokens}", about, partial(prefill, tokens=tokens)))
+    about = "512 tokens into logs of rank 64: compress, evict and grow against frozen"
+    cases.append(Case("prefill.overflow", about, prefill_overflow))
     cases.append(Case("reads.moments", "a probe at 8, 32 and 128 moments: against one probe at now", moments))
     cases.append(Case("surgery", "the experiment: against a hook loop on transformers with dense updates", surgery))
     cases.append(Case("load", "load time and peak memory: against reading the file", measure=load))

@@ -145,7 +145,7 @@ def plastic_decode(
         flops=frozen.flops + extra // 2,
     )
     bar = {}
-    if (rank, count, tuple(linears)) == (64, 3, ALL):
+    if (rank, count, tuple(linears)) == (64, 3, ALL) and (bed.device.type == "cuda" or bed.dtype == torch.float32):
         bar = {"plastic ÷ frozen": "≤ 1.05" if bed.device.type == "cpu" else "≤ 1.01"}
     elif (rank, count, tuple(linears)) == (64, None, ALL) and bed.device.type == "cuda":
         bar = {"plastic ÷ frozen": "≤ 1.03"}

@@ -11,31 +11,32 @@ import torch
 from torch import Tensor
 
 import fastweights as fw
+from fastweights.slots import Slots
 
 from . import measure
 from .bed import ALL, RULE, Bed, Plastic
 from .measure import Check, Experiment, Trial, Unavailable
 
 
-def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str] = ALL) -> Experiment:
-    """A prompt in one pass, frozen and with every token written (full history: as many slots as tokens)."""
-    ids, layers, stepped = bed.ids(tokens), bed.layers(count), min(16, tokens // 2)
+def frozen_trial(bed: Bed, tokens: int) -> Trial:
+    """A prompt in one pass of the frozen model."""
     fw.detach(bed.model)
-    frozen_episode = fw.Episode(bed.model, max_length=tokens)
-    flops = measure.forward_flops(bed.config, tokens)
+    episode = fw.Episode(bed.model, max_length=tokens)
 
     def prepare() -> None:
         fw.detach(bed.model)
-        frozen_episode.reset()
+        episode.reset()
 
-    frozen = Trial(
-        "frozen",
-        partial(frozen_episode.feed, ids, update="none", logits="last"),
-        1,
-        prepare,
-        measure.decode_bytes(bed.config, bed.dtype.itemsize, tokens),
-        flops,
-    )
+    run = partial(episode.feed, bed.ids(tokens), update="none", logits="last")
+    weights = measure.decode_bytes(bed.config, bed.dtype.itemsize, tokens)
+    return Trial("frozen", run, 1, prepare, weights, measure.forward_flops(bed.config, tokens))
+
+
+def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str] = ALL) -> Experiment:
+    """A prompt in one pass, frozen and with every token written (full history: as many slots as tokens)."""
+    ids, layers, stepped = bed.ids(tokens), bed.layers(count), min(16, tokens // 2)
+    frozen = frozen_trial(bed, tokens)
+    prepare, flops = frozen.prepare, frozen.flops
     plastic = Plastic(bed, layers, linears, tokens, tokens)
     plastic_episode = plastic.episode
 
@@ -101,6 +102,42 @@ def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str]
         if bed.device.type == "cuda" and tokens == 2048:
             bar = {"plastic ÷ frozen": "≤ 1.08"}
     return Experiment(trials, checks, ratios, notes, "matmul", bar)
+
+
+def overflow(bed: Bed, tokens: int = 512, rank: int = 64) -> Experiment:
+    """A prompt in one pass that writes more events than the logs hold, under each policy."""
+    ids, layers, stepped = bed.ids(tokens), bed.layers(), min(16, tokens // 2)
+    trials, checks = [frozen_trial(bed, tokens)], []
+    for policy in ("compress", "evict", "grow"):
+        plastic = Plastic(bed, layers, ALL, rank, tokens, policy)
+
+        def prepare(plastic: Plastic = plastic) -> None:
+            plastic.on()
+            plastic.episode.reset()
+
+        def fed(first: int, plastic: Plastic = plastic) -> Tensor:
+            """Logits after the last token; those from `first` on are fed one at a time."""
+            plastic.on()
+            plastic.episode.reset()
+            logits = plastic.episode.feed(ids[:, :first], update="all", logits="last")
+            for t in range(first, tokens):
+                logits = plastic.episode.feed(ids[:, t : t + 1], update="all", logits="last")
+            return logits[:, -1]
+
+        run = partial(plastic.episode.feed, ids, update="all", logits="last")
+        trials.append(Trial(policy, run, 1, prepare))
+        about = f"{policy}: one pass = its last {stepped} tokens stepped"
+        checks.append(Check(about, partial(fed, tokens), partial(fed, tokens - stepped), bed.amplified(20)))
+    slots = Slots.of("compress", rank, bed.config.intermediate_size, bed.config.hidden_size)
+    folds = 1 + (tokens - slots.capacity) // (slots.capacity - slots.kept)
+    return Experiment(
+        trials,
+        checks,
+        [(trial.name, "frozen") for trial in trials[1:]],
+        {"tokens": tokens, "layers": layers, "linears": list(ALL), "rank": rank, "rule": repr(RULE)}
+        | {"folds": f"{folds} of each linear"},
+        "matmul",
+    )
 
 
 def moments(

@@ -178,6 +178,7 @@ def test_counted_flops_are_those_that_torch_counts():
         lambda bed: decode.frozen_decode(bed, context=10, steps=3),
         lambda bed: decode.plastic_decode(bed, rank=7, count=2, context=10, steps=3),
         lambda bed: passes.prefill(bed, tokens=9, count=2),
+        lambda bed: passes.overflow(bed, tokens=40, rank=4),
     ],
 )
 def test_a_record_says_everything_and_the_page_shows_it(bed, ceiling, tmp_path, build):
@@ -252,7 +253,7 @@ def test_a_disturbed_run_neither_meets_a_bar_nor_replaces_a_quiet_one(ceiling, b
 
 def test_cases_are_chosen_by_name_or_beginning():
     assert [case.name for case in bench.select(["decode.frozen"])] == ["decode.frozen"]
-    assert len(bench.select(["prefill"])) == 3
+    assert len(bench.select(["prefill"])) == 4
     assert len(bench.select([])) == len(cases.CASES)
     with pytest.raises(ValueError, match=r"no case .nonsense.: there are decode"):
         bench.select(["nonsense"])
