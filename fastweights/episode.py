@@ -143,6 +143,12 @@ class Episode:
         if table is None or table is not self._table:  # as long as a table stands, every module is where it was
             if self._linears != plastic_linears(self.model):
                 raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")
+            began, now = ((t.dtype, t.device) for t in (self.cache.keys[0], self.model.lm_head.weight))
+            if began != now:
+                raise ValueError(
+                    f"this episode began with a model in {began[0]} on {began[1]}, which is in {now[0]} on {now[1]} "
+                    "now: make a new one"
+                )
             self._table = table
         span = self.cache.span((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, torch.device("cpu"))
         write_BT = written(update, ids_BT, span.position_BT, generated)
@@ -279,6 +285,8 @@ class Episode:
             return None
         records = stacks.read(now) if self._linears else table.frozen
         out_B1V = fused.run(self.model, table, ids_B1, span, self.cache, *records)
+        if out_B1V is None:
+            return None
         last_ran(self.model, self)
         self.cache.advance(span)
         if now.write_BT is not None:

@@ -67,11 +67,15 @@ class Table:
         kinds = all(type(m) in known or (id(m) in guests and hasattr(m, "plain")) for m in modules)
         return kinds and all(p.dtype == model.dtype and p.is_cpu and p.is_contiguous() for p in model.parameters())
 
-    def point_at(self, cache: KVCache) -> None:
+    def point_at(self, cache: KVCache) -> bool:
+        """Names the KV buffers to C; False: they are not of the model's dtype, it has changed since."""
         addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]
         if addresses != self.cache:
+            if any(t.dtype != self.head.dtype for t in (*cache.keys, *cache.values)):
+                return False
             self.cache = addresses
             self.layers["K"], self.layers["V"] = np.split(np.array(addresses, np.uint64), 2)
+        return True
 
 
 _tables: weakref.WeakKeyDictionary[Llama, Table] = weakref.WeakKeyDictionary()
@@ -103,10 +107,11 @@ def step(model: Llama, input_ids: Tensor, span: Span, cache: KVCache | None) -> 
 
 def run(
     model: Llama, table: Table, input_ids: Tensor, span: Span, cache: KVCache, fast: np.ndarray, which: np.ndarray
-) -> Tensor:
+) -> Tensor | None:
     """`step` by a usable table; `fast` and `which` as in `kernels.decode`."""
     rows, (F, H, _, E) = len(input_ids), table.sizes
-    table.point_at(cache)
+    if not table.point_at(cache):
+        return None
     slots = cache.capacity + 1
     slot_B1 = position_B1 = span.position_BT.contiguous()
     if span.real_BT is not None:  # the last slot is scratch

@@ -249,8 +249,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # a gate may have a kernel for both, SiLU included, and say when that can run
-        gated = getattr(self.gate_proj, "gated", None)
-        act_BTO = gated(self.up_proj, x_BTD) if gated else None
+        both = getattr(self.gate_proj, "gate_and_up", None)
+        act_BTO = both(self.up_proj, x_BTD) if both else None
         if act_BTO is None:
             # what gate_proj gave may be in somebody's hands (a hook's); what SiLU gives is not
             act_BTO = F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD))

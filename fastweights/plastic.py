@@ -16,7 +16,7 @@ from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
 from .kernels.step import step_, step_gated_
-from .kernels.values import IN_C, Value
+from .kernels.values import IN_C, RULES, Value
 from .model import Llama
 from .options import backend_of, budget_of, check_target, factor_dtype_of
 from .passes import Binding, Keys, Pass, Site, Turn
@@ -187,11 +187,12 @@ class PlasticLinear(nn.Module):
 
     def _known(self, a_BTO: Tensor, width: int) -> bool:
         """Whether a kernel has this rule: Triton's, or the one in C, which takes a rate per row of the batch alone."""
+        if not has_twin(self.rule):
+            return False
         if self.backend == "triton":
             return True
         one_rate = width == 1 or not isinstance(self.rule.rate, tuple)
-        plain = a_BTO.is_cpu and a_BTO.dtype == torch.float32
-        return plain and one_rate and has_twin(self.rule) and self.twin()["rule"] in IN_C
+        return a_BTO.is_cpu and a_BTO.dtype == torch.float32 and one_rate and RULES.get(self.twin()["rule"]) in IN_C
 
     def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""
@@ -216,7 +217,7 @@ class PlasticLinear(nn.Module):
         )
         return a_BO[:, None]
 
-    def gated(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
+    def gate_and_up(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
         """SiLU(this linear) ⊙ up of one token, by one kernel that writes both events; None: call them one by one."""
         now = self.binding.now
         if (

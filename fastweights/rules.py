@@ -61,8 +61,9 @@ class Rule(Protocol):
     """The protocol of a rule; any object with these attributes is one.
 
     `value(a, z, at)` returns [..., O] like a. `neuron_local` promises that entry i of it depends on
-    entry i of its arguments alone; such rules run over a whole prompt in one pass. A rule with a Triton twin also has
-    `twin`: {"rule": name in `kernels.values.RULES`, and "rate" and "p0" where they differ from rate and 1}.
+    entry i of its arguments alone; such rules run over a whole prompt in one pass. A rule that the kernels know also
+    has `twin`: {"rule": name in `kernels.values.RULES`, and "rate" and "p0" where they differ from rate and 1}; they
+    run it instead of `value`, Triton's wherever they run and the one in C for a prompt in float32 on a CPU.
     `mu` None means the key is h itself. `rate` is a number, or a tuple of one per row of the episode.
     """
 
@@ -85,7 +86,8 @@ class Rule(Protocol):
 def has_twin(rule: Rule) -> bool:
     """Whether the kernels know this rule; not where a subclass has a `value` of its own and its base's `twin`."""
     places = [getattr(rule, "__dict__", {}), *map(vars, type(rule).__mro__)]
-    return next(("twin" in names for names in places if "twin" in names or "value" in names), False)
+    known = next(("twin" in names for names in places if "twin" in names or "value" in names), False)
+    return known and getattr(rule, "twin") is not None  # noqa: B009
 
 
 def _finite(value: object) -> bool:

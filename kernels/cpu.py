@@ -22,6 +22,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 MOST_ROWS = 8  # of the products of a few rows and a decode step
 TALL, ACROSS, KEYS = 8, 48, 64  # of tiles.c: a tile of a product, the keys of an attention
+MOST_TOKENS = 128  # of scan.c: a block
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .cpu import MOST_TOKENS
 from .linear import add_product_, plain, product
 from .values import FUSED, IN_C, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
@@ -25,7 +26,7 @@ from .values import Value as TwinValue
 # value(a_BCO, t0, t1) → u_BCO of tokens t0:t1, rate and clip included
 Value = Callable[[torch.Tensor, int, int], torch.Tensor]
 
-OUTER = 128  # tokens whose earlier tokens enter as one GEMM
+OUTER = MOST_TOKENS  # whose earlier tokens enter as one GEMM
 INNER = 32  # tokens solved together inside
 KEEP = 1 << 26  # Gram entries kept for the next linear that shares h and k (256 MB in float32)
 
@@ -129,39 +130,30 @@ class Block(ctypes.Structure):
 
 def _in_c(a_BTO, u_BTO, gram: Gram, value: Value) -> Callable[[torch.Tensor, int, int], None] | None:
     """Solves tokens t0:t1, given their Gram rows and a with everything before t0; None where C does not do that."""
-    if not isinstance(value, TwinValue) or value.rule not in IN_C or a_BTO.dtype != torch.float32:
+    if not isinstance(value, TwinValue) or (rule := twin(value.rule)) not in IN_C or a_BTO.dtype != torch.float32:
         return None
-    (B, T, O), rule = a_BTO.shape, twin(value.rule)
-    frozen = value.frozen_BTO if rule.reads_frozen else None
+    B, T, O = a_BTO.shape
+    frozen = value.frozen_BTO.expand(B, T, O) if rule.reads_frozen and value.frozen_BTO is not None else None
     target = value.target.expand(B, T, O) if rule.reads_target and value.target is not None else None
-    norm = value.norm_BT.contiguous() if value.clip is not None and value.norm_BT is not None else None
+    norm = None if value.clip is None or value.norm_BT is None else value.norm_BT.expand(B, T).contiguous()
     helper = plain(a_BTO, gram.h, frozen, target, norm)
-    if (
-        helper is None
-        or not hasattr(helper, "scan_block")
-        or any(x is not None and x.stride(2) != 1 for x in (frozen, target))
-    ):
+    lie_apart = any(x is not None and x.stride(2) != 1 for x in (frozen, target))
+    if helper is None or not hasattr(helper, "scan_block") or lie_apart:
         return None
     rate_B, p0_B = (per_row(x, B, a_BTO).tolist() for x in (value.rate, value.p0))
-    write, clip = gram.write.contiguous(), math.inf if value.clip is None else value.clip
+    write = gram.write.contiguous()
+    kind = (math.inf if value.clip is None else value.clip, IN_C[rule], value.activation == "silu")
 
     def solve(G: torch.Tensor, t0: int, t1: int) -> None:
+        assert t1 - t0 <= MOST_TOKENS
         for b in range(B):
-            one = [None if x is None else x[b, t0:t1] for x in (a_BTO, u_BTO, None, frozen, target, norm, write)]
-            one[2] = G[b, :, t0:]
-            where = [0 if x is None else x.data_ptr() for x in one]
-            strides = [0 if x is None else x.stride(0) for x in one[:5]]
-            numbers = (
-                *strides,
-                t1 - t0,
-                O,
-                rate_B[b],
-                p0_B[b],
-                clip,
-                IN_C.index(value.rule),
-                value.activation == "silu",
-            )
-            helper.scan_block(ctypes.byref(Block(*where, *numbers)), torch.get_num_threads())
+            large = [x if x is None else x[b, t0:t1] for x in (a_BTO, u_BTO, frozen, target)]
+            large.insert(2, G[b, :, t0:])
+            where = [0 if x is None else x.data_ptr() for x in large]
+            where += [0 if norm is None else norm[b, t0:].data_ptr(), write[b, t0:].data_ptr()]
+            strides = [0 if x is None else x.stride(0) for x in large]
+            block = Block(*where, *strides, t1 - t0, O, rate_B[b], p0_B[b], *kind)
+            helper.scan_block(ctypes.byref(block), torch.get_num_threads())
 
     return solve
 

@@ -140,9 +140,9 @@ def delta_triton(a, frozen_a, target, p0, PHI: tl.constexpr):
     return target - a
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Twin:
-    """A rule's value in torch and in Triton, what it looks at besides a."""
+    """A rule's value in torch and in Triton, and what it looks at besides a."""
 
     torch: Callable[..., torch.Tensor]
     triton: Any
@@ -159,7 +159,7 @@ RULES: dict[str, Twin] = {
     "slow_derivative": Twin(_slow("derivative"), slow_derivative_triton, reads_frozen=True),
     "delta": Twin(_delta, delta_triton, reads_target=True),  # rate = β
 }
-IN_C = list(RULES)  # by their numbers in scan.c
+IN_C = {rule: number for number, rule in enumerate(RULES.values())}  # as scan.c numbers them
 
 
 def twin(rule: str) -> Twin:

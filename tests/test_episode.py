@@ -360,3 +360,20 @@ def test_attaching_after_the_episode_was_made_is_refused():
     fw.attach(model, [0], fw.Hebbian())
     with pytest.raises(ValueError, match="make a new one"):
         episode.feed([1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_model_that_changes_its_dtype_under_an_episode_is_refused(before, after):
+    model = tiny(dtype=before)
+    episode, cache = fw.Episode(model), model.new_cache(1)
+    episode.feed([1, 2, 3])
+    model(torch.tensor([[1]]), cache=cache)
+    model.to(after)
+    for ids in ([4], [4, 5]):
+        with pytest.raises(ValueError, match=rf"began with a model in {before} on cpu, which is in {after} on cpu now"):
+            episode.feed(ids)
+        with pytest.raises(RuntimeError, match="dtype"):  # torch's: the caller's own cache
+            model(torch.tensor([ids]), cache=cache)
+    assert episode.length == 3
+    model.to(before)
+    episode.feed([4])

@@ -345,6 +345,21 @@ def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, bl
         close(f, w, 2e-6)
 
 
+def test_scan_takes_what_broadcasts_and_a_rule_that_was_replaced(blocks, monkeypatch):
+    h, k = keys(2, 20, 12, torch.float32)
+    gram = scan.Gram(h, k, None, torch.ones(2, 20, dtype=torch.bool))
+    start, options = torch.randn(2, 20, 50), ("slow_ones", "silu", 0.3, 0.2, 0.05)
+    for frozen in (torch.randn(2, 20, 1), torch.randn(1, 20, 50), torch.randn(2, 1, 50)):
+        value = values.Value(*options, k.norm(dim=-1)[:1], frozen)
+        wanted = scan.scan_sequential(start, gram, values.Value(*options, k.norm(dim=-1)[:1], frozen.expand(2, 20, 50)))
+        for found, exact in zip(scan.scan(start, gram, value), wanted, strict=True):
+            close(found, exact, 2e-6)
+    blocks.clear()
+    monkeypatch.setitem(values.RULES, "ones", values.Twin(lambda a, frozen, target, p0, phi: a * 0 + 2, None))
+    assert torch.equal(scan.scan(start, gram, values.Value("ones"))[1], torch.full_like(start, 2.0))
+    assert not blocks
+
+
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks that C has solved."""

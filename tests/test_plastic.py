@@ -150,6 +150,10 @@ def test_a_value_of_a_subclass_is_not_its_bases_twin(dtype):
         fw.attach(tiny(dtype=torch.float32), [1], Half(), backend="triton")
     assert not has_twin(Half())
     assert has_twin(HalfWithTwin())
+    none = type("None_", (fw.Hebbian,), {"twin": None})(rate=0.05)
+    model = tiny(dtype=dtype)
+    fw.attach(model, [1, 3], none)
+    torch.testing.assert_close(fw.Episode(model).feed(ids), found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
