@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LINEARS = "gate_proj,up_proj,down_proj"
+PLASTIC = ("linears", "rule", "rate", "mu", "decay", "clip", "gate", "target", "bias", "rank", "overflow", "budget")
 
 DEMO: dict[str, Any] = {
     "context": (
@@ -125,6 +126,11 @@ def generate(options: argparse.Namespace) -> None:
 
     from . import Episode, attach, load
 
+    if not options.layers:
+        left_out = vars(_parser().parse_args(["generate", ""]))
+        for name in (*PLASTIC, "over_budget", "drift"):
+            if getattr(options, name) != left_out[name]:
+                raise ValueError(f"--{name.replace('_', '-')} needs --layers: without, nothing is plastic")
     rule = _rule(options) if options.layers else None
     model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
     if rule is not None:

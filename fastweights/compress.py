@@ -35,15 +35,15 @@ class Folded:
 class Best:
     """The best R terms before they are rounded to the dtype that they are stored in, float64.
 
-    U and K hold their sum to within `arithmetic`, in the Frobenius norm; of M, they leave singular values `lost`, to
-    within `squared` in the sum of their squares.
+    U and K hold their sum to within `arithmetic`, in the Frobenius norm; of M they leave singular values `lost`, to
+    within `slack` (lost² + slack² bounds their square, or the sum of their squares).
     """
 
     U_RO: Tensor
     K_RI: Tensor
     sigma_R: Tensor
     lost: Tensor
-    squared: float
+    slack: float
     arithmetic: float
 
 
@@ -53,8 +53,7 @@ def _by_qr(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
     Y_k, B = torch.linalg.qr(K_SI.T)
     P, sigma, Vh = torch.linalg.svd(A @ B.T, full_matrices=False)
     root = sigma[:keep].sqrt()
-    g = EPSILON * (U_SO.shape[1] + K_SI.shape[1] + len(U_SO))
-    arithmetic = g * float((U_SO * w_S[:, None]).norm() * K_SI.norm())
+    arithmetic = _terms(U_SO, K_SI) * EPSILON * float((U_SO * w_S[:, None]).norm() * K_SI.norm())
     U_RO, K_RI = (Y_u @ (P[:, :keep] * root)).T, (Y_k @ (Vh[:keep].T * root)).T
     return Best(U_RO, K_RI, sigma[:keep], sigma[keep:], 0.0, arithmetic)
 
@@ -65,14 +64,18 @@ def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
         (D L)ᵀ G_k (D L) = Y diag(σ²) Yᵀ,  V = diag(1/σ) Yᵀ (D L)ᵀ K,  M Vᵀ = Uᵀ D G_k (D L) Y diag(1/σ)
 
     V is orthonormal whatever L is, and M Vᵀ V the projection of M onto it. δ on the diagonal of G_u makes its Cholesky
-    factor exist; the σ² are those of M and a little more, never less. They are not known better than `squared`, nor
-    are terms whose σ² is not above it kept.
+    factor exist; the σ² are then those of M and a little more, never less. All that but for rounding: with
+    N² = ‖D L‖² ‖G_k‖, σ² is known to within slack², and V Vᵀ is 1 to within slack² / σ². Sums of many alike terms, in
+    the Gram matrices, round most: slack² = (16 + (O + I + S) / 8) ε N² is ten times what they were seen to. Terms with
+    σ² ≤ 16 ε N² are not kept.
     """
     G_u, G_k = (U_SO @ U_SO.T).cpu(), (K_SI @ K_SI.T).cpu()
     norm_u, norm_k = G_u.diagonal().sqrt(), G_k.diagonal().sqrt()
     scale_u, scale_k = (torch.where(norm > 0, 1 / norm, 0.0) for norm in (norm_u, norm_k))
     G_u, G_k = (G * scale * scale[:, None] for G, scale in ((G_u, scale_u), (G_k, scale_k)))
     D_S1 = (w_S.cpu() * norm_u * norm_k)[:, None]
+    unit = float(D_S1.abs().max()) or 1.0  # squares of tiny weights would vanish
+    D_S1 /= unit
     delta, failed = len(G_u) * EPSILON / 16, 1
     while failed and delta < 1:  # no δ helps a NaN
         delta *= 16
@@ -80,40 +83,54 @@ def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
     DL = D_S1 * L
     squares, Y = torch.linalg.eigh(DL.T @ G_k @ DL)
     squares, Y = squares.flip(0), Y.flip(1)[:, :keep]
-    squared = 16 * EPSILON * float(DL.square().sum() * G_k.norm())
-    live_R = squares[:keep] > squared
+    rounding = EPSILON * float(DL.square().sum() * G_k.norm())
+    squared = (16 + _terms(U_SO, K_SI) / 8) * rounding
+    live_R = squares[:keep] > 16 * rounding
     sigma_R = torch.where(live_R, squares[:keep], 0.0).sqrt()
     inverse_R = torch.where(live_R, 1 / sigma_R, 0.0)
-    C_k = DL @ Y * inverse_R.sqrt()
+    C_k = DL @ Y * (unit * inverse_R).sqrt()
     C_u = D_S1 * (G_k @ (C_k * inverse_R))
     U_RO, K_RI = ((C.T * scale).to(X.device) @ X for C, scale, X in ((C_u, scale_u, U_SO), (C_k, scale_k, K_SI)))
     lost = squares.clamp(min=0).sqrt()
     lost[:keep][live_R] = 0
-    return Best(U_RO, K_RI, sigma_R, lost, squared, squared * float(inverse_R.norm()))
+    arithmetic = squared * float(inverse_R.norm())
+    return Best(U_RO, K_RI, unit * sigma_R, unit * lost, unit * squared**0.5, unit * arithmetic)
+
+
+def _terms(U_SO: Tensor, K_SI: Tensor) -> int:
+    return U_SO.shape[1] + K_SI.shape[1] + len(U_SO)
 
 
 def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> Folded:
     """Folds S slots of weight w [S] (float64) into the best `keep` ≤ min(S, O, I + 1); σ_r is split evenly over both.
 
-    The bounds are on the stored factors Û, K̂ in exact arithmetic. With η the rounding of their dtype, and rows u_r, k_r
-    of norm √σ_r that are orthogonal to each other:
+    The bounds are on the stored factors Û, K̂ in exact arithmetic. With δ_u = η √σ + t √O, δ_k = η √σ + t √(I + 1) the
+    rounding of rows of norm √σ_r that are orthogonal to each other (η: half an epsilon of their dtype, t: half of its
+    smallest number):
 
-        ‖M − ÛᵀK̂‖_F ≤ (Σ_{r > keep} σ_r² + squared)^½ + 2 η (Σ σ_r²)^½ + η² Σ σ_r + arithmetic
+        ‖M − ÛᵀK̂‖_F ≤ (Σ_{r > keep} σ_r² + slack²)^½ + ‖√σ δ_u‖ + ‖√σ δ_k‖ + ‖δ_u‖ ‖δ_k‖ + arithmetic
 
-    and ‖·‖₂ with σ_{keep+1} in place of the first sum. `squared` and `arithmetic` are for float64 itself, see `Best`:
-    not the proven worst case, but ten times and more what is seen.
+    and ‖·‖₂ with σ_{keep+1}² in place of the first sum. `slack` and `arithmetic` are for float64 itself, see `Best`:
+    not the proven worst case, but ten times what is seen.
+
+    Raises:
+        ValueError: a kept factor does not fit its dtype.
     """
     U, K = U_SO.double(), torch.empty(len(K_SI), K_SI.shape[1] + 1, dtype=torch.float64, device=K_SI.device)
     K[:, :-1], K[:, -1] = K_SI, bias_S
     wide = U_SO.dtype == torch.float64
     best = (_by_qr if wide else _by_grams)(U, K, w_S, keep)
-    eta = 0.0 if wide else torch.finfo(U_SO.dtype).eps / 2
-    rounding = 2 * eta * float(best.sigma_R.norm()) + eta**2 * float(best.sigma_R.sum()) + best.arithmetic
+    U_RO, K_RI = best.U_RO.to(U_SO.dtype), best.K_RI.to(K_SI.dtype)
+    if not bool(U_RO.isfinite().all() & K_RI.isfinite().all()):
+        raise ValueError(f"the sum of the events, of norm {float(best.sigma_R.norm()):.3g}, does not fit {U_SO.dtype}")
+    info, root_R = torch.finfo(U_SO.dtype), best.sigma_R.sqrt()
+    eta, t = (0.0, 0.0) if wide else (info.eps / 2, info.smallest_normal * info.eps / 2)
+    d_u, d_k = (torch.where(root_R > 0, eta * root_R + t * X.shape[1] ** 0.5, 0.0) for X in (U, K))
+    rounding = float((root_R * d_u).norm() + (root_R * d_k).norm() + d_u.norm() * d_k.norm()) + best.arithmetic
     error_2, error_F = (
-        math.hypot(lost, best.squared**0.5) + rounding
+        math.hypot(lost, best.slack) + rounding
         for lost in (max(best.lost.tolist(), default=0.0), float(best.lost.norm()))
     )
-    U_RO, K_RI = best.U_RO.to(U_SO.dtype), best.K_RI.to(K_SI.dtype)
     return Folded(U_RO, K_RI[:, :-1], K_RI[:, -1], error_2, error_F)
 
 

@@ -420,7 +420,7 @@ class Episode:
         columns = None if positions is None else torch.tensor(list(positions), dtype=torch.int64)
         if columns is not None and (not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width):
             raise ValueError(f"probe(positions={list(positions or [])}): expected columns from 0 to {width - 1}")
-        wanted = None if at == "now" else moments(at, self.events)
+        wanted = None if at == "now" else moments(at, self.events, self.logs)
         return run(self, ids_BT, mask_BT, check_sites(sites), wanted, columns, logits == "last", budget_bytes, progress)
 
     def drift(self) -> Drift:
@@ -455,6 +455,8 @@ class Episode:
         Raises:
             ValueError: it has another batch size, model shape or set of plastic linears; nothing changes then.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise ValueError(f"restore() got a {type(snapshot).__name__}, expected what episode.snapshot() gave")
         if len(snapshot.lengths) != self.batch_size:
             raise ValueError(
                 f"restore() got a snapshot of batch {len(snapshot.lengths)}, "
@@ -495,6 +497,8 @@ class Episode:
         Raises:
             ValueError: rows that do not exist, or not as many as a rule has rates.
         """
+        if isinstance(rows, int):
+            raise ValueError(f"fork(rows={rows}): expected a list of rows")
         chosen = list(range(self.batch_size)) if rows is None else list(rows)
         if not chosen or any(not isinstance(r, int) or not 0 <= r < self.batch_size for r in chosen):
             raise ValueError(f"fork(rows={chosen}): this episode has rows 0 to {self.batch_size - 1}")

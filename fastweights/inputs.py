@@ -23,6 +23,10 @@ def token_ids(ids: Iterable[int]) -> TokenIds:
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 Mask = Tensor | Sequence | None
+UPDATES = (
+    "'all', 'none', 'prompt', 'generated', absolute positions, a bool mask [B, T], fw.token_ids([...]) "
+    "or a function (position, token_id)"
+)
 Update = str | TokenIds | Tensor | Sequence | Callable[[int, int], bool]
 
 
@@ -42,15 +46,14 @@ def written(update: Update, ids_BT: Tensor, position_BT: Tensor, generated: bool
                 return torch.full(shape, update == "all")
             case "prompt" | "generated":
                 return torch.full(shape, (update == "generated") == generated)
-        raise ValueError(
-            f"update={update!r}: expected 'all', 'none', 'prompt', 'generated', absolute positions, "
-            "a bool mask [B, T], fw.token_ids([...]) or a function (position, token_id)"
-        )
+        raise ValueError(f"update={update!r}: expected {UPDATES}")
     if isinstance(update, TokenIds):
         return torch.isin(ids_BT, torch.tensor(sorted(update.ids), dtype=torch.int64))
     if callable(update):
         pairs = zip(position_BT.flatten().tolist(), ids_BT.flatten().tolist(), strict=True)
         return torch.tensor([bool(update(position, token)) for position, token in pairs]).reshape(shape)
+    if not isinstance(update, Iterable):
+        raise ValueError(f"update={update!r}: expected {UPDATES}")
     given = torch.as_tensor(update if isinstance(update, Tensor) else list(update)).cpu()
     if given.dtype == torch.bool:
         if generated:
@@ -79,6 +82,13 @@ def tokens(input_ids: Ids, mask: Mask, rows: int | None, vocabulary: int) -> tup
         ValueError: wrong shapes or types, no token at all, an id outside the vocabulary.
     """
     if not isinstance(input_ids, Tensor):
+        given = type(input_ids).__name__
+        if isinstance(input_ids, str) or not isinstance(input_ids, Iterable):
+            raise ValueError(
+                f"input_ids is a {given}: expected token ids [B, T] or [T], as tokenizer.encode gives them"
+            )
+        if any(isinstance(row, str) for row in input_ids):
+            raise ValueError("input_ids holds text: expected token ids [B, T] or [T], as tokenizer.encode gives them")
         ragged = [list(row) for row in input_ids if isinstance(row, (Sequence, Tensor))]
         if mask is None and len({len(row) for row in ragged}) > 1:
             width = max(map(len, ragged))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -56,8 +56,13 @@ class Moment:
             w_R = torch.where(number_R == event, w_R * factor, w_R)
         return w_R
 
-    def check(self, latest: int) -> None:
-        """Refuses events that have not happened; `latest` events have."""
+    def check(self, latest: int, sites: Collection[tuple[int, str]]) -> None:
+        """Refuses events that have not happened (`latest` events have), and layers and linears that are not plastic."""
+        for name, wanted, n in (("layer", self.layers, 0), ("linear", self.linears, 1)):
+            plastic = sorted({site[n] for site in sites}, key=str)
+            for one in () if wanted is None else wanted:
+                if one not in plastic:
+                    raise ValueError(f"probe(at=...) names {name} {one!r}, but plastic are {plastic}")
         for event in (self.events, self.minus, *self.without, *self.scale):
             if event is not None and (isinstance(event, bool) or not isinstance(event, int)):
                 raise ValueError(f"probe(at=...) names event {event!r}: expected a whole number")
@@ -70,7 +75,7 @@ class Moment:
 At = str | Sequence[int | Moment]
 
 
-def moments(at: At, latest: int) -> list[Moment]:
+def moments(at: At, latest: int, sites: Collection[tuple[int, str]]) -> list[Moment]:
     """The moments that `at` names: "every", or a list of event numbers and Moments."""
     if isinstance(at, str) and at == "every":
         return [Moment(events=n) for n in range(latest + 1)]
@@ -79,7 +84,7 @@ def moments(at: At, latest: int) -> list[Moment]:
     named = cast(Sequence[int | Moment], at)
     wanted = [moment if isinstance(moment, Moment) else Moment(events=moment) for moment in named]
     for moment in wanted:
-        moment.check(latest)
+        moment.check(latest, sites)
     return wanted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,19 @@ from .kernels.values import IN_C, RULES, Value
 from .model import Llama
 from .options import backend_of, budget_of, check_target, factor_dtype_of
 from .passes import Binding, Keys, Pass, Site, Turn
-from .rules import IDENTITY, SILU, Activation, Local, Rule, event_value, has_twin, key_scale, target_at
+from .rules import (
+    IDENTITY,
+    SILU,
+    Activation,
+    Local,
+    Rule,
+    check_rule,
+    event_value,
+    has_twin,
+    key_scale,
+    target_at,
+    value_of,
+)
 from .state import OVERFLOW, EventLog
 from .watch import touched
 
@@ -166,7 +179,7 @@ class PlasticLinear(nn.Module):
             here = slice(t0 + c0, t0 + c1)
             row_BT = None if now.row_BT is None else now.row_BT[:, here]
             at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here], row_BT)
-            return event_value(self.rule, self.rule.value(a, self.activation(a), at), keys.norm_BT[:, here], row_BT)
+            return event_value(self.rule, value_of(self.rule, a, self.activation, at), keys.norm_BT[:, here], row_BT)
 
         if t1 - t0 == now.width:
             # the only token that may carry a graph: gradient rules go token by token
@@ -311,25 +324,25 @@ class FastWeights:
 
     def delta_weight(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
         """ΔW of one linear in one row of an episode (a shared one has one), dense [O, I], float32 or float64."""
-        return self._log(layer, linear, episode).delta_weight(row)
+        return self._log(layer, linear, episode, row).delta_weight(row)
 
     def delta_bias(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
         """Δb of one linear in one row of an episode, [O]."""
-        return self._log(layer, linear, episode).delta_bias(row)
+        return self._log(layer, linear, episode, row).delta_bias(row)
 
     def error(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> tuple[float, float]:
         """(error_2, error_F): bounds on ‖ΔW_exact − ΔW‖ of one linear, see `EventLog.certificate`."""
-        return self._log(layer, linear, episode).certificate(row)
+        return self._log(layer, linear, episode, row).certificate(row)
 
     def delta_norm(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
         """‖ΔW‖_F of one linear, from the factors."""
-        return self._log(layer, linear, episode).delta_norm(row)
+        return self._log(layer, linear, episode, row).delta_norm(row)
 
     def effective_rank(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
         """exp of the entropy of the normalised singular values of ΔW (Roy & Vetterli 2007)."""
-        return self._log(layer, linear, episode).effective_rank(row)
+        return self._log(layer, linear, episode, row).effective_rank(row)
 
-    def _log(self, layer: int, linear: str, episode: Episode | None) -> EventLog:
+    def _log(self, layer: int, linear: str, episode: Episode | None, row: int) -> EventLog:
         if (layer, linear) not in self.linears:
             raise ValueError(
                 f"layer {layer} {linear!r} is not plastic here; plastic are "
@@ -338,7 +351,10 @@ class FastWeights:
         episode = episode or last_episode(self.model)
         if episode is None:
             raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
-        return episode.logs[layer, linear]
+        log = episode.logs[layer, linear]
+        if not 0 <= row < len(log.events):
+            raise ValueError(f"row {row} of layers.{layer}.mlp.{linear} does not exist: there are {len(log.events)}")
+        return log
 
 
 _last_episode: weakref.WeakKeyDictionary[Llama, weakref.ref[Episode]] = weakref.WeakKeyDictionary()
@@ -412,23 +428,29 @@ def attach(
         ValueError: a layer, linear, rule or option that does not exist, or a linear that is already plastic;
             the model is unchanged then.
     """
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    linears = [linears] if isinstance(linears, str) else list(linears)
     if not isinstance(model, Llama):
         raise ValueError(f"attach() got a {type(model).__name__}, expected the fastweights model that fw.load returns")
+    for name, given in (("layers", layers), ("linears", linears)):
+        if given is None:
+            raise ValueError(f"attach({name}=None) names no linear")
+    layers = [int(layers)] if isinstance(layers, Integral) else list(layers)
+    linears = [linears] if isinstance(linears, str) else list(linears)
     depth = len(model.model.layers)
     if not layers or not linears:
         raise ValueError(f"attach(layers={layers}, linears={linears}) names no linear")
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < depth:
             raise ValueError(f"layer {layer!r} does not exist: this model has layers 0 to {depth - 1}")
+    layers = [int(layer) for layer in layers]
     for name in linears:
         if name not in ACTIVATIONS:
             raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(ACTIVATIONS)}")
     if isinstance(rule, type) or not isinstance(rule, Rule):
         raise ValueError(f"rule={rule!r} is not a rule: expected an object with rate, mu, decay, clip, bias and value")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    check_rule(rule)
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
         raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
+    rank = int(rank)
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
     factor_dtype = factor_dtype_of(factor_dtype, model)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -91,7 +92,7 @@ def has_twin(rule: Rule) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < float("inf")
 
 
 def _times(rate: Rate, factor: float) -> Rate:
@@ -99,13 +100,17 @@ def _times(rate: Rate, factor: float) -> Rate:
 
 
 def _check(rule: Rule) -> None:
-    name = type(rule).__name__
+    """`check_rule` of one of the rules below, whose rate may also be given as a list or a tensor."""
     rate = rule.rate.tolist() if hasattr(rule.rate, "tolist") else rule.rate
-    if isinstance(rate, (list, tuple)):
-        rate = tuple(rate)
+    object.__setattr__(rule, "rate", tuple(rate) if isinstance(rate, list) else rate)  # the rules are frozen
+    check_rule(rule)
+
+
+def check_rule(rule: Rule) -> None:
+    """Refuses a rule whose numbers make no sense."""
+    name, rate = type(rule).__name__, rule.rate
     if not (rate and all(map(_finite, rate)) if isinstance(rate, tuple) else _finite(rate)):
-        raise ValueError(f"{name}(rate={rate!r}): expected a finite number, or a sequence of them, one per row")
-    object.__setattr__(rule, "rate", rate)  # the rules are frozen
+        raise ValueError(f"{name}(rate={rate!r}): expected a finite number, or a tuple of them, one per row")
     numbers = {"mu": rule.mu, "decay": rule.decay, "clip": rule.clip}
     for key in ("gamma", "beta"):
         if hasattr(rule, key):
@@ -119,6 +124,8 @@ def _check(rule: Rule) -> None:
         raise ValueError(f"{name}(decay={rule.decay!r}): expected a number from 0 to 1")
     if rule.clip is not None and rule.clip <= 0:
         raise ValueError(f"{name}(clip={rule.clip!r}): expected a number > 0")
+    if not isinstance(rule.bias, bool):
+        raise ValueError(f"{name}(bias={rule.bias!r}): expected True or False")
 
 
 def _choice(rule: Rule, key: str, choices: tuple[str, ...]) -> None:
@@ -288,6 +295,15 @@ def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Te
 def key_scale(rule: Rule, square: Tensor) -> Tensor:
     """1 / (‖h‖² + mu), or 1 where the rule's key is h itself; `square` is ‖h‖²."""
     return torch.ones_like(square) if rule.mu is None else (square + rule.mu).reciprocal()
+
+
+def value_of(rule: Rule, a: Tensor, activation: Activation, at: Local) -> Tensor:
+    """What the rule gives for a, in a's dtype; refuses by name what is not like a."""
+    value = rule.value(a, activation(a), at)
+    if not isinstance(value, Tensor) or value.shape != a.shape:
+        came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{type(rule).__name__}.value gave {came}, expected a tensor like a, of shape {list(a.shape)}")
+    return value.to(a.dtype)
 
 
 def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None = None) -> Tensor:

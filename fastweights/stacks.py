@@ -17,7 +17,7 @@ from .events import Events
 from .kernels.decode import FAST, put
 from .passes import Pass, Site
 from .plastic import ACTIVATIONS, PlasticLinear
-from .rules import Local, event_value, key_scale
+from .rules import Local, event_value, key_scale, value_of
 from .state import BUFFERS, EventLog
 
 
@@ -38,7 +38,7 @@ class Stack:
         rule, activation = self.linears[0].rule, self.linears[0].activation
         at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1), self.row_NB1)
         norm_NB1 = scale_NB1 if rule.clip is None else self.square_NB1.sqrt() * scale_NB1
-        u_NB1O = event_value(rule, rule.value(self.a_NB1O, activation(self.a_NB1O), at), norm_NB1, self.row_NB1)
+        u_NB1O = event_value(rule, value_of(rule, self.a_NB1O, activation, at), norm_NB1, self.row_NB1)
         return u_NB1O.contiguous()
 
 

@@ -325,7 +325,10 @@ class EventLog:
         n, kept = self.events[row], self.slots.kept
         norm_R = None if self.norm_BR is None else self.norm_BR[row]
         w_R = self._weigh(self.birth_BR[row], norm_R, n, torch.float64)
-        best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
+        try:
+            best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
+        except ValueError as error:
+            raise ValueError(f"event {n} of {self.name} (row {row}) fills its log, and {error}") from None
         fade = self._fade(row, self.slots.last_fold(n - 1))
         self.errors[row] = (fade * self.errors[row][0] + best.error_2, fade * self.errors[row][1] + best.error_F)
         self.U_BRO[row, :kept], self.K_BRI[row, :kept], self.bias_BR[row, :kept] = best.U_RO, best.K_RI, best.bias_R

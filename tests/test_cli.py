@@ -154,6 +154,8 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
         (["rum"], "invalid choice: 'rum'"),
         (["generate", "", "--max-new-tokens", "3"], "at least one token"),
         (["generate", "the", "--chat"], "chat template"),
+        (["generate", "the", "--rate", "0.3"], "--rate needs --layers"),
+        (["generate", "the", "--drift"], "--drift needs --layers"),
         (["generate", "the", "--top-p", "7"], "generate(top_p=7.0)"),
         (["generate", "the", "--max-new-tokens", "999"], "the KV cache holds 256"),
     ],

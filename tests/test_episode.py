@@ -377,3 +377,25 @@ def test_a_model_that_changes_its_dtype_under_an_episode_is_refused(before, afte
     assert episode.length == 3
     model.to(before)
     episode.feed([4])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("hello", "input_ids is a str: expected token ids"),
+        (["hello"], "input_ids holds text: expected token ids"),
+        (5, "input_ids is a int: expected token ids"),
+        (None, "input_ids is a NoneType: expected token ids"),
+    ],
+)
+def test_text_and_other_things_that_are_no_ids_are_refused(given, message):
+    episode = fw.Episode(tiny())
+    for ask in (episode.feed, episode.probe):
+        with pytest.raises(ValueError, match=message):
+            ask(given)
+
+
+@pytest.mark.parametrize("update", [None, True, 30])
+def test_an_update_that_says_nothing_is_refused(update):
+    with pytest.raises(ValueError, match=rf"update={update}: expected 'all', 'none'"):
+        fw.Episode(tiny()).feed([1, 2], update=update)

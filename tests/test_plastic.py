@@ -1,11 +1,14 @@
 """PlasticLinear against the naive dense oracle, and attach/detach."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from tiny import described, oracle_of, prompt, tiny
 
 import fastweights as fw
-from fastweights.plastic import PlasticLinear
+from fastweights.plastic import PlasticLinear, plastic_linears
 from fastweights.rules import has_twin
 
 ALL = ("gate_proj", "up_proj", "down_proj")
@@ -121,6 +124,45 @@ def test_a_rule_of_the_users_own_runs_in_one_pass():
     logits = whole.feed(ids)
     stepped = torch.cat([steps.feed(ids[:, t : t + 1]) for t in range(20)], dim=1)
     torch.testing.assert_close(logits, stepped, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_what_a_rule_of_ones_own_gives_is_looked_at(tokens, dtype):
+    def given(value):
+        rule = type("Own", (fw.Hebbian,), {"value": lambda self, a, z, at: value(z)})(rate=0.1)
+        model = tiny(dtype=dtype)
+        fast = fw.attach(model, [1], rule, ["up_proj"])
+        episode = fw.Episode(model)
+        episode.feed(prompt(1, tokens))
+        return fast.delta_weight(1, "up_proj"), episode
+
+    exact, _ = given(lambda z: z)
+    for value in (torch.Tensor.double, torch.Tensor.half):
+        torch.testing.assert_close(given(value)[0], exact, rtol=2e-3, atol=1e-3)
+    for value in (lambda z: z[..., :12], lambda z: z[..., :1], lambda z: z.sum(-1), lambda z: torch.cat([z, z], -1)):
+        with pytest.raises(
+            ValueError, match=r"Own.value gave shape \[.*\], expected a tensor like a, of shape \[.*52\]"
+        ):
+            given(value)
+    with pytest.raises(ValueError, match=r"Own.value gave a float, expected a tensor like a"):
+        given(lambda z: 1.0)
+
+
+def test_numpy_numbers_are_numbers_and_a_rule_of_ones_own_is_checked_as_ours_are():
+    model = tiny()
+    fw.attach(model, np.array([1, 2]), fw.Hebbian(rate=np.float32(0.1), mu=np.float64(0.1)), rank=np.int64(8))
+    assert len(plastic_linears(model)) == 6
+    fw.detach(model)
+    fw.attach(model, np.int64(1), fw.Hebbian())
+    fw.detach(model)
+    for attribute, value in {"rate": [0.1, 0.2], "decay": 2, "clip": 0, "mu": float("nan"), "bias": "yes"}.items():
+        own = SimpleNamespace(rate=0.1, mu=0.1, decay=0.0, clip=None, bias=False, neuron_local=True, value=max)
+        setattr(own, attribute, value)
+        with pytest.raises(ValueError, match=rf"SimpleNamespace\({attribute}="):
+            fw.attach(model, [1], own)
+    with pytest.raises(ValueError, match="layers=None"):
+        fw.attach(model, None, fw.Hebbian())
 
 
 class Half(fw.Hebbian):
@@ -252,6 +294,19 @@ def test_attach_twice_to_one_linear_is_refused_and_the_second_changes_nothing():
 def test_rules_refuse_what_makes_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_delta_weight_of_a_row_that_is_not_there_is_refused():
+    model = tiny()
+    fast = fw.attach(model, [1], fw.Hebbian())
+    episode = fw.Episode(model, 2)
+    for row in (2, -1):
+        with pytest.raises(ValueError, match=rf"row {row} of layers.1.mlp.up_proj does not exist: there are 2"):
+            fast.delta_weight(1, "up_proj", row=row)
+    with pytest.raises(ValueError, match=r"fork\(rows=0\): expected a list"):
+        episode.fork(rows=0)
+    with pytest.raises(ValueError, match="restore.. got a int, expected what episode.snapshot"):
+        episode.restore(5)
 
 
 def test_delta_weight_of_a_linear_that_is_not_plastic_lists_what_is():

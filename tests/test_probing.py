@@ -146,3 +146,16 @@ def test_kept_columns_are_those_of_the_whole_probe(layers):
         for site in sites:
             torch.testing.assert_close(some[site], whole[site][..., [2, 7, 8], :], rtol=1e-12, atol=1e-12)
     assert seen == [9]
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [(fw.Moment(layers=[0]), "names layer 0, but plastic are"), (fw.Moment(linears=["up"]), "names linear 'up', but")],
+)
+def test_a_moment_of_layers_that_are_not_plastic_is_refused(moment, message):
+    model = tiny()
+    fw.attach(model, [1], fw.Hebbian())
+    episode = fw.Episode(model)
+    episode.feed(prompt(1, 4))
+    with pytest.raises(ValueError, match=message):
+        episode.probe(prompt(1, 3), at=[moment])

@@ -265,6 +265,34 @@ def test_the_bounds_of_a_float32_fold_hold_where_sums_are_hard(kind, S, O, I, ke
         assert found.error_F <= best.norm() + 2e-6 * size
 
 
+def test_the_bounds_hold_where_gram_matrices_round_most():
+    """Two slots of nearly constant vectors that cancel: every Gram entry is a long sum of like terms."""
+    O, I, c, d = 1536, 14336, 1.534965991973877, 1.2625155448913574
+    U, K = torch.tensor([[c], [d]]).expand(2, O).clone(), torch.tensor([[d], [-c]]).expand(2, I).clone()
+    K[0, :2807] = d + 10 * 2**-23
+    found = fold(U, K, torch.zeros(2), torch.ones(2, dtype=F64), 1)
+    r = c * K[0].double() + d * K[1].double()  # M = 1 rᵀ, and nothing of it is kept
+    assert not found.U_RO.any()
+    assert 0.0037 < float(r.norm() * O**0.5) <= found.error_2 <= found.error_F
+
+
+@pytest.mark.parametrize(("u", "w"), [(1e-42, 1.0), (1.0, 1e-94), (1.0, 1e-170), (1e18, 1.0)])
+def test_the_bounds_hold_at_the_ends_of_float32(u, w):
+    torch.manual_seed(0)
+    U, K, w = u * torch.randn(12, 20), u * torch.randn(12, 30), torch.full((12,), w, dtype=F64)
+    found = fold(U, K, torch.zeros(12), w, 4)
+    M, N = (U.double() * w[:, None]).T @ K.double(), found.U_RO.double().T @ found.K_RI.double()
+    largest = float((M - N).abs().max())  # norms of the smallest underflow even in float64
+    assert 0 < largest * float(torch.linalg.matrix_norm((M - N) / largest, 2)) <= found.error_2 <= found.error_F
+
+
+def test_a_fold_that_does_not_fit_float32_is_refused_by_name():
+    log = log_of("compress", dtype=torch.float32)
+    U, K = torch.full((1, 12, 11), 1e38), torch.full((1, 12, 7), 1e38)
+    with pytest.raises(ValueError, match=r"event 12 of .* \(row 0\) fills its log, and the sum of the events, of norm"):
+        log.append(Events(U, K, None, torch.ones(1, 12, dtype=torch.bool)))
+
+
 def test_fold_of_a_known_sum():
     U, K = torch.eye(3, 5, dtype=F64), torch.eye(3, 4, dtype=F64)
     best = fold(U, K, torch.zeros(3, dtype=F64), torch.tensor([1.0, 4.0, 2.0], dtype=F64), keep=1)
