@@ -305,7 +305,7 @@ def test_delta_weight_of_a_row_that_is_not_there_is_refused():
             fast.delta_weight(1, "up_proj", row=row)
     with pytest.raises(ValueError, match=r"fork\(rows=0\): expected a list"):
         episode.fork(rows=0)
-    with pytest.raises(ValueError, match="restore.. got a int, expected what episode.snapshot"):
+    with pytest.raises(ValueError, match=r"restore\(\) got a int, expected what episode.snapshot"):
         episode.restore(5)
 
 
