@@ -601,12 +601,14 @@ class EventLog:
         return w.to(dtype)
 
     def _weighted(self, row: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """w ⊙ U, K and bias keys of one row as it is now."""
+        """w ⊙ U, K and bias keys of one row as it is now, all 0 in slots of weight 0, which may hold anything."""
         n = self.used
         norm_R = None if self.norm_BR is None else self.norm_BR[row, :n]
         w_R = self._weigh(self.birth_BR[row, :n], norm_R, self.events[row], torch.float64).to(dtype)
         U_RO, K_RI, bias_R = (factor[row].to(dtype) for factor in self.factors())
-        return U_RO * w_R[:, None], K_RI, bias_R
+        dead_R = w_R == 0
+        U_RO, K_RI = (factor.masked_fill(dead_R[:, None], 0) for factor in (U_RO, K_RI))
+        return U_RO * w_R[:, None], K_RI, bias_R.masked_fill(dead_R, 0)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -295,9 +295,10 @@ def test_what_a_dead_slot_holds_is_not_read(steps):
         if poison:
             for log in episode.logs.values():
                 log.U_BRO[0, 3:] = log.K_BRI[0, 3:] = float("nan")
-        runs.append(episode.feed(ids[:, 8:]))
+        looks = torch.cat([episode.delta_weight(1, "up_proj", row).flatten() for row in (0, 1)])
+        runs.append((episode.feed(ids[:, 8:]), looks, torch.tensor(episode.logs[1, "gate_proj"].effective_rank(0))))
     assert len(steps) == 2
-    assert torch.equal(*runs)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_a_rule_given_to_one_linear_later_is_seen():
