@@ -245,7 +245,7 @@ class Episode:
     def _pass(
         self, ids_BT: Tensor, span: Span, write_BT: Tensor, logits: str, table: fused.Table | None = None
     ) -> Tensor:
-        """One forward pass over the model; its events are written only if all of it went well.
+        """One forward pass over the model, and its events.
 
         A single token of each row takes the captured step where there is one, or the fused step where a `table` of the
         model stands, with the same effect.
@@ -268,12 +268,12 @@ class Episode:
         taping = write is not None and any(not linear.rule.neuron_local for linear in self._linears.values())
         if table is not None and not taping and (out_BTV := self._fused(table, ids_BT, span, now)) is not None:
             return out_BTV
+        before = self.event_counts
         with bound(self.model, self, now), torch.set_grad_enabled(taping):
             out_BTV = self.model(ids_BT.to(device), real_BT, self.cache, logits)
             if now.taped:
                 logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
-                self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0], self.event_counts))
-        self._commit(now.staged)
+                self.pending.append(Pending(logprob_BV, now.taped, write_BT[:, 0], before))
         return out_BTV.detach()
 
     def _fused(self, table: fused.Table, ids_B1: Tensor, span: Span, now: Pass) -> Tensor | None:

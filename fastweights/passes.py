@@ -1,4 +1,4 @@
-"""What one forward pass is to the plastic linears: what they may read, and what they leave to be written."""
+"""What one forward pass is to the plastic linears: what they may read, and how they write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .events import Events
 from .kernels.scan import Gram
 from .state import EventLog
 
@@ -42,10 +41,10 @@ class Turn:
 
 @dataclass
 class Pass:
-    """One forward pass over all plastic linears: what they may read, and what they leave to be written.
+    """One forward pass over all plastic linears: what they read and write.
 
-    A linear stages its events, and the episode writes them when the whole pass has succeeded. A log that overflows
-    on the way is written at once; the episode has a copy of it.
+    A linear writes its events as the pass goes by. Should the pass fail, the episode takes them back: it has a copy of
+    every log that could not do that by itself.
 
     Where B rows share one log, positions, mask and events are those of one row of T · B tokens, see `side_by_side`.
     """
@@ -58,7 +57,6 @@ class Pass:
     width: int = 1  # tokens side by side: B where the rows share one log
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
     weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
-    staged: dict[Site, Events] = field(default_factory=dict)
     turns: Mapping[Site, Turn] = field(default_factory=dict)  # linears that write their event into its slot themselves
     pairs: frozenset[int] = frozenset()  # layers whose gate and up do that in one kernel
     # gradient rules: (a, h) of this token, a with its graph

@@ -142,31 +142,27 @@ class PlasticLinear(nn.Module):
         return y_BTO
 
     def _write(self, now: Pass, log: EventLog, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
-        """a of every token, each with the events of the tokens before it; leaves the events to the episode.
+        """a of every token, each with the events of the tokens before it; writes the events.
 
-        A log that overflows on the way is read and written from one fold or turn of the ring to the next.
+        A log that overflows on the way is read and written from one fold or turn of the ring to the next. Should the
+        pass fail later, the episode takes the events back.
         """
         assert now.write_BT is not None
         keys = self._keys(now, h_BTI, log.dtype)
         if now.width > 1:
             frozen_BTO, h_BTI = side_by_side(frozen_BTO), side_by_side(h_BTI)
         h_BTI = h_BTI.to(log.dtype)
-        fits = log.fits(now.counts)
         parts = []
-        for t0, t1 in [(0, h_BTI.shape[1])] if fits else log.segments(now.write_BT, now.width):
+        for t0, t1 in [(0, h_BTI.shape[1])] if log.fits(now.counts) else log.segments(now.write_BT, now.width):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
             if log.used:
                 a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC, now.width)
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
-            events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole)
-            if fits:
-                now.staged[self.site] = log.measured(events)
-            else:
-                log.append(events)
+            log.append(Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole))
             parts.append(a_BCO)
-        a_BTO = parts[0] if fits else torch.cat(parts, dim=1)
+        a_BTO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return a_BTO if now.width == 1 else as_rows(a_BTO, now.width)
 
     def _solve(
