@@ -117,8 +117,7 @@ def overflow(bed: Bed, tokens: int = 512, rank: int = 64) -> Experiment:
 
         def fed(first: int, plastic: Plastic = plastic) -> Tensor:
             """Logits after the last token; those from `first` on are fed one at a time."""
-            plastic.on()
-            plastic.episode.reset()
+            prepare(plastic)
             logits = plastic.episode.feed(ids[:, :first], update="all", logits="last")
             for t in range(first, tokens):
                 logits = plastic.episode.feed(ids[:, t : t + 1], update="all", logits="last")

@@ -4,7 +4,7 @@
     the best possible (Eckart–Young); σ_r is split evenly over both factors: √σ_r p_r and √σ_r v_r are stored
 
 The bias key s is one more column of the keys, so a bound for M = [ΔW | Δb] is one for ΔW and for Δb. float64 factors
-go by QR and the SVD of the small core; float32 ones by Gram matrices, at a third of the cost: what is kept is a mixture
+go by QR and the SVD of the small core; float32 ones by Gram matrices, at half the cost: what is kept is a mixture
 of slots, and only matrices of the number of slots leave the device. Everything runs in float64; only the kept factors
 are rounded to the dtype they are stored in. Shape suffixes: S slots, R kept, O out, I in.
 """
