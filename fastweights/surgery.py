@@ -20,7 +20,8 @@ from .episode import Episode
 from .inputs import Update, written
 from .model import Llama
 from .moments import delta_norms
-from .plastic import attach, detach, plastic_linears
+from .attach import attach, detach
+from .plastic import plastic_linears
 from .rules import Rule
 from .tokenizer import Tokenizer
 

@@ -1,39 +1,37 @@
-"""The captured step: one token of each row through the whole model, as the same work at every token.
+"""The path of one token on a GPU: the model's own modules, recorded once as a CUDA graph and replayed.
 
-It runs the model's own modules. Whatever changes from token to token (ids, positions, event numbers, the write mask,
-rates) lies in tensors that stay where they are, and nothing looks at them from Python. So on CUDA the step is recorded
-once, as a graph, and replayed. What the recording relied on is looked at before every replay; once it has changed
-(the KV bucket, a buffer, a weight, a module, the form of a rule) the step runs as it stands and is then recorded
-again. With hooks it runs as it stands, at every token, with the same numbers.
+Whatever changes from token to token (ids, positions, event numbers, the write mask, rates) lies in tensors that stay
+where they are, and nothing looks at them from Python. What the recording relied on is looked at before every replay.
+Once it has changed (the KV bucket, a buffer, a weight, a module, the form of a rule) the step runs once without
+recording, and is then recorded again. With hooks it runs without recording, at every token, with the same numbers.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .model import KVCache, Llama, Span
-from .passes import Pass, Site, Turn
-from .plastic import PlasticLinear, bound
-from .rules import Rule, has_twin
-from .state import EventLog
-from .watch import Watch
-
-if TYPE_CHECKING:
-    from .episode import Episode
+from ..cache import Positions
+from ..episode_state import Address, EpisodeState
+from ..model import Llama
+from ..passes import Pass, StepInputs, Tokens
+from ..plastic import PlasticLinear
+from ..rules import Rule, has_twin
+from ..state import EventLog
+from ..watch import Watch
 
 Run = Callable[[], Tensor]
 IDS, POSITION, REAL, WRITE, EVENT = range(5)  # rows of the inputs; from EVENT on, one for each group of logs
 
 
 def graphed(run: Run) -> Run:
-    """A CUDA graph of what `run` launches; capturing runs nothing. The result lies where it lay at the last replay."""
+    """A CUDA graph of what `run` launches. Recording launches nothing. Every replay writes its result to one tensor."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # on a side stream, in memory of its own
+    # on a side stream, in memory of its own; other threads may use the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = run()
 
     def replay() -> Tensor:
@@ -43,78 +41,93 @@ def graphed(run: Run) -> Run:
     return replay
 
 
-class Captured:
-    """The step of one episode, for as long as its KV cache and logs live.
+class Cuda:
+    """One token of each row as the same work at every token, for as long as the episode's buffers live.
 
     Args:
-        record: makes a replay from the step; None: it always runs as it stands.
+        record: makes a replay from the step; None: it always runs without recording.
         backend: what the plastic linears must run on.
 
     `replayed` says whether the last token came from a replay, `recordings` how many were made.
     """
 
+    name = "cuda"
+
     def __init__(
         self,
         model: Llama,
-        linears: Mapping[Site, PlasticLinear],
-        cache: KVCache,
-        logs: Mapping[Site, EventLog],
+        linears: Mapping[Address, PlasticLinear],
+        state: EpisodeState,
         record: Callable[[Run], Run] | None,
         backend: str = "triton",
     ):
-        self.model, self.linears, self.cache, self.logs, self.record = model, linears, cache, logs, record
-        # a budget looks at every event before the next; rows that share ΔW read and write it in columns
-        plain = all(linear.backend == backend and linear.budget is None for linear in linears.values())
-        own = all(len(log.events) == len(cache.lengths) for log in logs.values())
-        self.able = plain and own and bool(record or linears)
-        self.rules: list[Rule] = []  # as last looked at
-        self.local = True  # whether all of them are neuron-local and have a kernel
+        self.model, self.linears, self.state, self.record = model, linears, state, record
+        self.cache, self.logs = state.cache, state.logs
+        self.unable = self._unable(backend)
+        self.rules: list[Rule] | None = None  # whose numbers lie in tensors
         self.kernels: list[tuple] = []  # what of them is no number, the target last
         self.form: tuple | None = None  # what the step relies on by value, and ...
-        self.watch: Watch | None = None  # ... by identity: the model's parts, and the buffers of the logs
+        self.watch: Watch | None = None  # ... by identity: the model's parts, and
+        self.buffers: list[Tensor] = []  # U of every log; its other buffers come and go with it
         self.alike: list[list[EventLog]] = []  # logs whose events fall together
         self.moved: list[Tensor] = []  # targets that were copied to the device
-        dtype = next((log.dtype for log in logs.values()), model.dtype)
+        dtype = next((log.dtype for log in self.logs.values()), model.dtype)
         # rate of each linear and row, then p0
-        self.rate_LB, self.p0_LB = (_rows(len(logs), len(cache.lengths), dtype, model.device) for _ in range(2))
+        self.rate_LB, self.p0_LB = (
+            _rows(len(self.logs), len(self.cache.lengths), dtype, model.device) for _ in range(2)
+        )
         self.replay: Run | None = None
         self.replayed, self.recordings = False, 0
 
-    def suits(self, tokens: int) -> bool:
-        """Whether a pass over so many tokens can be this step."""
-        self.replayed = False
-        if tokens != 1 or not self.able:
-            return False
-        rules = [linear.rule for linear in self.linears.values()]
-        if len(rules) != len(self.rules) or not all(map(operator.is_, rules, self.rules)):
-            self.rules, self.local = rules, all(rule.neuron_local and has_twin(rule) for rule in rules)
-            if self.local:
-                self._read_rules()
-        return self.local
+    def _unable(self, backend: str) -> str | None:
+        if self.record is None and (not self.linears or any(one.backend != backend for one in self.linears.values())):
+            return "the model is not on a GPU"
+        if any(linear.backend != backend for linear in self.linears.values()):
+            return f"a linear does not run on backend {backend!r}"
+        if any(linear.budget is not None for linear in self.linears.values()):
+            return "a linear has a budget, which looks at every event before the next"
+        if self.linears and self.state.states != self.state.batch_size:
+            return "the rows share one ΔW"
+        return None
 
-    def step(self, episode: Episode, ids_B1: Tensor, real_B1: Tensor | None, write_B1: Tensor) -> Tensor:
-        """Reads one token of each row and writes its event where asked; ids, real and write are on the CPU.
+    def refuses(self, tokens: Tokens, watch: Watch) -> str | None:
+        if self.unable is not None:
+            return self.unable
+        if not tokens.single:
+            return "the pass has more than one token of each row"
+        rules = self._rules()
+        if not _same(rules, self.rules) and not all(rule.neuron_local and has_twin(rule) for rule in rules):
+            return "a rule is not neuron-local, or has no Triton kernel"
+        return None
+
+    def _rules(self) -> list[Rule]:
+        return [linear.rule for linear in self.linears.values()]
+
+    def run(self, tokens: Tokens, watch: Watch) -> Tensor:
+        """Reads one token of each row and writes its event where asked.
 
         Returns logits [B, 1, V]. Raises ValueError for an event that is not finite; nothing is counted then.
         """
-        counts = write_B1[:, 0].int().tolist()
-        real = [1] * len(counts) if real_B1 is None else real_B1[:, 0].int().tolist()
+        self.replayed = False
+        if not _same(rules := self._rules(), self.rules):
+            self._read_rules(rules)
+        counts = tokens.counts
+        real = tokens.positions.real_or_all_BT[:, 0].int().tolist()
         lengths = self.cache.lengths
         after = [n + r for n, r in zip(lengths, real, strict=True)]
         for log in self.logs.values():
             log.reserve(counts)
         # a model without events that writes none is the frozen one, to the bit
         writes = any(any(counts) or log.used for log in self.logs.values())
-        changed = self._look(self.cache.bucket(max(after)), writes)
+        changed = self._renew(watch, self.cache.bucket(max(after)), writes)
         if any(counts):
-            self._keep(episode, counts)
+            self._keep(counts)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
-        self.inputs.copy_(
-            torch.tensor([ids_B1[:, 0].tolist(), position, real, counts, *(logs[0].events for logs in self.alike)])
-        )
-        with bound(self.model, episode, self.now), torch.cuda.device_of(self.inputs):
-            # after a change as it stands, too: a recording must find every kernel compiled and loaded
-            if self.record is None or changed or self.watch is None or self.watch.hooked():
+        ids = tokens.ids_BT[:, 0].tolist()
+        self.inputs.copy_(torch.tensor([ids, position, real, counts, *(logs[0].events for logs in self.alike)]))
+        with self.model.binding.bound(self.now, self.state), torch.cuda.device_of(self.inputs):
+            # after a change run once without recording, so that all kernels are compiled before the graph is captured
+            if self.record is None or changed or watch.hooked():
                 logits_B1V = self._run()
             else:
                 if self.replay is None:
@@ -129,7 +142,7 @@ class Captured:
                 log.refuse(row, log.events[row] + 1)
             for log in self.logs.values():
                 log.landed(counts)
-        self.cache.lengths = after
+        self.cache.advance(tokens.positions)
         return logits_B1V.clone()  # the next replay writes over it
 
     def _run(self) -> Tensor:
@@ -141,33 +154,31 @@ class Captured:
             w_BR.copy_(logs[0].weights(event_B[:, None], logs[0].capacity)[:, 0])
         position_B1 = self.inputs[POSITION][:, None]
         visible = torch.arange(self.end, device=self.inputs.device) <= position_B1[:, None, :, None]
-        span = Span(position_B1, self.inputs[REAL][:, None] != 0, None, self.end, visible)
-        x_B1D = self.model.model.embed_tokens(self.inputs[IDS][:, None])
-        return self.model.unembed(self.model.blocks(x_B1D, span, self.cache))
+        positions = Positions(position_B1, self.inputs[REAL][:, None] != 0, None, self.end, visible)
+        return self.model(self.inputs[IDS][:, None], cache=self.cache, positions=positions)
 
-    def _keep(self, episode: Episode, counts: list[int]) -> None:
+    def _keep(self, counts: list[int]) -> None:
         """Has copies made of the logs that could not take these events back: those that fold after them."""
         for logs in self.alike:
             if not logs[0].slots.fits(logs[0].events, counts):
-                for site in [site for site, log in self.logs.items() if log in logs]:
-                    episode._keep(site, counts)
+                for address in [address for address, log in self.logs.items() if log in logs]:
+                    self.state.keep(address, counts)
 
     # ---- what a recording relies on
 
-    def _look(self, end: int, writes: bool) -> bool:
-        """Makes the step anew if anything it relies on has changed; says whether. This runs at every token."""
-        form = self._form(end, writes)
+    def _renew(self, watch: Watch, end: int, writes: bool) -> bool:
+        """Makes the step's buffers again if anything it relies on has changed; says whether. Runs at every token."""
+        buffers = [log.U_BRO for log in self.logs.values()]
         changed = (
-            form != self.form
-            or self.watch is None
-            or not self.watch.stands()
+            watch is not self.watch
+            or self._form(end, writes) != self.form
+            or not all(map(operator.is_, buffers, self.buffers))
             or any(log.events != logs[0].events for logs in self.alike for log in logs)
         )
         if changed:
             self.replay = None
-            self.end = end
-            self.watch = Watch(self.model, *((vars(log), "U_BRO", log.U_BRO) for log in self.logs.values()))
-            self._make_turns(writes)
+            self.end, self.watch, self.buffers = end, watch, buffers
+            self._make_inputs(writes)
             self.form = self._form(end, writes)
         return changed
 
@@ -175,18 +186,19 @@ class Captured:
         versions = [target._version for target in self.moved]
         return end, writes, self.cache.capacity, self.kernels, versions
 
-    def _read_rules(self) -> None:
+    def _read_rules(self, rules: list[Rule]) -> None:
         """What of the rules is a number goes into a tensor; the rest is part of the form."""
+        self.rules = rules
         twins = [linear.twin() for linear in self.linears.values()]
         for numbers_LB, name in ((self.rate_LB, "rate"), (self.p0_LB, "p0")):
             for numbers_B, twin in zip(numbers_LB, twins, strict=True):
                 numbers_B.copy_(torch.tensor(twin[name], dtype=torch.float64))
         self.kernels = [
             (twin["rule"], rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
-            for twin, rule in zip(twins, self.rules, strict=True)
+            for twin, rule in zip(twins, rules, strict=True)
         ]
 
-    def _make_turns(self, writes: bool) -> None:
+    def _make_inputs(self, writes: bool) -> None:
         """The buffers of every linear; logs that are alike share theirs."""
         rows, device = len(self.cache.lengths), self.model.device
         self.alike = []
@@ -201,15 +213,15 @@ class Captured:
         self.slot_GB = _rows(len(self.alike), rows, torch.int64, device)
         self.w_GBR = [logs[0].U_BRO.new_zeros(rows, logs[0].capacity) for logs in self.alike]
         self.moved = []
-        turns = {}
-        for number, (site, log) in enumerate(self.logs.items() if writes else ()):
+        steps = {}
+        for number, (address, log) in enumerate(self.logs.items() if writes else ()):
             group = next(n for n, logs in enumerate(self.alike) if log in logs)
-            target = getattr(self.linears[site].rule, "target", None)
+            target = getattr(self.linears[address].rule, "target", None)
             target = target if isinstance(target, Tensor) else None
             here = None if target is None else target.to(device=device, dtype=log.dtype)
             if here is not target and target is not None:
                 self.moved.append(target)
-            turns[site] = Turn(
+            steps[address] = StepInputs(
                 event_B=self.inputs[EVENT + group],
                 slot_B=self.slot_GB[group],
                 w_BR=self.w_GBR[group],
@@ -220,21 +232,25 @@ class Captured:
                 bad_B=self.bad_LB[number],
             )
         # gate and up whose rules have one kernel (their numbers may differ) and whose events fall together
-        kernel = {site: form[:-1] for site, form in zip(self.logs, self.kernels, strict=True)}
+        kernel = {address: form[:-1] for address, form in zip(self.logs, self.kernels, strict=True)}
         pairs = frozenset(
             layer
-            for layer, name in turns
+            for layer, name in steps
             if name == "gate_proj"
-            and (up := (layer, "up_proj")) in turns
+            and (up := (layer, "up_proj")) in steps
             and kernel[up] == kernel[layer, name]
-            and turns[up].slot_B.data_ptr() == turns[layer, name].slot_B.data_ptr()
+            and steps[up].slot_B.data_ptr() == steps[layer, name].slot_B.data_ptr()
         )
-        self.now = Pass(self.logs, self.inputs[POSITION][:, None], turns=turns, pairs=pairs)
+        self.now = Pass(self.logs, self.inputs[POSITION][:, None], steps=steps, pairs=pairs)
 
 
 def _rows(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros [count, rows], rows at multiples of 16 bytes: Triton compiles a kernel for every alignment it meets."""
     return torch.zeros(count, -(-rows // 4) * 4, dtype=dtype, device=device)[:, :rows]
+
+
+def _same(rules: list[Rule], others: list[Rule] | None) -> bool:
+    return others is not None and len(rules) == len(others) and all(map(operator.is_, rules, others))
 
 
 def _alike(log: EventLog, other: EventLog) -> bool:
