@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import fastweights as fw
-from fastweights.slots import Slots
-from fastweights.state import EventLog
+from fastweights.state.factors import Factors
+from fastweights.state.slots import Slots
 
 from . import measure, peers
 from .bed import ALL, RULE, Bed, Plastic
@@ -212,7 +212,7 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
         everything = list(range(context - full, context + steps))
         return episode.feed(episodes[policy].seen, update=everything, logits="last")[:, -1]
 
-    def archived(policy: str) -> list[EventLog]:
+    def archived(policy: str) -> list[Factors]:
         """The archives of an episode that reads the same tokens one by one: every event as it was written."""
         episode = Plastic(bed, layers, ALL, rank, context + steps, policy, archive=True).episode
         episode.feed(ids, update=written, logits="last")

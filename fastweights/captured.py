@@ -65,7 +65,7 @@ class Captured:
         self.model, self.linears, self.cache, self.logs, self.record = model, linears, cache, logs, record
         # a budget looks at every event before the next; rows that share ΔW read and write it in columns
         plain = all(linear.backend == backend and linear.budget is None for linear in linears.values())
-        own = all(len(log.events) == len(cache.lengths) for log in logs.values())
+        own = all(len(log.event_counts) == len(cache.lengths) for log in logs.values())
         self.able = plain and own and bool(record or linears)
         self.rules: list[Rule] = []  # as last looked at
         self.local = True  # whether all of them are neuron-local and have a kernel
@@ -110,7 +110,9 @@ class Captured:
             self._keep(episode, counts)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
         self.inputs.copy_(
-            torch.tensor([ids_B1[:, 0].tolist(), position, real, counts, *(logs[0].events for logs in self.alike)])
+            torch.tensor(
+                [ids_B1[:, 0].tolist(), position, real, counts, *(logs[0].event_counts for logs in self.alike)]
+            )
         )
         with bound(self.model, episode, self.now), torch.cuda.device_of(self.inputs):
             # after a change as it stands, too: a recording must find every kernel compiled and loaded
@@ -126,9 +128,9 @@ class Captured:
             if bool(self.bad_LB.any()):  # the one look, and the one wait for the device
                 linear, row = self.bad_LB.nonzero()[0].tolist()
                 log = list(self.logs.values())[linear]
-                log.refuse(row, log.events[row] + 1)
+                log.refuse(row, log.event_counts[row] + 1)
             for log in self.logs.values():
-                log.landed(counts)
+                log.count_written(counts)
         self.cache.lengths = after
         return logits_B1V.clone()  # the next replay writes over it
 
@@ -138,7 +140,7 @@ class Captured:
         self.bad_LB.zero_()
         for logs, event_B, slot_B, w_BR in zip(self.alike, self.inputs[EVENT:], self.slot_GB, self.w_GBR, strict=True):
             slot_B.copy_(logs[0].slots.slot(event_B))
-            w_BR.copy_(logs[0].weights(event_B[:, None], logs[0].capacity)[:, 0])
+            w_BR.copy_(logs[0].slot_weights(event_B[:, None], logs[0].capacity)[:, 0])
         position_B1 = self.inputs[POSITION][:, None]
         visible = torch.arange(self.end, device=self.inputs.device) <= position_B1[:, None, :, None]
         span = Span(position_B1, self.inputs[REAL][:, None] != 0, None, self.end, visible)
@@ -148,7 +150,7 @@ class Captured:
     def _keep(self, episode: Episode, counts: list[int]) -> None:
         """Has copies made of the logs that could not take these events back: those that fold after them."""
         for logs in self.alike:
-            if not logs[0].slots.fits(logs[0].events, counts):
+            if not logs[0].fits(counts):
                 for site in [site for site, log in self.logs.items() if log in logs]:
                     episode._keep(site, counts)
 
@@ -161,7 +163,7 @@ class Captured:
             form != self.form
             or self.watch is None
             or not self.watch.stands()
-            or any(log.events != logs[0].events for logs in self.alike for log in logs)
+            or any(log.event_counts != logs[0].event_counts for logs in self.alike for log in logs)
         )
         if changed:
             self.replay = None
@@ -239,5 +241,5 @@ def _rows(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> Te
 
 def _alike(log: EventLog, other: EventLog) -> bool:
     """Whether the next event of both has the same number, slot and weights before it, now and for ever after."""
-    forms = [(one.slots, one.rank, one.decay, one.capacity, one.events) for one in (log, other)]
+    forms = [(one.slots, one.rank, one.decay, one.capacity, one.event_counts) for one in (log, other)]
     return forms[0] == forms[1] and torch.equal(log.birth_BR, other.birth_BR)

@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 
 from . import fused
-from .budget import OneByOne
 from .captured import Captured, graphed
-from .drift import Drift, drift
-from .events import Events, side_by_side
 from .generation import Step, generate
 from .inputs import Ids, Mask, Update, tokens, written
 from .model import Llama, Span
-from .moments import At, moments
 from .options import check_rows, check_targets, weight_norm
 from .passes import Pass, Site
 from .plastic import bound, last_ran, plastic_linears
@@ -33,6 +29,10 @@ from .sampling import Sampling
 from .snapshot import Pending, Snapshot, load, save
 from .stacks import Stacks
 from .state import EventLog
+from .state.budget import OneByOne
+from .state.drift import Drift, drift
+from .state.events import Events, side_by_side
+from .state.moments import At, moments
 from .tokenizer import Tokenizer
 
 
@@ -104,12 +104,12 @@ class Episode:
     @property
     def events(self) -> int:
         """Events so far, of the row and linear with the most; `event_counts` has each."""
-        return max((max(log.events) for log in self.logs.values()), default=0)
+        return max((max(log.event_counts) for log in self.logs.values()), default=0)
 
     @property
     def event_counts(self) -> dict[Site, list[int]]:
         """Events so far of each plastic linear, a number per row; one number where the rows share ΔW."""
-        return {site: list(log.events) for site, log in self.logs.items()}
+        return {site: list(log.event_counts) for site, log in self.logs.items()}
 
     # ---- reading and writing
 
@@ -204,7 +204,7 @@ class Episode:
             self.pending = pending
             for site, log in self.logs.items():
                 if site in self._kept:
-                    log.become(self._kept[site])
+                    log.copy_from(self._kept[site])
                 log.roll_back(self._before[site])
             raise
         finally:
@@ -213,7 +213,7 @@ class Episode:
     def _keep(self, site: Site, counts: Sequence[int]) -> None:
         """Copies a log before a write after which the events written since `_before` could not be taken back."""
         log, before = self.logs[site], self._before[site]
-        since = [now - then + c for now, then, c in zip(log.events, before, counts, strict=True)]
+        since = [now - then + c for now, then, c in zip(log.event_counts, before, counts, strict=True)]
         if site not in self._kept and not log.slots.fits(before, since):
             self._kept[site] = log.clone()
 
@@ -324,9 +324,6 @@ class Episode:
         self.pending = still
 
     def _commit(self, events: dict[Site, Events]) -> None:
-        events = {site: self.logs[site].measured(new) for site, new in events.items()}
-        for site, new in events.items():
-            self.logs[site].check(new)
         for site, new in events.items():
             self.logs[site].write(new)
 
@@ -480,7 +477,7 @@ class Episode:
             for buffer, copy in zip(buffers, saved, strict=True):
                 buffer[:, :, :end], buffer[:, :, end:] = copy, 0
         for site, log in snapshot.logs.items():
-            self.logs[site].become(log)
+            self.logs[site].copy_from(log)
         self.pending = list(snapshot.pending)
         self.logits_BV = None if snapshot.logits_BV is None else snapshot.logits_BV.clone()
         self.seen = [list(ids) for ids in snapshot.seen]
@@ -530,7 +527,7 @@ class Episode:
         if isinstance(events, bool) or not isinstance(events, int) or events < 0:
             raise ValueError(f"undo({events!r}): expected a whole number, 0 or more")
         for log in self.logs.values():
-            for row, count in enumerate(log.events):
+            for row, count in enumerate(log.event_counts):
                 if count < events:
                     raise ValueError(f"undo({events}): {log.name} has {count} events in row {row}")
                 if count - events < log.oldest_exact_moment(row):
@@ -539,7 +536,7 @@ class Episode:
                         f"{count} (overflow={log.overflow!r}; attach with archive=True)"
                     )
         for log in self.logs.values():
-            log.rewind([count - events for count in log.events])
+            log.rewind([count - events for count in log.event_counts])
         if events:  # what waits was read with weights that are no more
             self.pending = [replace(p, events=dict.fromkeys(p.events, [-1] * self.states)) for p in self.pending]
 
@@ -574,7 +571,7 @@ class Episode:
             for row, count in enumerate(self._per_state(pending.rows_B.long().tolist())):
                 for site, log in self.logs.items():
                     then, own = pending.events[site][row], count if self._linears[site].rule.neuron_local else 0
-                    if count and (log.events[row] != then + own or then < log.oldest_exact_moment(row)):
+                    if count and (log.event_counts[row] != then + own or then < log.oldest_exact_moment(row)):
                         since = "an undo, an overflow" + (", another row's event" if self.shared else "")
                         raise ValueError(
                             f"a gradient event of row {row} waits for its next token, and {log.name} no longer holds "
@@ -587,7 +584,7 @@ class Episode:
         before = self.snapshot()
         for site, log in self.logs.items():
             if self._linears[site].rule.neuron_local:
-                log.rewind([n - c for n, c in zip(log.events, own, strict=True)])
+                log.rewind([n - c for n, c in zip(log.event_counts, own, strict=True)])
         self.cache.lengths = [n - int(w) for n, w in zip(self.lengths, waiting_B.tolist(), strict=True)]
         last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in self.seen])
         span = self.cache.span((self.batch_size, 1), waiting_B[:, None], torch.device("cpu"))

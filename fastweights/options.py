@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .budget import OVER_BUDGET, Budget
 from .model import Llama
 from .passes import Site
 from .rules import Rule, has_twin
+from .state.budget import OVER_BUDGET, Budget
 
 if TYPE_CHECKING:
     from .plastic import PlasticLinear

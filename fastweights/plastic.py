@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .budget import Budget
-from .events import Events, as_rows, side_by_side
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
@@ -35,6 +33,8 @@ from .rules import (
     value_of,
 )
 from .state import OVERFLOW, EventLog
+from .state.budget import Budget
+from .state.events import Events, as_rows, side_by_side
 from .watch import touched
 
 if TYPE_CHECKING:
@@ -123,11 +123,11 @@ class PlasticLinear(nn.Module):
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
         w_BTR = None
-        if not log.plain(h_BTI.shape[1]):
+        if not log.all_alive(h_BTI.shape[1]):
             events_BT = log.now()
             if write_BT is not None and h_BTI.shape[1] > 1:
                 events_BT = events_BT + before(write_BT, width)
-            w_BTR = log.weights(events_BT)
+            w_BTR = log.slot_weights(events_BT)
         return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, w_BTR, self.backend)
 
     def _read_moments(self, w_EMR: Tensor, log: EventLog, h_BTI: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class PlasticLinear(nn.Module):
                 a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC, now.width)
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
-            log.append(Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole))
+            log.write(Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole))
             parts.append(a_BCO)
         a_BTO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return a_BTO if now.width == 1 else as_rows(a_BTO, now.width)
@@ -348,8 +348,10 @@ class FastWeights:
         if episode is None:
             raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
         log = episode.logs[layer, linear]
-        if not 0 <= row < len(log.events):
-            raise ValueError(f"row {row} of layers.{layer}.mlp.{linear} does not exist: there are {len(log.events)}")
+        if not 0 <= row < len(log.event_counts):
+            raise ValueError(
+                f"row {row} of layers.{layer}.mlp.{linear} does not exist: there are {len(log.event_counts)}"
+            )
         return log
 
 

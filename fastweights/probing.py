@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .model import Span
-from .moments import Moment
 from .passes import Pass
 from .plastic import bound
 from .probes.capture import capture
+from .state.moments import Moment
 
 if TYPE_CHECKING:
     from .episode import Episode
@@ -109,7 +109,9 @@ def _weights(episode: Episode, batch: list[Moment], rows: int) -> dict[tuple[int
     """w of every linear: [E, M, slots], or [1, M · B, slots] where one ΔW answers every question."""
     weights = {}
     for site, log in episode.logs.items():
-        w_EMR = torch.stack([torch.stack([m.weights(log, site, row) for m in batch]) for row in range(episode.states)])
+        w_EMR = torch.stack(
+            [torch.stack([m.slot_weights(log, site, row) for m in batch]) for row in range(episode.states)]
+        )
         weights[site] = w_EMR.repeat_interleave(rows, dim=1) if episode.states == 1 else w_EMR
     return weights
 

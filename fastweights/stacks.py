@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .events import Events
 from .kernels.decode import FAST, put
 from .passes import Pass, Site
 from .plastic import ACTIVATIONS, PlasticLinear
 from .rules import Local, event_value, key_scale, value_of
-from .state import BUFFERS, EventLog
+from .state import EventLog
+from .state.events import Events
+from .state.factors import BUFFERS
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Stacks:
     def take(self, now: Pass) -> bool:
         """Whether C can read these logs, and this pass's rules can work on what it leaves."""
         # C reads a ΔW per row: rows that share one go through the modules
-        known = all(log.dtype == torch.float32 and len(log.events) == self.rows for log in now.logs.values())
+        known = all(log.dtype == torch.float32 and len(log.event_counts) == self.rows for log in now.logs.values())
         if now.weights is not None or not known:
             return False
         for linear in self.linears:
@@ -104,9 +105,9 @@ class Stacks:
         known: dict[tuple, tuple[int, Tensor | None, int | None]] = {}
         self.facts = []
         for kind, log in zip(self.kinds, logs, strict=True):
-            key = (kind, *log.events)
+            key = (kind, *log.event_counts)
             if key not in known:
-                w_BR = None if log.plain(1) or not log.used else log.weights(log.now())[:, 0].contiguous()
+                w_BR = None if log.all_alive(1) or not log.used else log.slot_weights(log.now())[:, 0].contiguous()
                 known[key] = log.used, w_BR, log.next_slot() if now.whole else None
             self.facts.append(known[key])
         self.records["n"] = [used for used, _, _ in self.facts]
@@ -132,7 +133,7 @@ class Stacks:
         self.records["c"] = addresses(self.scratch)
 
     def write(self, now: Pass, position_B1: Tensor) -> dict[Site, Events]:
-        """Puts this token's events into their logs, or gives them back where there is more to do than that."""
+        """Writes the events directly when every log has a free slot; otherwise returns them for `EventLog.write`."""
         scales: dict[int, Tensor] = {}  # by rule
         events = []
         for stack in self.stacks:
@@ -148,11 +149,11 @@ class Stacks:
         for (named, steps), tensor in zip(self.events, made, strict=True):
             np.add(steps, tensor.data_ptr(), out=named)
         self.records["slot"] = slots
-        self.records["event"] = [now.logs[linear.site].events[0] for linear in self.linears]
+        self.records["event"] = [now.logs[linear.site].event_counts[0] for linear in self.linears]
         if not put(self.records, self.rows):
-            return self._events(now, events)  # `check` will name it
+            return self._events(now, events)  # `write` will name it
         for linear in self.linears:
-            now.logs[linear.site].landed(now.counts)
+            now.logs[linear.site].count_written(now.counts)
         return {}
 
     def _events(self, now: Pass, events: list[tuple[Tensor, Tensor]]) -> dict[Site, Events]:

@@ -10,8 +10,8 @@ from test_state import held, stream
 from tiny import oracle_of, prompt, tiny
 
 import fastweights as fw
-from fastweights.budget import Budget, OneByOne
 from fastweights.state import EventLog
+from fastweights.state.budget import Budget, OneByOne
 
 F64 = torch.float64
 RULES = {
@@ -128,7 +128,7 @@ def test_below_the_budget_a_prompt_is_one_pass_and_the_bits_are_those_without_on
     for site, log in seen[1][1].logs.items():
         assert log.scaled == [0, 0]
         expected = torch.stack([log.delta_weight(row, F64).norm() for row in range(2)])
-        torch.testing.assert_close(log._norm_now(), expected, rtol=1e-6, atol=0, msg=str(site))
+        torch.testing.assert_close(log.held().norm_now(), expected, rtol=1e-6, atol=0, msg=str(site))
 
 
 def test_a_pass_over_the_budget_goes_back_and_then_token_by_token(monkeypatch):
@@ -249,7 +249,7 @@ def test_the_certificate_of_a_scaled_log_bounds_what_the_folds_lost(kind, dtype)
     exact, folds = torch.zeros(11, 8, dtype=F64), 0
     for t in range(60):
         one = events.part(t, t + 1)
-        log.append(one)
+        log.write(one)
         u, k = one.U_BTO[0, 0].double(), torch.cat([one.K_BTI[0, 0], one.bias_BT[0]]).double()
         # scaled by as much as the log itself was over
         exact = (0.97 * exact + torch.outer(u, k)) * min(1, 2.0 / float(log.archive.norm_BR[0, t]))
@@ -266,10 +266,10 @@ def test_a_log_by_itself_says_that_several_events_over_the_budget_must_come_one_
     name, device, budget = "layers.0.mlp.up_proj", torch.device("cpu"), Budget(1, "scale", 2.0)
     log, events = EventLog(name, 1, 11, 7, 3, "grow", 0.0, F64, device, budget=budget), stream("random", 1, 5, 11, 7)
     with pytest.raises(OneByOne):
-        log.append(events)
-    assert log.events == [0]
+        log.write(events)
+    assert log.event_counts == [0]
     for t in range(5):
-        log.append(events.part(t, t + 1))
+        log.write(events.part(t, t + 1))
     assert log.delta_norm(0) == pytest.approx(2.0, rel=1e-14)
 
 

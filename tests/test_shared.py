@@ -282,7 +282,7 @@ def test_compress_bounds_its_error_and_folds_alike_in_one_pass_and_in_steps(name
         error_2, error_F = log.certificate(0)
         assert 0 < float(torch.linalg.matrix_norm(lost, 2)) <= error_2 * (1 + 1e-9)
         assert float(lost.norm()) <= error_F * (1 + 1e-9)
-        assert log.slots.last_fold(log.events[0]) > 0
+        assert log.slots.last_fold(log.event_counts[0]) > 0
 
 
 def test_error_refuses_what_does_not_fit_the_one_state_and_changes_nothing():
