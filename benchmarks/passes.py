@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastweights as fw
-from fastweights.slots import Slots
+from fastweights.state.slots import Slots
 
 from . import measure
 from .bed import ALL, RULE, Bed, Plastic

@@ -1,11 +1,11 @@
 """fastweights: a Llama whose MLP weights change while it reads and writes."""
 
 from .attach import attach, detach
-from .drift import Drift
 from .episode import Episode
 from .inputs import token_ids
-from .moments import Moment
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .state.drift import Drift
+from .state.moments import Moment
 from .surgery import surgery
 from .weights import load, save
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import OVER_BUDGET, Budget
 from .episode import Episode
 from .episode_state import Address
 from .model import Llama
 from .plastic import ACTIVATIONS, PlasticLinear, plastic_linears, weight_norm
 from .rules import Rule, check_rule, has_twin
 from .state import OVERFLOW, EventLog
+from .state.budget import OVER_BUDGET, Budget
 
 RULE_NAMES = ("rate", "mu", "decay", "clip", "bias", "neuron_local", "value")
 
@@ -67,10 +67,14 @@ class FastWeights:
         if state is None:
             raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
         if (layer, linear) not in state.logs:
-            raise ValueError(f"layers.{layer}.mlp.{linear} was made plastic after that episode was made: make a new one")
+            raise ValueError(
+                f"layers.{layer}.mlp.{linear} was made plastic after that episode was made: make a new one"
+            )
         log = state.logs[layer, linear]
-        if not 0 <= row < len(log.events):
-            raise ValueError(f"row {row} of layers.{layer}.mlp.{linear} does not exist: there are {len(log.events)}")
+        if not 0 <= row < len(log.event_counts):
+            raise ValueError(
+                f"row {row} of layers.{layer}.mlp.{linear} does not exist: there are {len(log.event_counts)}"
+            )
         return log
 
 

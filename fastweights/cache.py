@@ -211,7 +211,7 @@ class KVCache:
         return other
 
     def copy_from(self, other: KVCache) -> None:
-        """Takes over what another cache of as many rows holds, in place: the buffers keep their addresses if they can."""
+        """Takes over what another cache of as many rows holds; the buffers keep their addresses if they can."""
         end = other.length
         self.reserve(end)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from . import snapshot as files
 from .cache import KVCache
-from .drift import Drift, drift
 from .episode_state import Address, EpisodeState
 from .feed import Reader
 from .generation import Step, generate
 from .inputs import Ids, Mask, Update, tokens
 from .model import Llama
-from .moments import At
 from .plastic import plastic_linears, weight_norm
 from .probe import Trace, probe
 from .sampling import Sampling
 from .state import EventLog
+from .state.drift import Drift, drift
+from .state.moments import At
 from .tokenizer import Tokenizer
 from .waiting import check_waiting, read_again
 
@@ -44,7 +44,8 @@ class Episode:
         token_ids: the tokens that each row has read.
         length, lengths: tokens so far, of the longest row and of each.
         events, event_counts: events so far, of the row and linear with the most, and of each linear and row.
-        path, why: what the last pass ran on, "modules", "cpu" or "cuda", and why not on the faster ones: {path: reason}.
+        path: what the last pass ran on, "modules", "cpu" or "cuda"; None before the first.
+        why: why that pass did not run on the faster ones, {path: reason}.
 
     Example:
         fw.attach(model, layers=[11, 12, 13], rule=fw.Hebbian(rate=0.01))
@@ -75,9 +76,7 @@ class Episode:
     def __repr__(self) -> str:
         shared = ", shared=True" if self.shared else ""
         path = "" if self.path is None else f", path={self.path!r}"
-        return (
-            f"Episode(batch_size={self.batch_size}{shared}, length={self.length}, events={self.events}{path})"
-        )
+        return f"Episode(batch_size={self.batch_size}{shared}, length={self.length}, events={self.events}{path})"
 
     @property
     def batch_size(self) -> int:
@@ -119,7 +118,7 @@ class Episode:
 
     @property
     def events(self) -> int:
-        return max((max(log.events) for log in self.logs.values()), default=0)
+        return max((max(log.event_counts) for log in self.logs.values()), default=0)
 
     @property
     def event_counts(self) -> dict[Address, list[int]]:
@@ -322,7 +321,7 @@ class Episode:
             raise ValueError(f"undo({events!r}): expected a whole number, 0 or more")
         with self.state.alone():
             for log in self.logs.values():
-                for row, count in enumerate(log.events):
+                for row, count in enumerate(log.event_counts):
                     if count < events:
                         raise ValueError(f"undo({events}): {log.name} has {count} events in row {row}")
                     if count - events < log.oldest_exact_moment(row):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .events import Events
 from .state import EventLog
+from .state.events import Events
 
 Address = tuple[int, str]  # of a linear: (layer, name)
 
@@ -42,7 +42,7 @@ class Before:
     logits_BV: Tensor | None
     generator: Tensor
     event_counts: dict[Address, list[int]]
-    scaled: dict[Address, list[int]]
+    scaled: dict[Address, list[list[int]]]  # of each log and its archive
     kept: dict[Address, EventLog] = field(default_factory=dict)  # copies of logs that could not be rolled back
 
 
@@ -87,7 +87,7 @@ class EpisodeState:
     @property
     def event_counts(self) -> dict[Address, list[int]]:
         """Events so far of each plastic linear, a number per ΔW."""
-        return {address: list(log.events) for address, log in self.logs.items()}
+        return {address: list(log.event_counts) for address, log in self.logs.items()}
 
     @property
     def waits(self) -> list[bool]:
@@ -143,7 +143,7 @@ class EpisodeState:
             logits_BV=self.logits_BV,
             generator=self.generator.get_state(),
             event_counts=self.event_counts,
-            scaled={address: list(log.scaled) for address, log in self.logs.items()},
+            scaled={address: [list(part.scaled) for part in log.parts] for address, log in self.logs.items()},
         )
         self.journal = self._go_back
         try:
@@ -162,9 +162,10 @@ class EpisodeState:
         self.cache.rewind(before.lengths)
         for address, log in self.logs.items():
             if address in before.kept:
-                log.become(before.kept[address])
+                log.copy_from(before.kept[address])
             log.roll_back(before.event_counts[address])
-            log.scaled = list(before.scaled[address])
+            for part, scaled in zip(log.parts, before.scaled[address], strict=True):
+                part.scaled = list(scaled)  # a roll-back that was cut short may have counted them twice
         self.waiting, self.logits_BV = list(before.waiting), before.logits_BV
         for ids, tokens in zip(self.token_ids, before.tokens, strict=True):
             del ids[tokens:]
@@ -175,7 +176,7 @@ class EpisodeState:
         before, log = self.before, self.logs[address]
         assert before is not None, "events are written inside an attempt"
         began = before.event_counts[address]
-        since = [now - then + c for now, then, c in zip(log.events, began, counts, strict=True)]
+        since = [now - then + c for now, then, c in zip(log.event_counts, began, counts, strict=True)]
         if address not in before.kept and not log.slots.fits(began, since):
             before.kept[address] = log.clone()
 
@@ -186,7 +187,7 @@ class EpisodeState:
             ValueError: they do not fit, are not finite, or go over a budget that stops; the attempt is undone then.
         """
         self.keep(address, events.counts)
-        self.logs[address].append(events)
+        self.logs[address].write(events)
 
     def _redo(self, change: Callable[[], None]) -> None:
         """Makes a change that may be made again from any point of itself: an interrupt leaves it to be finished."""
@@ -215,12 +216,10 @@ class EpisodeState:
             for address, log in self.logs.items():
                 self.before.kept[address] = log.clone()
             for log in self.logs.values():
-                log.rewind([count - events for count in log.events])
+                log.rewind([count - events for count in log.event_counts])
             if events:  # waiting events refer to weights that are gone: marked, so that `save` refuses them
                 gone = dict.fromkeys(self.logs, [-1] * self.states)
-                self.waiting = [
-                    Waiting(one.logprob_BV, one.taped, one.rows_B, dict(gone)) for one in self.waiting
-                ]
+                self.waiting = [Waiting(one.logprob_BV, one.taped, one.rows_B, dict(gone)) for one in self.waiting]
 
     def clone(self) -> EpisodeState:
         """A copy of all of it."""
@@ -251,9 +250,11 @@ class EpisodeState:
         def change() -> None:
             self.cache.copy_from(other.cache)
             for address, log in other.logs.items():
-                self.logs[address].become(log)
+                self.logs[address].copy_from(log)
             self.waiting = list(other.waiting)
-            self.logits_BV = None if other.logits_BV is None else other.logits_BV.to(self.cache.keys[0].device, copy=True)
+            self.logits_BV = (
+                None if other.logits_BV is None else other.logits_BV.to(self.cache.keys[0].device, copy=True)
+            )
             self.token_ids = [list(ids) for ids in other.token_ids]
             self.generator.set_state(other.generator.get_state())
 

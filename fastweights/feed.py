@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .budget import OneByOne
 from .engine.choose import Engine
 from .episode_state import Address, EpisodeState
 from .inputs import Update, written
 from .model import Llama
 from .passes import Tokens
 from .plastic import PlasticLinear
+from .state.budget import OneByOne
 from .waiting import settle
 
 CPU = torch.device("cpu")
@@ -102,7 +102,9 @@ class Reader:
             later = [d + c for d, c in zip(due, (tokens.write_BT & followed_BT).sum(1).tolist(), strict=True)]
             # rows that share ΔW see each other's waiting events: none may come before its column
             late_B = known_B & ~real_BT[:, 0]
-            by_column = any(counts) or (state.shared and any(bool((one.rows_B & late_B).any()) for one in state.waiting))
+            by_column = any(counts) or (
+                state.shared and any(bool((one.rows_B & late_B).any()) for one in state.waiting)
+            )
         for address, log in state.logs.items():
             if log.overflow == "error":
                 log.check_room(state.per_delta(counts if self.linears[address].rule.neuron_local else later))
@@ -121,5 +123,3 @@ def check_targets(linears: Mapping[Address, PlasticLinear], rows: int, position_
                 f"{plastic.name}: the rule's target has shape {list(target.shape)}, "
                 f"but position {last} of {rows} rows is to be written"
             )
-
-

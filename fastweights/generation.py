@@ -78,9 +78,7 @@ def _steps(
         with state.alone():
             reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
     if 0 in state.lengths:
-        raise ValueError(
-            f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there"
-        )
+        raise ValueError(f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there")
     ended = [False] * state.batch_size
     streams = [tokenizer.stream() for _ in ended] if tokenizer else []
     texts = [""] * state.batch_size
@@ -89,7 +87,9 @@ def _steps(
         logits_BV = state.logits_BV
         with state.alone(), state.attempt():
             chosen_B = sampling.choose(logits_BV, state.token_ids, state.generator).cpu()
-            chosen = [s[-1] if done else c for s, done, c in zip(state.token_ids, ended, chosen_B.tolist(), strict=True)]
+            chosen = [
+                s[-1] if done else c for s, done, c in zip(state.token_ids, ended, chosen_B.tolist(), strict=True)
+            ]
             ids_B1 = torch.tensor(chosen)[:, None]
             mask_B1 = ~torch.tensor(ended)[:, None] if any(ended) else None
             reader.read(ids_B1, mask_B1, update, generated=True, logits="last")

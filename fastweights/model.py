@@ -78,7 +78,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=bias)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], positions: Positions, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], positions: Positions, cache: KVCache | None
+    ) -> Tensor:
         q, k, v = (
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)

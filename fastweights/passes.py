@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .cache import Positions
 from .episode_state import Address
-from .events import Events
 from .kernels.scan import Gram
 from .state import EventLog
+from .state.events import Events
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .binding import Binding
-from .budget import Budget
 from .episode_state import Address
-from .events import Events, as_rows, side_by_side
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
@@ -29,6 +27,8 @@ from .rules import (
     value_of,
 )
 from .state import EventLog
+from .state.budget import Budget
+from .state.events import Events, as_rows, side_by_side
 from .watch import touched
 
 # the linears of an MLP, in the order in which a forward pass meets them, with their φ
@@ -80,7 +80,7 @@ class PlasticLinear(nn.Module):
         return EventLog(self.name, *size, *policy, *place, self.archive, self.budget)
 
     def check_rows(self, rows: int, shared: bool) -> None:
-        """Refuses an episode whose rows do not fit: rates that are not one per row, and what a shared ΔW cannot have."""
+        """Refuses rates that are not one per row of an episode, and what a shared ΔW cannot have."""
         if shared and rows > 1 and self.budget is not None:
             raise ValueError(
                 f"{self.name} has a budget, which is kept event by event, but the rows of a shared episode write "
@@ -128,11 +128,11 @@ class PlasticLinear(nn.Module):
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
         w_BTR = None
-        if not log.plain(h_BTI.shape[1]):
+        if not log.all_alive(h_BTI.shape[1]):
             events_BT = log.now()
             if write_BT is not None and h_BTI.shape[1] > 1:
                 events_BT = events_BT + before(write_BT, width)
-            w_BTR = log.weights(events_BT)
+            w_BTR = log.slot_weights(events_BT)
         return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, w_BTR, self.backend)
 
     def _read_moments(self, w_EMR: Tensor, log: EventLog, h_BTI: Tensor) -> Tensor:
@@ -332,8 +332,6 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
             if type(linear := linears[name]) is PlasticLinear:
                 found[layer, name] = linear
     return found
-
-
 
 
 def weight_norm(linear: nn.Linear | PlasticLinear) -> float:

@@ -17,9 +17,9 @@ from .cache import Positions
 from .episode_state import Address, EpisodeState
 from .inputs import Ids, Mask, tokens
 from .model import Llama
-from .moments import At, Moment, moments
 from .passes import Pass
 from .probes.capture import capture, check_sites
+from .state.moments import At, Moment, moments
 from .watch import touched
 
 
@@ -97,7 +97,7 @@ def probe(
     columns = None if positions is None else torch.as_tensor(positions, dtype=torch.int64).to(model.device)
     if columns is not None and (not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width):
         raise ValueError(f"probe(positions={columns.tolist()}): expected columns from 0 to {width - 1}")
-    latest = max((max(log.events) for log in state.logs.values()), default=0)
+    latest = max((max(log.event_counts) for log in state.logs.values()), default=0)
     wanted = None if isinstance(at, str) and at == "now" else moments(at, latest, state.logs)
     there = Positions.alone((len(ids_BT), width), mask_BT, model.device)
     question = Question(ids_BT.to(model.device), there, check_sites(sites), columns, logits == "last")
@@ -124,7 +124,9 @@ def _ask(
     parts = []
     with model.binding.bound(now, state):
         with capture(model, question.sites, question.columns) as low:
-            x_BTD = None if whole else model.model.blocks(model.model.embed_tokens(question.ids_BT), positions, stop=first)
+            x_BTD = (
+                None if whole else model.model.blocks(model.model.embed_tokens(question.ids_BT), positions, stop=first)
+            )
         for batch in batches:
             times = 1 if batch is None else len(batch)
             if batch is not None:
@@ -157,7 +159,9 @@ def _weights(state: EpisodeState, batch: list[Moment], rows: int) -> dict[Addres
     """w of every linear: [E, M, slots], or [1, M · B, slots] where one ΔW answers every question."""
     weights = {}
     for address, log in state.logs.items():
-        w_EMR = torch.stack([torch.stack([m.weights(log, address, row) for m in batch]) for row in range(state.states)])
+        w_EMR = torch.stack(
+            [torch.stack([m.slot_weights(log, address, row) for m in batch]) for row in range(state.states)]
+        )
         weights[address] = w_EMR.repeat_interleave(rows, dim=1) if state.states == 1 else w_EMR
     return weights
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .engine.choose import Engine
 from .episode_state import Address, EpisodeState
-from .events import Events
 from .passes import Tokens
 from .plastic import PlasticLinear
 from .rules import event_value, key_scale
+from .state.events import Events
 
 
 def settle(state: EpisodeState, linears: Mapping[Address, PlasticLinear], next_B: Tensor, known_B: Tensor) -> None:
@@ -62,7 +62,7 @@ def check_waiting(state: EpisodeState, linears: Mapping[Address, PlasticLinear])
             for address, log in state.logs.items():
                 then = waiting.event_counts[address][row]
                 own = count if linears[address].rule.neuron_local else 0
-                if count and (log.events[row] != then + own or then < log.oldest_exact_moment(row)):
+                if count and (log.event_counts[row] != then + own or then < log.oldest_exact_moment(row)):
                     since = "an undo, an overflow" + (", another row's event" if state.shared else "")
                     raise ValueError(
                         f"a gradient event of row {row} waits for its next token, and {log.name} no longer holds "
@@ -77,7 +77,7 @@ def read_again(engine: Engine, waits: Sequence[bool], own: Sequence[int]) -> Non
     before, waits_B = state.clone(), torch.tensor(list(waits))
     for address, log in state.logs.items():
         if linears[address].rule.neuron_local:
-            log.rewind([n - c for n, c in zip(log.events, own, strict=True)])
+            log.rewind([n - c for n, c in zip(log.event_counts, own, strict=True)])
     state.cache.rewind([n - int(w) for n, w in zip(state.lengths, waits, strict=True)])
     last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in state.token_ids])
     positions = state.cache.positions((state.batch_size, 1), waits_B[:, None], torch.device("cpu"))

@@ -94,12 +94,12 @@ def test_moments_are_timed_against_one_probe(bed, ceiling):
 
 
 def test_moments_that_see_other_events_are_refused(bed, ceiling, monkeypatch):
-    weights = fw.Moment.weights
+    slot_weights = fw.Moment.slot_weights
 
     def off_by_one(self, log, site, row):
-        return weights(fw.Moment(events=self.events - 1), log, site, row)
+        return slot_weights(fw.Moment(events=self.events - 1), log, site, row)
 
-    monkeypatch.setattr(fw.Moment, "weights", off_by_one)
+    monkeypatch.setattr(fw.Moment, "slot_weights", off_by_one)
     record = run(Case("reads.moments", "", few_moments), bed, ceiling)
     assert record["status"] == "refused"
     assert "batched = token by token" in record["reason"]
@@ -119,7 +119,7 @@ def no_certificate(self, row):
     return 1e-9, 1e-9
 
 
-def ring_too_small(self, event, slot=fw.slots.Slots.next):
+def ring_too_small(self, event, slot=fw.state.slots.Slots.next):
     return event % (self.window - 1) if self.overflow == "evict" else slot(self, event)
 
 
@@ -127,8 +127,8 @@ def ring_too_small(self, event, slot=fw.slots.Slots.next):
     ("owner", "name", "wrong", "reason"),
     [
         (fw.state.EventLog, "certificate", no_certificate, "≤ its certificate"),
-        (fw.slots.Slots, "next", ring_too_small, "evict: "),
-        (fw.state.EventLog, "plain", lambda self, tokens: True, "evict: "),
+        (fw.state.slots.Slots, "next", ring_too_small, "evict: "),
+        (fw.state.EventLog, "all_alive", lambda self, tokens: True, "evict: "),
     ],
 )
 def test_an_overflow_that_is_wrong_is_refused(ceiling, monkeypatch, owner, name, wrong, reason):

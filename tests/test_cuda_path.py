@@ -9,9 +9,10 @@ from test_memory import Allocated
 from tiny import prompt, tiny
 
 import fastweights as fw
-from fastweights import plastic, state
+from fastweights import plastic
 from fastweights.engine.cuda import Cuda, graphed
-from fastweights.compress import fold
+from fastweights.state import factors
+from fastweights.state.compress import fold
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -328,7 +329,7 @@ def test_a_fold_that_fails_half_way_leaves_every_log_as_it_was(monkeypatch):
         return fold(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "fold", failing)
+        patch.setattr(factors, "fold", failing)
         with pytest.raises(ValueError, match="no convergence"):
             episode.feed([[5]])
     assert (len(calls), episode.length, episode.events) == (3, 11, 11)

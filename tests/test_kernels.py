@@ -364,8 +364,8 @@ def test_scan_takes_what_broadcasts_and_a_rule_that_was_replaced(blocks, monkeyp
 def blocks(monkeypatch):
     """Blocks that C has solved."""
     made = []
-    real = scan.Block
-    monkeypatch.setattr(scan, "Block", lambda *args: made.append(args) or real(*args))
+    real = scan.ScanArguments
+    monkeypatch.setattr(scan, "ScanArguments", lambda *args: made.append(args) or real(*args))
     return made
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..episode_state import Address, EpisodeState
-from ..events import Events
 from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import ACTIVATIONS, PlasticLinear
 from ..rules import Local, event_value, key_scale, value_of
-from ..state import BUFFERS, EventLog
+from ..state import EventLog
+from ..state.events import Events
+from ..state.factors import BUFFERS
 from ..watch import Watch
 from .table import refusal, run, table_of
 
@@ -151,9 +152,9 @@ class Groups:
         all_written, known = sum(tokens.counts) == self.rows, dict[tuple, LogFacts]()
         self.facts = []
         for kind, log in zip(self.kinds, logs, strict=True):
-            key = (kind, *log.events)
+            key = (kind, *log.event_counts)
             if key not in known:
-                w_BR = None if log.plain(1) or not log.used else log.weights(log.now())[:, 0].contiguous()
+                w_BR = None if log.all_alive(1) or not log.used else log.slot_weights(log.now())[:, 0].contiguous()
                 known[key] = LogFacts(log.used, w_BR, log.next_slot() if all_written else None)
             self.facts.append(known[key])
         self.records["n"] = [facts.used for facts in self.facts]
@@ -191,7 +192,7 @@ class Groups:
         slots = [facts.slot for facts in self.facts]
         if None not in slots and self._put(events, slots):
             for linear in self.linears:
-                self.state.logs[linear.address].landed(tokens.counts)
+                self.state.logs[linear.address].count_written(tokens.counts)
             return
         for group, (u_NB1O, scale_NB1) in zip(self.groups, events, strict=True):
             u_NB1O = u_NB1O.masked_fill(~tokens.write_BT[..., None], 0)
@@ -206,7 +207,7 @@ class Groups:
         for (named, steps), tensor in zip(self.named, made, strict=True):
             np.add(steps, tensor.data_ptr(), out=named)
         self.records["slot"] = slots
-        self.records["event"] = [self.state.logs[linear.address].events[0] for linear in self.linears]
+        self.records["event"] = [self.state.logs[linear.address].event_counts[0] for linear in self.linears]
         return put(self.records, self.rows)
 
 

@@ -124,7 +124,7 @@ class Cuda:
             self._keep(counts)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
         ids = tokens.ids_BT[:, 0].tolist()
-        self.inputs.copy_(torch.tensor([ids, position, real, counts, *(logs[0].events for logs in self.alike)]))
+        self.inputs.copy_(torch.tensor([ids, position, real, counts, *(logs[0].event_counts for logs in self.alike)]))
         with self.model.binding.bound(self.now, self.state), torch.cuda.device_of(self.inputs):
             # after a change run once without recording, so that all kernels are compiled before the graph is captured
             if self.record is None or changed or watch.hooked():
@@ -139,9 +139,9 @@ class Cuda:
             if bool(self.bad_LB.any()):  # the one look, and the one wait for the device
                 linear, row = self.bad_LB.nonzero()[0].tolist()
                 log = list(self.logs.values())[linear]
-                log.refuse(row, log.events[row] + 1)
+                log.refuse(row, log.event_counts[row] + 1)
             for log in self.logs.values():
-                log.landed(counts)
+                log.count_written(counts)
         self.cache.advance(tokens.positions)
         return logits_B1V.clone()  # the next replay writes over it
 
@@ -151,7 +151,7 @@ class Cuda:
         self.bad_LB.zero_()
         for logs, event_B, slot_B, w_BR in zip(self.alike, self.inputs[EVENT:], self.slot_GB, self.w_GBR, strict=True):
             slot_B.copy_(logs[0].slots.slot(event_B))
-            w_BR.copy_(logs[0].weights(event_B[:, None], logs[0].capacity)[:, 0])
+            w_BR.copy_(logs[0].slot_weights(event_B[:, None], logs[0].capacity)[:, 0])
         position_B1 = self.inputs[POSITION][:, None]
         visible = torch.arange(self.end, device=self.inputs.device) <= position_B1[:, None, :, None]
         positions = Positions(position_B1, self.inputs[REAL][:, None] != 0, None, self.end, visible)
@@ -160,7 +160,7 @@ class Cuda:
     def _keep(self, counts: list[int]) -> None:
         """Has copies made of the logs that could not take these events back: those that fold after them."""
         for logs in self.alike:
-            if not logs[0].slots.fits(logs[0].events, counts):
+            if not logs[0].slots.fits(logs[0].event_counts, counts):
                 for address in [address for address, log in self.logs.items() if log in logs]:
                     self.state.keep(address, counts)
 
@@ -173,7 +173,7 @@ class Cuda:
             watch is not self.watch
             or self._form(end, writes) != self.form
             or not all(map(operator.is_, buffers, self.buffers))
-            or any(log.events != logs[0].events for logs in self.alike for log in logs)
+            or any(log.event_counts != logs[0].event_counts for logs in self.alike for log in logs)
         )
         if changed:
             self.replay = None
@@ -255,5 +255,5 @@ def _same(rules: list[Rule], others: list[Rule] | None) -> bool:
 
 def _alike(log: EventLog, other: EventLog) -> bool:
     """Whether the next event of both has the same number, slot and weights before it, now and for ever after."""
-    forms = [(one.slots, one.rank, one.decay, one.capacity, one.events) for one in (log, other)]
+    forms = [(one.slots, one.rank, one.decay, one.capacity, one.event_counts) for one in (log, other)]
     return forms[0] == forms[1] and torch.equal(log.birth_BR, other.birth_BR)

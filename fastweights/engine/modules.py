@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..episode_state import Address, EpisodeState, Waiting
-from ..events import side_by_side
 from ..model import Llama
 from ..passes import Pass, Tokens
 from ..plastic import PlasticLinear
+from ..state.events import side_by_side
 from ..watch import Watch
 
 
