@@ -60,7 +60,6 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
         model = Llama(config)
     model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    model.frequency = None
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -35,7 +35,7 @@ def decoded(episode: fw.Episode, update: str, steps: int, ticks: list[list[float
     return episode.logits
 
 
-def frozen_trial(bed: Bed, context: int, steps: int) -> tuple[Trial, fw.Episode, fw.episode.Snapshot]:
+def frozen_trial(bed: Bed, context: int, steps: int) -> tuple[Trial, fw.Episode, fw.Snapshot]:
     fw.detach(bed.model)
     episode = fw.Episode(bed.model, max_length=context + steps)
     episode.feed(bed.ids(context), update="none", logits="last")

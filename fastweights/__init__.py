@@ -2,6 +2,7 @@
 
 from .attach import attach, detach
 from .episode import Episode
+from .episode_state import EpisodeState as Snapshot
 from .inputs import token_ids
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .state.drift import Drift
@@ -17,6 +18,7 @@ __all__ = [
     "Hebbian",
     "LocalLeastSquares",
     "Moment",
+    "Snapshot",
     "attach",
     "detach",
     "load",

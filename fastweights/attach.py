@@ -157,7 +157,7 @@ def _addresses(model: Llama, layers: Any, linears: Any) -> list[Address]:
     if not layers or not linears:
         raise ValueError(f"attach(layers={layers}, linears={linears}) names no linear")
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or not -depth <= layer < depth:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not -depth <= int(layer) < depth:
             raise ValueError(f"layer {layer!r} does not exist: this model has layers 0 to {depth - 1}")
     for name in linears:
         if name not in ACTIVATIONS:

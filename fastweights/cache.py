@@ -221,7 +221,7 @@ class KVCache:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that moves: tensors (the places in use), and values that JSON holds exactly."""
-        end, tensors = self.length, {}
+        end, tensors = self.length, dict[str, Tensor]()
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors |= {f"keys.{layer}": k[:, :, :end], f"values.{layer}": v[:, :, :end]}
         return tensors, {"lengths": list(self.lengths)}

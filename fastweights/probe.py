@@ -124,9 +124,9 @@ def _ask(
     parts = []
     with model.binding.bound(now, state):
         with capture(model, question.sites, question.columns) as low:
-            x_BTD = (
-                None if whole else model.model.blocks(model.model.embed_tokens(question.ids_BT), positions, stop=first)
-            )
+            x_BTD = None
+            if not whole:
+                x_BTD = model.model.blocks(model.model.embed_tokens(question.ids_BT), positions, stop=first)
         for batch in batches:
             times = 1 if batch is None else len(batch)
             if batch is not None:

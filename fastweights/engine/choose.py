@@ -70,7 +70,7 @@ class Engine:
 
     def run(self, tokens: Tokens) -> Tensor:
         """The logits of one pass, [B, T, V] or, if only the last are wanted, [B, 1, V]."""
-        watch, why = self.check(), {}
+        watch, why = self.check(), dict[str, str]()
         for path in self.paths:
             reason = path.refuses(tokens, watch)
             if reason is None:
