@@ -59,7 +59,7 @@ class Span:
         if self.real_BT is None:
             return x_BTD[:, -1:]
         column_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-        last_B = (self.real_BT * column_T).amax(dim=1)
+        last_B = (self.real_BT.to(column_T.device) * column_T).amax(dim=1)
         return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), last_B][:, None]
 
 
