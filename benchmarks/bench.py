@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="how long a --check may take (default 5)")
     parser.add_argument("--no-tests", action="store_true", help="a --check of the cases alone")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # the process that a --check starts
     parser.add_argument("--resume", action="store_true", help="goes on with a --check that was stopped")
     return parser
 

@@ -44,9 +44,12 @@ def verdict(record: dict[str, Any], bar: str) -> tuple[str, bool | None]:
     if figure is None and " share of " in bar:
         trial, _, ceiling = bar.partition(" share of ")
         figure = record["trials"].get(trial, {}).get(f"share_of_{ceiling}")
+    sign, number = record["bars"][bar].split(maxsplit=1)
+    if number.endswith(" ms") and bar in record["trials"]:
+        value = record["trials"][bar]["seconds"]["median"] * 1e3
+        return f"{value:.3g} ms", value <= float(number.removesuffix(" ms"))
     if figure is None:
         return "not measured", None
-    sign, number = record["bars"][bar].split(maxsplit=1)
     limit = float(number.rstrip(" %")) / (100 if number.endswith("%") else 1)
     value = figure["median"]
     return f"{value:.3g}", value >= limit if sign == "≥" else value <= limit

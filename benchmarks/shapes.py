@@ -40,6 +40,7 @@ def behind(bed: Bed, contexts: Sequence[int] = (1024, 4096, 8000), steps: int = 
         checks,
         [(trial.name, trials[0].name) for trial in trials[1:]],
         {"contexts": [CONTEXT, *contexts], "tokens": steps},
+        bars={f"{trial.name} share of stream": "≥ 75 %" for trial in trials[1:]} if bed.device.type == "cuda" else {},
     )
 
 
@@ -80,7 +81,11 @@ def rows(bed: Bed, counts: Sequence[int] = (1, 4, 16, 64), rank: int = 64, conte
             return torch.cat([_alone(bed, plastic.episode.seen[row], context, written) for row in ends])
 
         checks.append(Check(f"{count} rows: the first and last = alone", together, alone, bed.amplified(10)))
-    return Experiment(trials, checks, ratios, notes)
+    bars = {}
+    if bed.device.type == "cuda":
+        limits = ((4, 1.15), (16, 1.25), (64, 1.5))
+        bars = {f"frozen, {n} rows ÷ frozen, {counts[0]} rows": f"≤ {most}" for n, most in limits if n in counts}
+    return Experiment(trials, checks, ratios, notes, bars=bars)
 
 
 def _decoding(bed: Bed, episode: fw.Episode, ids: Tensor, written: list[int], plastic: Plastic | None = None) -> Trial:
@@ -138,7 +143,13 @@ def short(bed: Bed, counts: Sequence[int] = (1, 8, 45, 128)) -> Experiment:
         trials.append(replace(trial, name=f"transformers, {count}", run=theirs))
         ratios.append((f"transformers, {count}", name))
     fw.detach(bed.model)
-    return Experiment(trials, checks, ratios, notes)
+    bars = {f"{count} tokens": "≤ 6 ms" for count in counts} if _large(bed) else {}
+    return Experiment(trials, checks, ratios, notes, bars=bars)
+
+
+def _large(bed: Bed) -> bool:
+    """Whether the bars in milliseconds hold: they were set for this shape on a Hopper GPU."""
+    return bed.device.type == "cuda" and bed.name == "random 8b"
 
 
 @torch.no_grad()
@@ -172,4 +183,5 @@ def gradient(bed: Bed, tokens: int = 12, context: int = CONTEXT) -> Experiment:
         [Check("one feed = three", fed, partial(fed, 1, tokens // 2), bed.amplified(10))],
         [("gradient ascent", "frozen")],
         {"context": context, "tokens": tokens, "layers": layers, "linears": list(ALL), "rule": repr(rule)},
+        bars={"gradient ascent": "≤ 12 ms"} if _large(bed) else {},
     )

@@ -21,7 +21,7 @@ _BEFORE = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] )?({STATUS}) (\S+\.py::.+?)(?: 
 
 def gpu_tests(folder: Path) -> list[Path]:
     """The files of tests that look whether there is a GPU."""
-    return [p for p in sorted(folder.glob("test_*.py")) if "torch.cuda.is_available()" in p.read_text("utf-8")]
+    return [p for p in sorted(folder.glob("test_*.py")) if "cuda.is_available" in p.read_text("utf-8")]
 
 
 def outcomes(log: str) -> dict[str, str]:
@@ -45,7 +45,8 @@ def run_tests(folder: Path, log: Path, seconds: float, say: Callable[[str], None
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-n", str(workers)] if workers > 1 else []
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(folder.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    paths = [str(folder.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     began = time.monotonic()
     finished = False
     with open(log, "w", encoding="utf-8") as file:
