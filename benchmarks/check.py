@@ -125,7 +125,7 @@ def limited(seconds: float, hung: Callable[[], None], grace: float = 15.0) -> It
     """TooLong in what runs inside after `seconds`; `hung()`, in a thread, if that does not end it either."""
 
     def stop(*_: Any) -> None:
-        raise TooLong(f"stopped after {seconds:.0f} s")
+        raise TooLong(f"stopped after {seconds:.3g} s")
 
     watchdog = threading.Timer(seconds + grace, hung)
     watchdog.daemon = True
