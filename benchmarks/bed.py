@@ -47,7 +47,8 @@ def shape_config(name: str) -> LlamaConfig:
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and not given back
+        return torch.cuda.mem_get_info(device)[0] + kept
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -355,7 +355,9 @@ def main(options: Any, arguments: Sequence[str]) -> int:
     given = {name: getattr(options, name) for name in ("seconds", "patience") if getattr(options, name) is not None}
     check = Check(device, dtype, folder, options.minutes, again, options.resume, options.repeats, **given)
     tests = Path(fw.__file__).resolve().parent.parent / "tests"
-    if not options.no_tests:
+    if device.type != "cuda":
+        check.say(f"tests: those of a GPU are left out on {device}")
+    elif not options.no_tests:
         check.tests(0.35 * check.budget, tests)
     chosen = {case.name for case in bench.select(options.case)}
     items = plan([options.shape] if options.shape else ["8b", "1b"])
