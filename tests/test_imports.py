@@ -10,7 +10,7 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
-    *("config", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
+    *("files", "config", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
     *("rules", "budget", "slots", "compress", "events", "state", "probes", "inputs", "sampling"),
     *(
         "passes",
@@ -31,9 +31,11 @@ ORDER = [
         "__init__",
     ),
 ]
-ALONE = {"config": set(), "rules": set(), "budget": set(), "slots": set(), "compress": set(), "events": set()}
+ALONE = {"files": set(), "config": {"files"}}
+ALONE |= {"rules": set(), "budget": set(), "slots": set(), "compress": set(), "events": set()}
 ALONE |= {"state": {"budget", "slots", "compress", "events"}}
-ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "watch": set(), "fused": {"kernels", "watch"}}
+ALONE |= {"kernels": {"kernels", "files"}, "probes": {"probes", "model"}}
+ALONE |= {"watch": set(), "fused": {"kernels", "watch"}}
 ALONE |= {"model": {"config", "kernels", "fused"}}
 
 
