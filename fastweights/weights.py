@@ -10,11 +10,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -24,21 +23,8 @@ from .files import one_line, read_json, warn, write_text
 from .gguf import GgufFile
 from .hub import default_folder, download
 from .model import Llama
+from .stored import DTYPE_NAMES, EMBEDDING, HEAD, PICKLES, more, open_file, stored_tensors
 from .tokenizer import Tokenizer
-
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_PICKLES = ("pytorch_model*", "consolidated*.pth", "*.pth", "*.pt", "*.bin", "*.ckpt")
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor is, under which name, and what its header says."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name: "F32", "BF16", ...
 
 
 def load(
@@ -97,7 +83,7 @@ def save(
     generation = read_json(folder / "generation_config.json")
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        tensors.pop(_HEAD, None)
+        tensors.pop(HEAD, None)
     _check_names(tensors.keys(), _shapes(model.config), "the model to save")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -144,39 +130,39 @@ def save(
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, device: torch.device, strict: bool
 ) -> tuple[Llama, Tokenizer | None]:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'config.json'} does not exist, expected a Llama's config.json there{_hint_for_folder(folder)}"
+        )
     config = LlamaConfig.from_folder(folder, strict)
     tokenizer = _tokenizer(folder)
     wanted = _shapes(config)
-    stored = _canonical(_stored(folder), wanted)
-    _resolve_tied(config, stored, folder)
-    for key, tensor in stored.items():
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(
-                f"{tensor.path}: {key} is stored as {tensor.dtype}, expected one of {', '.join(_DTYPE_NAMES)}"
-            )
+    stored = stored_tensors(folder, config, wanted)
     _check_shapes({key: tensor.shape for key, tensor in stored.items()}, wanted, str(folder))
     if dtype is None:
         elements: Counter[str] = Counter()
         for tensor in stored.values():
             elements[tensor.dtype] += math.prod(tensor.shape)
-        dtype = getattr(torch, _DTYPE_NAMES[elements.most_common(1)[0][0]])
-    handles = {path: _open(path) for path in {tensor.path for tensor in stored.values()}}
+        dtype = getattr(torch, DTYPE_NAMES[elements.most_common(1)[0][0]])
+    handles = {path: open_file(path) for path in {tensor.path for tensor in stored.values()}}
 
     def read(key: str) -> Tensor:
         path = stored[key].path
-        if getattr(torch, _DTYPE_NAMES[stored[key].dtype]) == dtype and device.type == "cpu":
+        if getattr(torch, DTYPE_NAMES[stored[key].dtype]) == dtype and device.type == "cpu":
             # Measured on 2 cores, 135M float32: matrix products stream mapped pages as fast as a copy (16 GB/s),
             # so a copy (0.4 to 2 s, and through the mapping twice the memory) buys nothing.
             return handles[path].get_tensor(stored[key].name)
         # its own mapping, dropped at once: pages that were read count as memory until they are unmapped
-        with _open(path) as file:
+        with open_file(path) as file:
             return file.get_tensor(stored[key].name).to(device=device, dtype=dtype)
 
     return _fill(config, {key: read(key) for key in stored}), tokenizer
 
 
 def _convert(source: Path, folder: Path) -> None:
+    """The default model's .gguf as the folder that the Hub has: there the end of a turn is the only stop id."""
     model, tokenizer = _load_gguf(source, None, torch.device("cpu"))
+    model.config = replace(model.config, eos_token_ids=model.config.eos_token_ids[:1])
     save(model, folder, tokenizer)
 
 
@@ -198,7 +184,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> t
 def _fill(config: LlamaConfig, tensors: dict[str, Tensor]) -> Llama:
     model = _meta(config)
     if config.tie_word_embeddings:
-        tensors[_HEAD] = tensors[_EMBEDDING]
+        tensors[HEAD] = tensors[EMBEDDING]
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     return model.requires_grad_(False)
@@ -223,17 +209,17 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds."""
     shapes = {key: tuple(t.shape) for key, t in _meta(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes[_HEAD]
+        del shapes[HEAD]
     return shapes
 
 
 def _check_names(got: Iterable[str], wanted: Iterable[str], where: str) -> None:
     got, wanted = list(got), list(wanted)
     if missing := [key for key in wanted if key not in set(got)]:
-        hint = " (config.json says that it is not tied to embed_tokens)" if missing == [_HEAD] else ""
-        raise ValueError(f"{where}: the tensor {missing[0]}{_more(missing)} is missing, expected by config.json{hint}")
+        hint = " (config.json says that it is not tied to embed_tokens)" if missing == [HEAD] else ""
+        raise ValueError(f"{where}: the tensor {missing[0]}{more(missing)} is missing, expected by config.json{hint}")
     if extra := [key for key in got if key not in set(wanted)]:
-        raise ValueError(f"{where}: the tensor {extra[0]}{_more(extra)} is not part of the Llama in config.json")
+        raise ValueError(f"{where}: the tensor {extra[0]}{more(extra)} is not part of the Llama in config.json")
 
 
 def _check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -241,12 +227,8 @@ def _check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple
     if wrong := [key for key, shape in wanted.items() if got[key] != shape]:
         key = wrong[0]
         raise ValueError(
-            f"{where}: the tensor {key}{_more(wrong)} has shape {list(got[key])}, config.json wants {list(wanted[key])}"
+            f"{where}: the tensor {key}{more(wrong)} has shape {list(got[key])}, config.json wants {list(wanted[key])}"
         )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -259,116 +241,22 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def _canonical(stored: dict[str, Stored], wanted: Iterable[str]) -> dict[str, Stored]:
-    """The tensors under the names of a LlamaForCausalLM, without the rope buffers that old checkpoints hold.
-
-    What a LlamaModel saved has no `model.` before its names; wrappers (torch.compile, DataParallel, PEFT) put
-    more before it. The prefix is what stands before a tensor that every Llama has.
-    """
-    buffers = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # config.json decides
-    stored = {key: tensor for key, tensor in stored.items() if not key.endswith(buffers)}
-    mark = "layers.0.input_layernorm.weight"
-    prefix = next((key.removesuffix(mark) for key in stored if key.endswith(mark)), "model.")
-    outer = prefix.removesuffix("model.")
-    names, wanted = {key: key for key in stored}, set(wanted)
-    for key in stored:
-        if key.startswith(prefix) and (name := "model." + key.removeprefix(prefix)) in wanted:
-            names[key] = name
-        elif key == outer + _HEAD:
-            names[key] = _HEAD
-    if len(set(names.values())) < len(names):  # two tensors would get one name
-        return stored
-    return {names[key]: tensor for key, tensor in stored.items()}
-
-
-def _resolve_tied(config: LlamaConfig, stored: dict[str, Stored], folder: Path) -> None:
-    """Leaves one of the tied weights, as the embedding: either may be stored, or both if they are equal."""
-    if not (config.tie_word_embeddings and _HEAD in stored):
-        return
-    head = stored.pop(_HEAD)
-    if (embedding := stored.setdefault(_EMBEDDING, head)) is head:
-        return
-    with _open(head.path) as one, _open(embedding.path) as other:
-        if not torch.equal(one.get_tensor(head.name), other.get_tensor(embedding.name)):
-            raise ValueError(
-                f"{folder}: config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}: "
-                "set tie_word_embeddings to false there to use both"
-            )
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise _no_weights(folder)
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not readable, expected an object with a weight_map") from None
-    for key, file in where:
-        if not isinstance(file, str) or Path(file).is_absolute() or Path(file).name != file or file in ("", "..", "."):
-            raise ValueError(f"{index}: {key} is said to be in {file!r}, expected the name of a file in {folder}")
-    names = sorted({file for _, file in where})
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        key = next(key for key, file in where if file == missing[0])
-        raise FileNotFoundError(
-            f"{index}: {key} is said to be in {missing[0]}, which is missing from {folder}: "
-            f"fetch {', '.join(missing)}, {len(missing)} of {len(names)} files"
-        )
-    return [folder / name for name in names]
-
-
-def _no_weights(folder: Path) -> Exception:
-    """The refusal of a folder without safetensors, which says what to do with what it holds."""
-    save = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) in transformers"
-    if pickles := [path.name for kind in _PICKLES for path in sorted(folder.glob(kind))]:
-        how = (
-            "convert it with transformers' convert_llama_weights_to_hf.py"
-            if pickles[0].startswith("consolidated")
-            else f"convert it with transformers' save_pretrained: {save}"
-        )
-        return ValueError(
-            f"{folder} holds its weights only as {pickles[0]}, a pickle that can run any code when it is "
-            f"read, expected model.safetensors: {how}"
-        )
-    wanted = "has no model.safetensors and no model.safetensors.index.json, expected one of them"
-    if (folder / "adapter_config.json").is_file():
-        wanted += " (it holds a PEFT adapter: merge it into its base model with merge_and_unload, and save that)"
-    elif other := sorted(path.name for path in folder.glob("*.safetensors")):
-        wanted += f" (it holds {other[0]}{_more(other)})"
-    return FileNotFoundError(f"{folder} {wanted}")
-
-
-def _stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor's file, shape and dtype, from the headers alone.
-
-    An index only says which files belong to the model, as in transformers: its entries may be too few or too many.
-    """
-    stored: dict[str, Stored] = {}
-    for path in _files(folder):
-        with _open(path) as file:
-            for key in file.keys():  # noqa: SIM118 a handle, not a dictionary
-                if key in stored:
-                    raise ValueError(f"{folder}: {stored[key].path.name} and {path.name} both hold {key}")
-                view = file.get_slice(key)
-                stored[key] = Stored(path, key, tuple(view.get_shape()), view.get_dtype())
-    return stored
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({one_line(error)})") from None
-
-
 def _expanded(name: str | Path) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:  # ~ without a home folder
         raise ValueError(f"{name}: {one_line(error)}") from None
+
+
+def _hint_for_folder(folder: Path) -> str:
+    """What to do with a folder that holds something else than a model."""
+    if parts := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"; pass the file {folder / parts[0]} instead"
+    if (folder / "adapter_config.json").is_file():
+        return "; it holds a PEFT adapter: merge it into its base model with merge_and_unload, and save that"
+    if (folder / "params.json").is_file():
+        return "; it holds Meta's own format: convert it with transformers' convert_llama_weights_to_hf.py"
+    return ""
 
 
 def _hint(path: Path) -> str:
@@ -377,7 +265,7 @@ def _hint(path: Path) -> str:
         return f": pass its folder, {path.parent}"
     if ".gguf" in path.name.lower():
         return ": join the pieces of a cut file first (cat FILE.gguf* > FILE.gguf)"
-    if any(path.match(kind) for kind in _PICKLES):
+    if any(path.match(kind) for kind in PICKLES):
         return ", not a pickle, which can run any code when it is read: convert it with transformers' save_pretrained"
     return ""
 

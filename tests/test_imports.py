@@ -10,7 +10,7 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
-    *("files", "config", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
+    *("files", "config", "bpe", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "stored", "weights"),
     *("rules", "budget", "slots", "compress", "events", "state", "probes", "inputs", "sampling"),
     *(
         "passes",
@@ -31,7 +31,7 @@ ORDER = [
         "__init__",
     ),
 ]
-ALONE = {"files": set(), "config": {"files"}}
+ALONE = {"files": set(), "config": {"files"}, "bpe": set(), "stored": {"files", "config"}}
 ALONE |= {"rules": set(), "budget": set(), "slots": set(), "compress": set(), "events": set()}
 ALONE |= {"state": {"budget", "slots", "compress", "events"}}
 ALONE |= {"kernels": {"kernels", "files"}, "probes": {"probes", "model"}}

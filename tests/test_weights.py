@@ -376,14 +376,27 @@ def test_files_beside_the_point_say_what_to_do(tmp_path):
     (tmp_path / "pytorch_model.bin").unlink()
     weights.rename(tmp_path / "model-00001-of-00002.safetensors")
     assert "expected one of them (it holds model-00001-of-00002.safetensors)" in refusal(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "it holds a PEFT adapter: merge it into its base model with merge_and_unload" in refusal(tmp_path)
     for name, message in (
         ("consolidated.00.pth", "convert_llama_weights_to_hf.py"),
         ("pytorch_model-00001-of-00002.bin", f"from_pretrained({str(tmp_path)!r}).save_pretrained"),
     ):
         (tmp_path / name).touch()
         assert message in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("m-00001-of-00002.gguf", "pass the file {folder}/m-00001-of-00002.gguf instead"),
+        ("adapter_config.json", "it holds a PEFT adapter: merge it into its base model with merge_and_unload"),
+        ("params.json", "it holds Meta's own format: convert it with transformers' convert_llama_weights_to_hf.py"),
+    ],
+)
+def test_a_folder_without_a_config_says_what_it_holds(tmp_path, file, message):
+    (tmp_path / file).touch()
+    text = refusal(tmp_path)
+    assert "config.json does not exist, expected a Llama's config.json there; " in text
+    assert message.format(folder=tmp_path) in text
 
 
 @pytest.mark.parametrize(
