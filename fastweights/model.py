@@ -74,7 +74,8 @@ class KVCache:
     """
 
     def __init__(self, config: LlamaConfig, batch_size: int, max_length: int | None, dtype, device):
-        self.limit = config.max_position_embeddings if max_length is None else max_length
+        self.positions = config.max_position_embeddings  # that the model has: `limit` may be less
+        self.limit = self.positions if max_length is None else max_length
         self.lengths = [0] * batch_size
         slots = min(256, self.limit) if max_length is None else max_length
         shape = (batch_size, config.num_key_value_heads, slots + 1, config.head_dim)
@@ -89,9 +90,12 @@ class KVCache:
     def reserve(self, length: int) -> None:
         """Makes room for rows of `length` tokens; past `limit` it refuses."""
         if length > self.limit:
+            hint = f"make the episode with max_length={length} or more, up to {self.positions}"
+            if length > self.positions:
+                hint = f"this model has {self.positions} positions, so the text must be shorter"
             raise ValueError(
                 f"{length} tokens do not fit: the KV cache holds {self.limit} per row "
-                f"({max(self.lengths)} are in use); create the episode with a larger max_length"
+                f"({max(self.lengths)} are in use); {hint}"
             )
         if length > self.capacity:
             slots = self.bucket(length)

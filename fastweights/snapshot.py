@@ -18,9 +18,10 @@ from torch import Tensor
 from .model import Llama
 from .passes import Site
 from .plastic import PlasticLinear
+from .sampling import RowGenerator
 from .state import EventLog
 
-FORMAT = "fastweights episode 1"
+FORMAT = "fastweights episode 2"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Snapshot:
     pending: list[Pending]
     logits_BV: Tensor | None
     seen: list[list[int]]
-    generator: Tensor
+    generator: Tensor  # int64 [B, 2], of `sampling.RowGenerator`
     shared: bool = False  # whether the rows share one ΔW
 
     @property
@@ -64,7 +65,7 @@ class Snapshot:
             pending=[],  # a graph belongs to the rows it was made for
             logits_BV=None if self.logits_BV is None else self.logits_BV[index.to(self.logits_BV.device)],
             seen=[list(self.seen[row]) for row in chosen],
-            generator=self.generator,
+            generator=RowGenerator.state_of_rows(self.generator, chosen),
             shared=self.shared,
         )
 
