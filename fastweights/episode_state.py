@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .sampling import RowGenerator
 from .state import EventLog
 from .state.events import Events
 
@@ -56,10 +57,10 @@ class EpisodeState:
         waiting: gradient events whose next token is not known yet.
         token_ids: the tokens that each row has read.
         logits_BV: [B, V] after the last token of each row; None before the first.
-        generator: draws the sampled tokens; on the CPU or the model's device.
+        generator: draws the sampled tokens, each row its own.
     """
 
-    def __init__(self, cache: KVCache, logs: dict[Address, EventLog], generator: torch.Generator, shared: bool):
+    def __init__(self, cache: KVCache, logs: dict[Address, EventLog], generator: RowGenerator, shared: bool):
         self.cache, self.logs, self.generator, self.shared = cache, logs, generator, shared
         self.waiting: list[Waiting] = []
         self.token_ids: list[list[int]] = [[] for _ in cache.lengths]
@@ -231,8 +232,8 @@ class EpisodeState:
         """A copy whose row n has the past of row `chosen[n]`, without waiting events: a graph belongs to its rows."""
         every = list(chosen) == list(range(self.batch_size))
         logs = {a: log.clone() if self.shared or every else log.rows(chosen) for a, log in self.logs.items()}
-        generator = torch.Generator(self.generator.device)
-        generator.set_state(self.generator.get_state())
+        generator = RowGenerator(len(chosen))
+        generator.set_state(RowGenerator.state_of_rows(self.generator.get_state(), chosen))
         other = EpisodeState(self.cache.rows(chosen), logs, generator, self.shared)
         other.token_ids = [list(self.token_ids[row]) for row in chosen]
         if self.logits_BV is not None:
@@ -308,7 +309,8 @@ class EpisodeState:
             log.load_state_dict(own, meta["logs"][key_of(address)])
         self.logits_BV = tensors.get("logits")
         self.token_ids = [list(ids) for ids in meta["seen"]]
-        self.generator.set_state(tensors["generator"].cpu())
+        if "generator" in tensors:
+            self.generator.set_state(tensors["generator"].cpu())
 
 
 def key_of(address: Address) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -15,8 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from .config import eos_ids
 from .files import one_line, read_json, write_text
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+from .stream import BYTE_TOKEN, Stream, checked
 
 
 class Tokenizer:
@@ -109,15 +107,15 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, special tokens written out unless skipped; spaces are never "cleaned up"."""
-        return self.backend.decode(_checked(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(checked(ids), skip_special_tokens=skip_special_tokens)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """One printable piece of text per id; newlines, controls and parts of a character are escaped."""
-        return [self._piece(i) for i in _checked(ids)]
+        return [self._piece(i) for i in checked(ids)]
 
-    def stream(self, skip_special_tokens: bool = False) -> Stream:
-        """A decoder for ids that come one at a time."""
-        return Stream(self, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = False, context: Sequence[int] = ()) -> Stream:
+        """A decoder for ids that come one at a time, after the ids of `context`."""
+        return Stream(self, skip_special_tokens, context)
 
     def apply_chat_template(
         self,
@@ -179,7 +177,7 @@ class Tokenizer:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return f"<unused {token_id}>"
-        if byte := _BYTE_TOKEN.fullmatch(token):
+        if byte := BYTE_TOKEN.fullmatch(token):
             raw = bytes.fromhex(byte[1])
             token = raw.decode("ascii") if raw.isascii() else f"\\x{byte[1].lower()}"
         elif self._byte_level and all(c in _byte_alphabet() for c in token):
@@ -187,42 +185,6 @@ class Tokenizer:
         else:
             token = token.replace("▁", " ")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
-
-
-class Stream:
-    """Text of ids that come one at a time: `"".join(push(i) for i in ids) + flush()` is `decode(ids)`.
-
-    Text is held back while later ids could still change it, so no half character is ever given out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._context: list[int] = []  # ids given out last: decoders treat the start of a text differently
-        self._pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain after this id: none for a part of a character."""
-        token_id = _checked([token_id])[0]
-        piece = self._tokenizer.backend.id_to_token(token_id)
-        if piece is None or (self._skip and token_id in self._tokenizer.special_ids):
-            return ""  # decode passes over it, and it ends no run of bytes
-        self._pending.append(token_id)
-        new = self._new_text()
-        # "�" may be the start of a character; a run of byte tokens is decoded as a whole, once it has ended
-        if not new or new.endswith("�") or _BYTE_TOKEN.fullmatch(piece):
-            return ""
-        self._context, self._pending = self._pending, []
-        return new
-
-    def flush(self) -> str:
-        """What was held back, as `decode` shows it; call it once after the last id."""
-        new = self._new_text()
-        self._context, self._pending = [], []
-        return new
-
-    def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._context, self._skip)
-        return self._tokenizer.decode(self._context + self._pending, self._skip)[len(known) :]
 
 
 def bos_processor(backend: Backend, bos_token_id: int, eos_token_id: int | None = None) -> Any:
@@ -235,13 +197,6 @@ def bos_processor(backend: Backend, bos_token_id: int, eos_token_id: int | None 
         specials.append((eos, eos_token_id))
         single, pair = [*single, eos], [*pair, f"{eos}:1"]
     return processors.TemplateProcessing(single=single, pair=single + pair, special_tokens=specials)
-
-
-def _checked(ids: Iterable[int]) -> list[int]:
-    ids = [int(i) for i in ids]
-    if bad := [i for i in ids if i < 0]:
-        raise ValueError(f"token id {bad[0]} is negative, expected ids from 0 up")
-    return ids
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
