@@ -385,10 +385,10 @@ def test_a_check_goes_on_after_what_crashes_is_wrong_or_takes_too_long(ceiling, 
         return Experiment([], [Check("sums", one, lambda: torch.zeros(1), 0.1)], [])
 
     def slow(bed):
-        time.sleep(5)
+        time.sleep(60)
 
     items = [plain("crash", crash), plain("wrong", wrong), plain("slow", slow), plain("late", good, 1e6)]
-    monkeypatch.setattr(check, "limited", lambda seconds, hung, limited=check.limited: limited(0.5, hung))
+    monkeypatch.setattr(check, "limited", lambda seconds, hung, limited=check.limited: limited(3.0, hung))
     run = made(tmp_path, ceiling)
     run.items([*items, plain("good", good)])
     found = statuses(run)
