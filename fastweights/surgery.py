@@ -144,6 +144,8 @@ def surgery(
     Raises:
         ValueError: before the model is touched; the model is as it was afterwards, whatever happens.
     """
+    if tokenizer is None:  # what load() returns for a checkpoint without one
+        raise ValueError("surgery() got None for the tokenizer: it turns the texts into ids")
     if plastic_linears(model):
         raise ValueError("surgery() got a model that is already plastic: fw.detach(model) first")
     if isinstance(probe_every, bool) or not isinstance(probe_every, int) or probe_every < 1:

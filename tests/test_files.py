@@ -145,6 +145,10 @@ def test_without_a_home_the_helper_is_compiled_for_the_process_and_the_default_m
     assert files.cache_folder() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert files.cache_folder() == tmp_path / "fastweights"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root, folder in (("~/mine", tmp_path / "mine"), ("", tmp_path / "fastweights")):
+        monkeypatch.setenv("FASTWEIGHTS_CACHE", root)
+        assert files.cache_folder() == folder
 
 
 def told():
@@ -175,7 +179,6 @@ def work(queue):
     queue.put(told())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
 def test_a_forked_worker_generates_what_its_parent_has_generated():
     expected, context = told(), multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
