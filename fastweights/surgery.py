@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .drift import Drift
 from .episode import Episode
+from .files import write_text
 from .inputs import Update, written
 from .model import Llama
 from .moments import delta_norms
@@ -99,7 +100,7 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(self, name).contiguous() for name in self.ARRAYS}
         save_file(arrays, folder / "arrays.safetensors")
-        (folder / "record.json").write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        write_text(folder / "record.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
 
 def surgery(
