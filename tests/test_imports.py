@@ -10,7 +10,7 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
-    *("config", "stream", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
+    *("config", "stream", "spm", "chat", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
     *("rules", "budget", "slots", "compress", "events", "state", "probes", "inputs", "sampling"),
     *(
         "passes",
