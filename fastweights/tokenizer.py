@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from .chat import render, templates_of
 from .config import eos_ids
 from .spm import SentencePieceModel
 from .stream import BYTE_TOKEN, Stream, checked
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -103,8 +106,12 @@ class Tokenizer:
         """The ids of `text`; the tokenizer's own post-processor decides whether BOS comes first.
 
         A chat template usually writes BOS itself, and encoding its text would add another: a text that
-        already starts with BOS gets no second one here.
+        already starts with BOS gets no second one here. Raises ValueError for what is no text.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}: expected one text, a str")
+        if not text.isascii() and (half := _HALF.search(text)):
+            raise ValueError(f"text holds half a character, {half[0]!a}, at {half.start()}: it is no Unicode text")
         ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self._starts_with_bos and ids[:2] == [self.bos_token_id] * 2:
             return ids[1:]
