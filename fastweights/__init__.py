@@ -1,15 +1,15 @@
 """fastweights: a Llama whose MLP weights change while it reads and writes."""
 
-from .drift import Drift
+from .attach import attach, detach
 from .episode import Episode
+from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
-from .moments import Moment
-from .plastic import attach, detach
-from .probing import Trace
+from .probe import Trace
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .sampling import Sampling
-from .snapshot import Snapshot
+from .state.drift import Drift
+from .state.moments import Moment
 from .surgery import surgery
 from .tokenizer import Tokenizer
 from .weights import load, save

@@ -90,7 +90,7 @@ def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from . import GradientAscent, Hebbian, load, report
+    from . import GradientAscent, Hebbian, report
 
     halves: list[tuple[str, Any, dict[str, Any]]] = [
         ("gradient ascent after every token of the context", GradientAscent(rate=0.3, clip=0.005), {"update": "all"}),
@@ -100,7 +100,7 @@ def demo(options: argparse.Namespace) -> None:
             {"update": [10, 12, 13], "max_new_tokens": 12},
         ),
     ]
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     settings = {**DEMO, "layers": _layers(options.layers or DEMO["layers"], model)}
     print(f"context:\n{settings['context']}\n\nquestion:\n{settings['question']}\n")
     records = {}
@@ -120,12 +120,12 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from . import load, report
+    from . import report
 
     rule = _rule(options)
     if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out {options.out} is a file, expected a folder")
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     layers = _layers(options.layers, model)
     record = _surgery(
         model,
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     import torch
 
-    from . import Episode, attach, load
+    from . import Episode, attach
 
     if not options.layers:
         left_out = vars(_parser().parse_args(["generate", ""]))
@@ -164,7 +164,7 @@ def generate(options: argparse.Namespace) -> None:
             if getattr(options, name) != left_out[name]:
                 raise ValueError(f"--{name.replace('_', '-')} needs --layers: without, nothing is plastic")
     rule = _rule(options) if options.layers else None
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     if rule is not None:
         budget = {"budget": options.budget, "over_budget": options.over_budget}
         layers = _layers(options.layers, model)
@@ -212,9 +212,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    from . import load
-
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     weights = {id(p): p for p in model.parameters()}.values()
     facts: dict[str, Any] = {
         "model": _name(options),
@@ -234,6 +232,16 @@ def info(options: argparse.Namespace) -> None:
 
 
 # ---- from words to values
+
+
+def _load(options: argparse.Namespace):
+    """Model and tokenizer; the commands read text, so a checkpoint without a tokenizer is refused, but by `info`."""
+    from . import load
+
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device, strict=options.strict)
+    if tokenizer is None and (options.command is not info or options.text is not None):
+        raise ValueError(f"{options.model} has no tokenizer, and this command turns text into ids with it")
+    return model, tokenizer
 
 
 def _surgery(model, tokenizer, **settings):
@@ -307,7 +315,7 @@ def _text(value: str) -> str:
             return os.fsencode(value).decode("utf-8")  # where the locale knew no UTF-8, Python kept the bytes
         return Path(value[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {value.removeprefix('@')!a}: {error}") from None
+        raise argparse.ArgumentTypeError(f"cannot read {value.removeprefix('@')}: {error}") from None
 
 
 def _names(value: str) -> list[str]:
@@ -347,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--model", help="folder, Hub name or .gguf file; left out: SmolLM2-135M-Instruct")
     common.add_argument("--dtype", help="float32, bfloat16, …; left out: the checkpoint's own")
     common.add_argument("--device", help="cpu (left out), cuda, …")
+    common.add_argument("--strict", action="store_true", help="refuse a config.json with keys that no Llama reads")
     common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
     command = commands.add_parser("demo", parents=[common], help="the founding experiment, no further argument")

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .files import one_line
+
 
 def templates_of(folder: Path, config: Mapping[str, Any], older: Any) -> dict[str, str]:
     """Name → template, from the oldest place to the newest, which counts most.
@@ -43,7 +45,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **values: Any) 
     try:
         return _compile(template).render(messages=[dict(m) for m in messages], **values)
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refused the messages: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the chat template refused the messages: {one_line(error)}") from None
 
 
 @lru_cache(maxsize=16)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .episode_state import EpisodeState
+from .feed import Reader
 from .inputs import Update, whole_numbers
 from .sampling import Sampling
-from .stream import RowText
+from .stream import Texts
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from .episode import Episode
 
 Prompt = tuple[Tensor, Tensor | None] | None  # ids [B, T] and mask
 DEFAULT_NEW_TOKENS = 64
@@ -50,27 +49,6 @@ class Stops:
     include: bool
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The text of each row as a run left it: a run that goes on from the same tokens gives out what was held back."""
-
-    tokenizer: Tokenizer
-    rows: list[RowText]
-    after: list[tuple[int, list[int]]]  # length and last tokens of each row
-
-    @classmethod
-    def of(cls, episode: Episode, tokenizer: Tokenizer) -> Texts:
-        """Those of the last run where it was left here, new ones otherwise."""
-        after = _after(episode)
-        if (last := episode.texts) is not None and last.tokenizer is tokenizer and last.after == after:
-            return last
-        return cls(tokenizer, [RowText(tokenizer.stream(context=ids)) for ids in episode.seen], after)
-
-
-def _after(episode: Episode) -> list[tuple[int, list[int]]]:
-    return [(len(ids), ids[-8:]) for ids in episode.seen]
-
-
 def stops(token_ids: Any, strings: Any, include: Any, tokenizer: Any) -> Stops:
     """What `generate` was told about stopping, checked."""
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
@@ -88,7 +66,7 @@ def stops(token_ids: Any, strings: Any, include: Any, tokenizer: Any) -> Stops:
 
 
 def generate(
-    episode: Episode,
+    reader: Reader,
     prompt: Prompt,
     max_new_tokens: int | None,
     update: Update,
@@ -98,25 +76,26 @@ def generate(
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
     """See `Episode.generate`; what it refuses is refused here and now, before the first step is asked for."""
-    if prompt is None and episode.logits_BV is None:
+    state = reader.state
+    if prompt is None and state.logits_BV is None:
         raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
-    count = _room(episode, prompt, max_new_tokens)
+    count = _room(state, prompt, max_new_tokens)
     if seed is not None:
-        episode.generator.manual_seed(seed)
-    return _steps(episode, prompt, count, update, sampling, stops, tokenizer)
+        state.generator.manual_seed(seed)
+    return _steps(reader, prompt, count, update, sampling, stops, tokenizer)
 
 
-def _room(episode: Episode, prompt: Prompt, max_new_tokens: int | None) -> int:
+def _room(state: EpisodeState, prompt: Prompt, max_new_tokens: int | None) -> int:
     """How many tokens to generate at most; refuses a number that the KV cache cannot hold."""
     good = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool) and max_new_tokens >= 0
     if max_new_tokens is not None and not good:
         raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more, or None")
-    ends = episode.lengths
+    ends = state.lengths
     if prompt is not None:
         ids_BT, mask_BT = prompt
         new = [ids_BT.shape[1]] * len(ids_BT) if mask_BT is None else mask_BT.sum(1).tolist()
         ends = [end + more for end, more in zip(ends, new, strict=True)]
-    limit, longest = episode.cache.limit, episode.model.config.max_position_embeddings
+    limit, longest = state.cache.limit, state.cache.longest
     room = limit - max(ends)
     wanted = 1 if max_new_tokens is None else max_new_tokens
     if wanted > room:
@@ -135,7 +114,7 @@ def _room(episode: Episode, prompt: Prompt, max_new_tokens: int | None) -> int:
 
 
 def _steps(
-    episode: Episode,
+    reader: Reader,
     prompt: Prompt,
     count: int,
     update: Update,
@@ -143,51 +122,45 @@ def _steps(
     stops: Stops,
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
+    state = reader.state
     if prompt is not None:
-        with torch.no_grad():
-            episode._feed(prompt[0], prompt[1], update, generated=False, logits="last")
-    if 0 in episode.lengths:
-        raise ValueError(
-            f"row {episode.lengths.index(0)} has read no token: generate() has nothing to go on from there"
-        )
-    texts = None if tokenizer is None else Texts.of(episode, tokenizer)
-    for text in texts.rows if texts else ():
+        with state.alone():
+            reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
+    if 0 in state.lengths:
+        raise ValueError(f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there")
+    texts = None if tokenizer is None else Texts.of(state.texts, tokenizer, state.token_ids)
+    for text in texts.texts if texts else ():
         text.begin(stops.strings, stops.include)
-    reasons: list[str | None] = [None] * episode.batch_size
+    reasons: list[str | None] = [None] * state.batch_size
     for number in range(1, count + 1):
-        logits_BV = episode.logits_BV
+        logits_BV = state.logits_BV
         assert logits_BV is not None
         running = [row for row, reason in enumerate(reasons) if reason is None]
-        chosen = [ids[-1] for ids in episode.seen]
-        before = episode.generator.get_state()
-        try:
-            for row, token in zip(running, _choose(episode, logits_BV, running, sampling), strict=True):
+        with state.alone(), state.attempt():
+            chosen = [ids[-1] for ids in state.token_ids]
+            for row, token in zip(running, _choose(state, logits_BV, running, sampling), strict=True):
                 chosen[row] = token
             ids_B1 = torch.tensor(chosen)[:, None]
             mask_B1 = None if len(running) == len(chosen) else torch.tensor([[r is None] for r in reasons])
-            with torch.no_grad():
-                episode._feed(ids_B1, mask_B1, update, generated=True, logits="last")
-        except BaseException:  # a number that was drawn for a token which was not read is drawn again
-            episode.generator.set_state(before)
-            raise
+            reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
         pieces = [""] * len(chosen) if texts else []
         for row in running:
             found, last, stop_token = False, number == count, chosen[row] in stops.token_ids
             if texts:
-                pieces[row], found = texts.rows[row].add(chosen[row], last, stop_token)
+                pieces[row], found = texts.texts[row].add(chosen[row], last, stop_token)
             if stop_token or found or last:
                 reasons[row] = "stop_token" if stop_token else "stop_string" if found else "length"
-        if tokenizer is not None and texts:
-            episode.texts = Texts(tokenizer, texts.rows, _after(episode))
+        if texts:
+            state.texts = Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
         ended = [reason in ("stop_token", "stop_string") for reason in reasons]
         yield Step(ids_B1[:, 0], logits_BV, pieces, ended, list(reasons))
         if None not in reasons:
             return
 
 
-def _choose(episode: Episode, logits_BV: Tensor, rows: list[int], sampling: Sampling) -> list[int]:
+def _choose(state: EpisodeState, logits_BV: Tensor, rows: list[int], sampling: Sampling) -> list[int]:
     """The next token of these rows; nothing is chosen from logits that are not finite."""
-    seen, generator = episode.seen, episode.generator
+    seen, generator = state.token_ids, state.generator
     if len(rows) < len(seen):
         logits_BV, seen, generator = logits_BV[rows], [seen[row] for row in rows], generator.of(rows)
     best_B, chosen_B = logits_BV.amax(-1), sampling.choose(logits_BV, seen, generator)
@@ -195,7 +168,7 @@ def _choose(episode: Episode, logits_BV: Tensor, rows: list[int], sampling: Samp
     for row, finite in zip(rows, both_2B[0].isfinite().tolist(), strict=True):
         if not finite:
             raise ValueError(
-                f"the logits of row {row} are not finite after {episode.lengths[row]} tokens: no token was chosen; "
+                f"the logits of row {row} are not finite after {state.lengths[row]} tokens: no token was chosen; "
                 "restore a snapshot, or begin again with a smaller rate or a budget"
             )
     return both_2B[1].long().tolist()

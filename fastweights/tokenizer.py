@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from .chat import render, templates_of
 from .config import eos_ids
+from .files import one_line, read_json, write_text
 from .spm import SentencePieceModel
 from .stream import BYTE_TOKEN, Stream, checked
 
@@ -74,12 +74,12 @@ class Tokenizer:
         rules, as SentencePiece; BOS and EOS are written where `add_bos_token` and `add_eos_token` say so.
         """
         folder = Path(folder)
-        config, model = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "config.json")
-        generation = _read_json(folder / "generation_config.json")
+        config, model = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+        generation = read_json(folder / "generation_config.json")
         if "added_tokens_decoder" not in config:  # the older places, which transformers reads without the newer one
-            special = _read_json(folder / "special_tokens_map.json")
+            special = read_json(folder / "special_tokens_map.json")
             named = {_content(token) for token in [*_named(config), *_named(special, lists=False)]}
-            older = _read_json(folder / "added_tokens.json")
+            older = read_json(folder / "added_tokens.json")
             config |= special
             if older:
                 config["added_tokens_decoder"] = {
@@ -91,7 +91,7 @@ class Tokenizer:
         # generation_config.json is the newer place; both may name several ids, and any of them ends a text
         stops = eos_ids([*eos_ids(generation.get("eos_token_id")), *eos_ids(model.get("eos_token_id"))])
         bos = model.get("bos_token_id")
-        templates = templates_of(folder, config, _read_json(folder / "chat_template.json").get("chat_template"))
+        templates = templates_of(folder, config, read_json(folder / "chat_template.json").get("chat_template"))
         return cls(backend, config, templates, stops, bos if "bos_token" not in config else None)
 
     @property
@@ -193,25 +193,6 @@ def bos_processor(backend: Backend, bos_token_id: int | None, eos_token_id: int 
     return processors.TemplateProcessing(single=single, pair=single + pair, special_tokens=specials)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {_one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def _backend(folder: Path, config: dict[str, Any], model: Mapping[str, Any]) -> Backend:
     """The pipeline of a folder. Special tokens that a tokenizer.model alone names are put into `config`."""
     path = folder / "tokenizer.json"
@@ -219,7 +200,7 @@ def _backend(folder: Path, config: dict[str, Any], model: Mapping[str, Any]) -> 
         try:
             return Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer: {_one_line(error)}") from None
+            raise ValueError(f"{path} is not a readable tokenizer: {one_line(error)}") from None
     if not (folder / "tokenizer.model").is_file():
         hint = (
             f"; vocab.json alone is not supported: save it once from transformers with "
@@ -276,10 +257,6 @@ def _content(token: Any) -> str | None:
     """The text of a special token, which configs write as a string or as an object; None for "" as well."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) and text else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @lru_cache(maxsize=1)
