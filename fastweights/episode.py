@@ -42,6 +42,7 @@ class Episode:
     Attributes:
         logits: [B, V] after the last token of each row, a copy; None before the first token.
         token_ids: the tokens that each row has read.
+        generator: where sampled tokens are drawn from, for each row by itself: see `fw.Sampling.choose`.
         length, lengths: tokens so far, of the longest row and of each.
         events, event_counts: events so far, of the row and linear with the most, and of each linear and row.
         path: what the last pass ran on, "modules", "cpu" or "cuda"; None before the first.

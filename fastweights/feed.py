@@ -29,7 +29,6 @@ class Reader:
     def __init__(self, model: Llama, state: EpisodeState):
         self.engine, self.state = Engine(model, state), state
         self.linears = self.engine.linears
-        self.texts: object = None  # what `generation` keeps from run to run
 
     @torch.no_grad()
     def read(self, ids_BT: Tensor, mask_BT: Tensor | None, update: Update, generated: bool, logits: str) -> Tensor:

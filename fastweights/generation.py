@@ -13,7 +13,7 @@ from .episode_state import EpisodeState
 from .feed import Reader
 from .inputs import Update, whole_numbers
 from .sampling import Sampling
-from .stream import RowText
+from .stream import Texts
 from .tokenizer import Tokenizer
 
 Prompt = tuple[Tensor, Tensor | None] | None  # ids [B, T] and mask
@@ -49,27 +49,6 @@ class Stops:
     include: bool
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The text of each row as a run left it: a run that goes on from the same tokens gives out what was held back."""
-
-    tokenizer: Tokenizer
-    rows: list[RowText]
-    after: list[tuple[int, list[int]]]  # length and last tokens of each row
-
-    @classmethod
-    def of(cls, reader: Reader, tokenizer: Tokenizer) -> Texts:
-        """Those of the last run if it was left here, new ones otherwise."""
-        after, last = _after(reader.state), reader.texts
-        if isinstance(last, Texts) and last.tokenizer is tokenizer and last.after == after:
-            return last
-        return cls(tokenizer, [RowText(tokenizer.stream(context=ids)) for ids in reader.state.token_ids], after)
-
-
-def _after(state: EpisodeState) -> list[tuple[int, list[int]]]:
-    return [(len(ids), ids[-8:]) for ids in state.token_ids]
-
-
 def stops(token_ids: Any, strings: Any, include: Any, tokenizer: Any) -> Stops:
     """What `generate` was told about stopping, checked."""
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
@@ -97,12 +76,13 @@ def generate(
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
     """See `Episode.generate`; what it refuses is refused here and now, before the first step is asked for."""
-    with reader.state.alone():
-        if prompt is None and reader.state.logits_BV is None:
+    state = reader.state
+    with state.alone():
+        if prompt is None and state.logits_BV is None:
             raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
-        count = _room(reader.state, prompt, max_new_tokens)
+        count = _room(state, prompt, max_new_tokens)
         if seed is not None:
-            reader.state.generator.manual_seed(seed)
+            state.generator.manual_seed(seed)
     return _steps(reader, prompt, count, update, sampling, stops, tokenizer)
 
 
@@ -149,9 +129,9 @@ def _steps(
             reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
     if 0 in state.lengths:
         raise ValueError(f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there")
-    texts = None if tokenizer is None else Texts.of(reader, tokenizer)
-    for text in texts.rows if texts else ():
-        text.begin(stops.strings, stops.include)
+    texts = None if tokenizer is None else Texts.of(state.texts, tokenizer, state.token_ids)
+    if texts is not None:
+        texts = texts.begun(stops.strings, stops.include)
     reasons: list[str | None] = [None] * state.batch_size
     for number in range(1, count + 1):
         running = [row for row, reason in enumerate(reasons) if reason is None]
@@ -163,15 +143,17 @@ def _steps(
                 chosen[row] = token
             ids_B1 = torch.tensor(chosen)[:, None]
             reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
-        pieces = [""] * len(chosen) if texts else []
+            pieces, found = [""] * len(chosen) if texts else [], [False] * len(chosen)
+            texts = texts and texts.rows(range(len(chosen)))  # a copy: the attempt goes back to what stood before it
+            for row in running if texts else ():
+                piece = texts.texts[row].add(chosen[row], number == count, chosen[row] in stops.token_ids)
+                pieces[row], found[row] = piece
+            state.texts = texts and Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
         for row in running:
-            found, last, stop_token = False, number == count, chosen[row] in stops.token_ids
-            if texts:
-                pieces[row], found = texts.rows[row].add(chosen[row], last, stop_token)
-            if stop_token or found or last:
-                reasons[row] = "stop_token" if stop_token else "stop_string" if found else "length"
-        if tokenizer is not None and texts:
-            reader.texts = Texts(tokenizer, texts.rows, _after(state))
+            if chosen[row] in stops.token_ids:
+                reasons[row] = "stop_token"
+            elif found[row] or number == count:
+                reasons[row] = "stop_string" if found[row] else "length"
         ended = [reason in ("stop_token", "stop_string") for reason in reasons]
         yield Step(ids_B1[:, 0], logits_BV, pieces, ended, list(reasons))
         if None not in reasons:

@@ -67,21 +67,20 @@ class RowGenerator:
             raise ValueError(f"the random state has shape {list(state.shape)}, expected {[len(self._rows), 2]}")
         self._rows = state.tolist()
 
-    @staticmethod
-    def state_of_rows(state: Tensor, chosen: Sequence[int]) -> Tensor:
-        """The state for a batch whose row n goes on from row `chosen[n]`.
+    def rows(self, chosen: Sequence[int]) -> RowGenerator:
+        """A copy whose row n goes on from row `chosen[n]`.
 
         The first copy of a row draws what that row would have drawn. Every further copy gets a seed of its own:
         with the same one, all continuations of a row would be the same.
         """
-        rows: list[list[int]] = []
+        other = RowGenerator(0)
         for n, row in enumerate(chosen):
-            seed, count = state[row].tolist()
+            seed, count = self._rows[row]
             if copy := list(chosen[:n]).count(row):
                 digest = hashlib.blake2b(b"%d %d copy %d" % (seed, count, copy), digest_size=8).digest()
                 seed = int.from_bytes(digest, "little") >> 1
-            rows.append([seed, count])
-        return torch.tensor(rows)
+            other._rows.append([seed, count])
+        return other
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
@@ -66,6 +67,12 @@ class Stream:
         self._give_out([*self._context, *self._pending])
         return new
 
+    def copy(self) -> Stream:
+        other = Stream(self._tokenizer, self._skip)
+        other._context, other._pending = list(self._context), list(self._pending)
+        other._known, other.held = self._known, self.held
+        return other
+
     def _give_out(self, ids: Iterable[int]) -> None:
         self._context, self._pending, self.held = list(ids), [], ""
         self._known = self._tokenizer.decode(self._context, self._skip)
@@ -119,6 +126,12 @@ class RowText:
         self._given += len(new)
         return new, False
 
+    def copy(self) -> RowText:
+        """For a run that has not begun: how far the text was given out."""
+        other = RowText(self.stream.copy())
+        other._text, other._given = self._text, self._given
+        return other
+
     def _rest(self) -> str:
         self._text += self.stream.flush()
         new, self._given = self._text[self._given :], len(self._text)
@@ -128,6 +141,41 @@ class RowText:
         """How many characters of `stop` the text may end with: the longest."""
         longest = min(len(stop) - 1, len(self._text) - self._given)
         return next((n for n in range(longest, 0, -1) if self._text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How far the text of each row was given out, so that a run which goes on from there gives out the rest.
+
+    after: length and last tokens of each row, to know whether a run does go on from there.
+    """
+
+    tokenizer: Decoder
+    texts: list[RowText]
+    after: list[tuple[int, list[int]]]
+
+    @classmethod
+    def of(cls, last: Texts | None, tokenizer: Decoder, token_ids: list[list[int]]) -> Texts:
+        """Those of the last run where its rows have read nothing since, new ones otherwise."""
+        if last is not None and last.tokenizer is tokenizer and last.after == cls.ends(token_ids):
+            return last
+        texts = [RowText(Stream(tokenizer, context=ids)) for ids in token_ids]
+        return cls(tokenizer, texts, cls.ends(token_ids))
+
+    @staticmethod
+    def ends(token_ids: list[list[int]]) -> list[tuple[int, list[int]]]:
+        return [(len(ids), ids[-8:]) for ids in token_ids]
+
+    def begun(self, stop_strings: Sequence[str], include: bool) -> Texts:
+        """A copy for a new run that goes on from here, see `RowText.begin`."""
+        new = self.rows(range(len(self.texts)))
+        for text in new.texts:
+            text.begin(stop_strings, include)
+        return new
+
+    def rows(self, chosen: Sequence[int]) -> Texts:
+        """A copy whose row n is row `chosen[n]`."""
+        return Texts(self.tokenizer, [self.texts[row].copy() for row in chosen], [self.after[row] for row in chosen])
 
 
 def checked(ids: Iterable[int]) -> list[int]:
