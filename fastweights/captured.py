@@ -19,7 +19,7 @@ from torch import Tensor
 from .model import KVCache, Llama, Span
 from .passes import Pass, Site, Turn
 from .plastic import PlasticLinear, bound
-from .rules import Rule, has_twin
+from .rules import Rule, twin_of
 from .state import EventLog
 from .watch import Watch
 
@@ -87,7 +87,7 @@ class Captured:
             return False
         rules = [linear.rule for linear in self.linears.values()]
         if len(rules) != len(self.rules) or not all(map(operator.is_, rules, self.rules)):
-            self.rules, self.local = rules, all(rule.neuron_local and has_twin(rule) for rule in rules)
+            self.rules, self.local = rules, all(rule.neuron_local and twin_of(rule) for rule in rules)
             if self.local:
                 self._read_rules()
         return self.local
@@ -179,12 +179,12 @@ class Captured:
 
     def _read_rules(self) -> None:
         """What of the rules is a number goes into a tensor; the rest is part of the form."""
-        twins = [linear.twin() for linear in self.linears.values()]
-        for numbers_LB, name in ((self.rate_LB, "rate"), (self.p0_LB, "p0")):
+        twins = [twin for rule in self.rules if (twin := twin_of(rule)) is not None]
+        for numbers_LB, name in ((self.rate_LB, "rate"), (self.p0_LB, "gamma")):
             for numbers_B, twin in zip(numbers_LB, twins, strict=True):
-                numbers_B.copy_(torch.tensor(twin[name], dtype=torch.float64))
+                numbers_B.copy_(torch.tensor(getattr(twin, name), dtype=torch.float64))
         self.kernels = [
-            (twin["rule"], rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
+            (twin.name, rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
             for twin, rule in zip(twins, self.rules, strict=True)
         ]
 
@@ -217,7 +217,7 @@ class Captured:
                 w_BR=self.w_GBR[group],
                 write_B=self.write_B,
                 rate=self.rate_LB[number],
-                p0=self.p0_LB[number],
+                gamma=self.p0_LB[number],
                 target=here,
                 bad_B=self.bad_LB[number],
             )

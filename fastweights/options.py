@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .model import Llama
 from .passes import Site
-from .rules import Rule, has_twin
+from .rules import Rule, twin_of
 from .state.budget import OVER_BUDGET, Budget
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def weight_norm(linear: nn.Linear | PlasticLinear) -> float:
 
 
 def backend_of(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) -> str:
-    known, cuda = has_twin(rule), model.device.type == "cuda"
+    known, cuda = twin_of(rule) is not None, model.device.type == "cuda"
     match backend:
         case "torch":
             return "torch"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .kernels.scan import Gram
+from .kernels.step import StepInputs as Turn
 from .state import EventLog
 
 Site = tuple[int, str]  # (layer, linear)
@@ -23,20 +24,6 @@ class Keys:
     bias_BT: Tensor | None
     norm_BT: Tensor  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a single token's event needs at one linear, on the device: the same tensors at every token."""
-
-    event_B: Tensor  # its number, int64
-    slot_B: Tensor  # where it goes
-    w_BR: Tensor  # weights of the events before it
-    write_B: Tensor  # bool
-    rate: Tensor  # with p0, of the rule's twin: []
-    p0: Tensor
-    target: Tensor | None
-    bad_B: Tensor  # int32, becomes 1 where the event is not finite
 
 
 @dataclass

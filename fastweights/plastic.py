@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 
 from .kernels.linear import linear
 from .kernels.read import read
-from .kernels.scan import Gram, before, scan
-from .kernels.step import step_, step_gated_
-from .kernels.values import IN_C, RULES, Value
+from .kernels.scan import Gram, Known, before, scan
+from .kernels.step import Factors, Frozen, StepInputs, StepLinear, StepRule, step_, step_gated_
 from .model import Llama
 from .options import backend_of, budget_of, check_target, factor_dtype_of
 from .passes import Binding, Keys, Pass, Site, Turn
@@ -27,9 +27,10 @@ from .rules import (
     Rule,
     check_rule,
     event_value,
-    has_twin,
     key_scale,
     target_at,
+    twin_event,
+    twin_of,
     value_of,
 )
 from .state import OVERFLOW, EventLog
@@ -187,44 +188,28 @@ class PlasticLinear(nn.Module):
             h_BTI = keys.h_BTI if now.width == 1 else side_by_side(keys.h_BTI)
             own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
             keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.width)
-        if not self._known(a_BCO, now.width):
-            return scan(a_BCO, keys.grams[t0, t1], value)
         row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
-        twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1], row_BC)
-        known = Value(**twin, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
-        return scan(a_BCO, keys.grams[t0, t1], known, self.backend)
+        known = self._kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
+        if known is not None:
+            known = replace(known, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
+        return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
 
-    def _known(self, a_BTO: Tensor, width: int) -> bool:
-        """Whether a kernel has this rule: Triton's, or the one in C, which takes a rate per row of the batch alone."""
-        if not has_twin(self.rule):
-            return False
-        if self.backend == "triton":
-            return True
-        one_rate = width == 1 or not isinstance(self.rule.rate, tuple)
-        return a_BTO.is_cpu and a_BTO.dtype == torch.float32 and one_rate and RULES.get(self.twin()["rule"]) in IN_C
+    def _kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:
+        """The rule as the scan's kernels know it; None: they do not."""
+        twin, target_BCO = twin_of(self.rule), None
+        # in C a rate belongs to a row of the batch, not to a row of a column
+        if twin is None or (self.backend == "torch" and row_BC is not None and isinstance(self.rule.rate, tuple)):
+            return None
+        target = getattr(self.rule, "target", None)
+        if isinstance(target, Tensor):
+            target_BCO = target_at(target, position_BC, row_BC).to(device=a_BCO.device, dtype=torch.float32)
+            target_BCO = target_BCO.expand(a_BCO.shape)
+        return Known(twin.name, self.activation.name, twin.rate, twin.gamma, self.rule.clip, target=target_BCO)
 
     def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""
-        a_BO = step_(
-            h_B1I[:, 0],
-            self.weight,
-            self.bias,
-            *self._factors(log),
-            turn.w_BR,
-            turn.slot_B,
-            turn.event_B,
-            turn.write_B,
-            turn.rate,
-            turn.p0,
-            _target(turn, position_B1, len(h_B1I)),
-            turn.bad_B,
-            rule=self.twin()["rule"],
-            activation=self.activation.name,
-            mu=self.rule.mu,
-            clip=self.rule.clip,
-            backend=self.backend,
-        )
-        return a_BO[:, None]
+        linear = self._step_linear(turn, log, position_B1, len(h_B1I))
+        return step_(h_B1I[:, 0], linear, self._step_rule(), self.backend)[:, None]
 
     def gate_and_up(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
         """SiLU(this linear) ⊙ up of one token, by one kernel that writes both events; None: call them one by one."""
@@ -237,57 +222,29 @@ class PlasticLinear(nn.Module):
             or touched(up)
         ):
             return None
-        rows, turn, other = len(h_B1I), now.turns[self.site], now.turns[up.site]
-        U_BRO, K_BRI, bias_BR, birth_BR = self._factors(now.logs[self.site])
-        U_up_BRO, K_up_BRI, bias_up_BR, birth_up_BR = up._factors(now.logs[up.site])
-        act_BO = step_gated_(
-            h_B1I[:, 0],
-            self.weight,
-            up.weight,
-            self.bias,
-            up.bias,
-            U_BRO,
-            U_up_BRO,
-            K_BRI,
-            K_up_BRI,
-            bias_BR,
-            bias_up_BR,
-            birth_BR,
-            birth_up_BR,
-            turn.w_BR,
-            turn.slot_B,
-            turn.event_B,
-            turn.write_B,
-            turn.rate,
-            other.rate,
-            turn.p0,
-            other.p0,
-            _target(turn, now.position_BT, rows),
-            _target(other, now.position_BT, rows),
-            turn.bad_B,
-            other.bad_B,
-            rule=self.twin()["rule"],
-            mu=self.rule.mu,
-            clip=self.rule.clip,
-            backend=self.backend,
+        gate, other = (
+            linear._step_linear(now.turns[linear.site], now.logs[linear.site], now.position_BT, len(h_B1I))
+            for linear in (self, up)
         )
-        return act_BO[:, None]
+        return step_gated_(h_B1I[:, 0], gate, other, self._step_rule(), self.backend)[:, None]
 
-    def _factors(self, log: EventLog) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        return log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR
+    def _step_linear(self, turn: Turn, log: EventLog, position_B1: Tensor, rows: int) -> StepLinear:
+        target = turn.target
+        if target is not None:
+            target = target_at(target, position_B1).expand(rows, 1, -1)[:, 0]
+        factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR)
+        return StepLinear(Frozen(self.weight, self.bias), factors, turn._replace(target=target))
 
-    def twin(self) -> dict:
-        """The rule in the kernels' words: its name there, rate and p0."""
-        return {"rate": self.rule.rate, "p0": 1.0, **getattr(self.rule, "twin")}  # noqa: B009
+    def _step_rule(self) -> StepRule:
+        rule, twin = self.rule, twin_of(self.rule)
+        assert twin is not None
 
-    def _twin(self, rows: int, position_BT: Tensor, row_BT: Tensor | None = None) -> dict:
-        """All that `kernels.values.Value` wants to know of the rule."""
-        twin = {**self.twin(), "target": None}
-        target = getattr(self.rule, "target", None)
-        if isinstance(target, Tensor):
-            target_BTO = target_at(target, position_BT, row_BT).to(device=position_BT.device, dtype=torch.float32)
-            twin["target"] = target_BTO.expand(rows, position_BT.shape[1], -1)
-        return {**twin, "activation": self.activation.name, "clip": self.rule.clip}
+        def event(activation: str, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
+            numbers = (inputs.rate, inputs.gamma, inputs.target)
+            phi = SILU if activation == "silu" else IDENTITY
+            return twin_event(twin.name, phi, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
+
+        return StepRule(twin.name, self.activation.name, rule.mu, rule.clip, event)
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
         rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip)
@@ -298,11 +255,6 @@ class PlasticLinear(nn.Module):
             norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
             now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, norm_BT, {})
         return now.keys
-
-
-def _target(turn: Turn, position_B1: Tensor, rows: int) -> Tensor | None:
-    """v* [B, O] of one token."""
-    return None if turn.target is None else target_at(turn.target, position_B1).expand(rows, 1, -1)[:, 0]
 
 
 class FastWeights:
