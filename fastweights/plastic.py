@@ -68,16 +68,27 @@ class PlasticLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
-        self.site, self.rule, self.rank, self.overflow = site, rule, rank, overflow
+        self.site, self.rank, self.overflow = site, rank, overflow
         self.backend, self.archive = backend, archive
         self.budget, self.factor_dtype = budget, factor_dtype
         self.activation: Activation = ACTIVATIONS[site[1]]
+        self.rule = rule
         self.binding = binding
 
     base: nn.Linear
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rule={self.rule}, rank={self.rank}"
+
+    @property
+    def rule(self) -> Rule:
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        self._rule, twin = rule, twin_of(rule)
+        # made here, because a compiled step must not look at the rate: that may change from token to token
+        self._step_rule = twin and StepRule(twin.name, self.activation.name, rule.mu, rule.clip, _event)
 
     @property
     def name(self) -> str:
@@ -189,12 +200,12 @@ class PlasticLinear(nn.Module):
             own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
             keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.width)
         row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
-        known = self._kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
+        known = self.kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
         if known is not None:
             known = replace(known, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
         return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
 
-    def _kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:
+    def kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:
         """The rule as the scan's kernels know it; None: they do not."""
         twin, target_BCO = twin_of(self.rule), None
         # in C a rate belongs to a row of the batch, not to a row of a column
@@ -208,8 +219,9 @@ class PlasticLinear(nn.Module):
 
     def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""
-        linear = self._step_linear(turn, log, position_B1, len(h_B1I))
-        return step_(h_B1I[:, 0], linear, self._step_rule(), self.backend)[:, None]
+        assert self._step_rule is not None
+        linear = self.step_linear(turn, log, position_B1, len(h_B1I))
+        return step_(h_B1I[:, 0], linear, self._step_rule, self.backend)[:, None]
 
     def gate_and_up(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
         """SiLU(this linear) ⊙ up of one token, by one kernel that writes both events; None: call them one by one."""
@@ -222,29 +234,19 @@ class PlasticLinear(nn.Module):
             or touched(up)
         ):
             return None
+        assert self._step_rule is not None
         gate, other = (
-            linear._step_linear(now.turns[linear.site], now.logs[linear.site], now.position_BT, len(h_B1I))
+            linear.step_linear(now.turns[linear.site], now.logs[linear.site], now.position_BT, len(h_B1I))
             for linear in (self, up)
         )
-        return step_gated_(h_B1I[:, 0], gate, other, self._step_rule(), self.backend)[:, None]
+        return step_gated_(h_B1I[:, 0], gate, other, self._step_rule, self.backend)[:, None]
 
-    def _step_linear(self, turn: Turn, log: EventLog, position_B1: Tensor, rows: int) -> StepLinear:
+    def step_linear(self, turn: Turn, log: EventLog, position_B1: Tensor, rows: int) -> StepLinear:
         target = turn.target
         if target is not None:
             target = target_at(target, position_B1).expand(rows, 1, -1)[:, 0]
         factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR)
         return StepLinear(Frozen(self.weight, self.bias), factors, turn._replace(target=target))
-
-    def _step_rule(self) -> StepRule:
-        rule, twin = self.rule, twin_of(self.rule)
-        assert twin is not None
-
-        def event(activation: str, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
-            numbers = (inputs.rate, inputs.gamma, inputs.target)
-            phi = SILU if activation == "silu" else IDENTITY
-            return twin_event(twin.name, phi, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
-
-        return StepRule(twin.name, self.activation.name, rule.mu, rule.clip, event)
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
         rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip)
@@ -255,6 +257,13 @@ class PlasticLinear(nn.Module):
             norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
             now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, norm_BT, {})
         return now.keys
+
+
+def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
+    """u of one token by its rule in torch: what a fused step writes."""
+    numbers = (inputs.rate, inputs.gamma, inputs.target)
+    activation = SILU if rule.activation == "silu" else IDENTITY
+    return twin_event(rule.name, activation, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
 
 
 class FastWeights:

@@ -40,7 +40,7 @@ static void values(const ScanArguments *p, float norm, const float *a, const flo
     }
 }
 
-/* Neurons o to o + n, n ≤ ACROSS: TALL tokens at a time, what earlier ones wrote coming in as one tile. */
+/* Neurons o to o + n, n ≤ ACROSS, TALL tokens at a time. What earlier tokens wrote is added as one tile. */
 static void neurons(const ScanArguments *p, long o, long n) {
   lanes u[MOST][WIDE] = {0}, a[WIDE] = {0}, frozen[WIDE] = {0}, target[WIDE] = {0}, sum[TALL][WIDE];
   for (long t0 = 0; t0 < p->T; t0 += TALL) {

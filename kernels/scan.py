@@ -1,6 +1,6 @@
 """scan: all the reads and writes of one prompt at one plastic linear, in parallel (DESIGN §3.2).
 
-    a_t = A_t + Σ_{s<t, s written} (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) u_s        u_t = value(a_t)
+    a_t = A_t + Σ_{s<t, s written} (1 − decay)^{e(s,t)} (h_t·k_s + bias_s) u_s        u_t = value(a_t)
 
 e(s,t) is the number of events after s and before t. Neurons are independent, so the tokens of one neuron are
 a strictly lower triangular system, nonlinear because u is a function of a.
@@ -69,17 +69,17 @@ def before(write_BT: torch.Tensor, width: int = 1) -> torch.Tensor:
 
 
 class Gram:
-    """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) where s < t and s is written, else 0; by rows of OUTER.
+    """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + bias_s) where s < t and s is written, else 0; by rows of OUTER.
 
-    h, k [B, T, I] any float dtype, kb [B, T] or None, write [B, T] bool, decay a float or a tensor [] or [B].
-    gate_proj and up_proj share h, k, kb, write and decay, and so one Gram: its rows are kept while they are
+    h, k [B, T, I] any float dtype, bias [B, T] or None, write [B, T] bool, decay a float or a tensor [] or [B].
+    gate_proj and up_proj share h, k, bias, write and decay, and so one Gram: its rows are kept while they are
     small and computed again otherwise, so that memory stays bounded for any T.
     """
 
-    def __init__(self, h_BTI, k_BTI, kb_BT, write_BT, decay=0.0, dtype=None, width=1):
+    def __init__(self, h_BTI, k_BTI, bias_BT, write_BT, decay=0.0, dtype=None, width=1):
         dtype = dtype or (torch.float64 if k_BTI.dtype == torch.float64 else torch.float32)
         self.h, self.k = h_BTI.to(dtype), k_BTI.to(dtype)
-        self.kb = None if kb_BT is None else kb_BT.to(dtype)
+        self.bias = None if bias_BT is None else bias_BT.to(dtype)
         self.write = write_BT.to(torch.bool).expand(h_BTI.shape[:2])
         self.decay, self.width = decay, width
         self.count = before(self.write)  # events before each token
@@ -98,8 +98,8 @@ class Gram:
 
     def _rows(self, t0: int, t1: int) -> torch.Tensor:
         G = torch.stack([product(h, k) for h, k in zip(self.h[:, t0:t1], self.k[:, :t1], strict=True)])
-        if self.kb is not None:
-            G += self.kb[:, None, :t1]
+        if self.bias is not None:
+            G += self.bias[:, None, :t1]
         if isinstance(self.decay, torch.Tensor) or self.decay != 0:
             events = (self.seen[:, t0:t1, None] - self.count[:, None, :t1] - 1).clamp_(min=0)
             keep = 1 - torch.as_tensor(self.decay, dtype=G.dtype, device=G.device)
@@ -210,8 +210,11 @@ def _solve(a, u, G, event, g0, t0, t1):
 
 
 def _sweep(start, L, event, t0, t1):
-    """Fixed-point sweeps of a = start + L u(a). L is strictly lower triangular: sweep n leaves the first n
-    tokens exact, so the last one is exact, whatever the rate; usually rounding is reached in a few."""
+    """Fixed-point sweeps of a = start + L u(a), until nothing changes any more.
+
+    L is strictly lower triangular, so after sweep n the first n tokens are exact. The last sweep is therefore exact at
+    any rate; usually a few sweeps reach rounding level.
+    """
     a, u = start, event(start, t0, t1)
     tolerance = 4 * torch.finfo(u.dtype).eps
     for sweep in range(t1 - t0 - 1):
@@ -378,7 +381,7 @@ def scan(
     """Pre-activations with every earlier write of this prompt in them, and the values written: (a, u).
 
     a [B, T, O] float32 or float64: frozen product, bias and the read of the factors present before the
-    prompt; `gram` from the same h, k, kb, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate
+    prompt; `gram` from the same h, k, bias, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate
     and clip included (the write mask is applied here). `known`: the same rule as kernels know it; None: it has no
     kernel, and runs in torch alone. u is 0 where nothing is written.
     """

@@ -1,6 +1,6 @@
 """step: one token at one plastic linear, for a batch of rows, in place and fused.
 
-    a = W h + b + Σ_j w_j (k_j·h + kb_j) u_j                    read, before this token's own write
+    a = W h + b + Σ_j w_j (k_j·h + bias_j) u_j                   read, before this token's own write
     k = h / (‖h‖² + mu),   u = rate · value(a), clipped         write, into slot `slot` where `write`
 
 and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, whose logs have slots, weights and
@@ -65,15 +65,14 @@ class StepRule(NamedTuple):
     """What of a rule is no tensor.
 
     name: in `values.KERNELS`. activation: "silu" or "identity". mu None: the key is h itself.
-    event: the same rule in torch, (activation, a_BO, frozen_BO, norm_B = ‖k‖, inputs) → u_BO; None: backend "triton"
-    alone.
+    event: what it writes, in torch: (this rule, a_BO, frozen_BO, norm_B = ‖k‖, inputs) → u_BO. None: "triton" alone.
     """
 
     name: str
     activation: str
     mu: float | None
     clip: float | None
-    event: Callable[[str, Tensor, Tensor, Tensor, StepInputs], Tensor] | None = None
+    event: Callable[[StepRule, Tensor, Tensor, Tensor, StepInputs], Tensor] | None = None
 
 
 # ---- torch
@@ -119,7 +118,7 @@ def reference(h_BI: Tensor, linear: StepLinear, rule: StepRule) -> Tensor:
     k_BI, scale_B, norm_B = _keys(h_BI.to(K_BRI.dtype), rule.mu)
     frozen_BO = F.linear(h_BI, W_OI, b_O).to(U_BRO.dtype)
     a_BO = frozen_BO + read_reference(h_BI[:, None], U_BRO, K_BRI, bias_BR, inputs.w_BR)[:, 0]
-    u_BO = rule.event(rule.activation, a_BO, frozen_BO, norm_B, inputs)
+    u_BO = rule.event(rule, a_BO, frozen_BO, norm_B, inputs)
     changes = ((U_BRO, u_BO), (K_BRI, k_BI), (bias_BR, scale_B), (birth_BR, inputs.event_B))
     _put(inputs.slot_B, inputs.write_B, *changes)
     _note(inputs.bad_B, inputs.slot_B, inputs.write_B, K_BRI.shape[1], u_BO, k_BI)

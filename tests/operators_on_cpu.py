@@ -9,11 +9,13 @@ PHI = {"silu": rules.SILU, "identity": rules.IDENTITY}
 def step_rule(name, activation, mu, clip=None):
     """A rule as a step knows it."""
 
-    def event(activation, a, frozen, norm, inputs):
-        numbers = (inputs.rate, inputs.gamma, inputs.target)
-        return rules.twin_event(name, PHI[activation], clip, a, frozen, norm, *numbers)
-
     return step.StepRule(name, activation, mu, clip, event)
+
+
+def event(rule, a, frozen, norm, inputs):
+    return rules.twin_event(
+        rule.name, PHI[rule.activation], rule.clip, a, frozen, norm, inputs.rate, inputs.gamma, inputs.target
+    )
 
 
 @step._op.register_kernel("cpu")

@@ -130,7 +130,7 @@ def step_linear(gemv, bias):
     return step._Linear(**frozen, **factors, rate=WORD, gamma=WORD, target=None, bad="*i32", c=WORD, **strides)
 
 
-ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "gamma_sb", "kb_sb", "bias_sb", "birth_sb", "w_sb", "w_st")
+ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "gamma_sb", "bias_sb", "birth_sb", "w_sb", "w_st")
 
 
 @pytest.mark.parametrize("target", TARGETS)
