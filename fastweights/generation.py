@@ -144,11 +144,12 @@ def _steps(
             ids_B1 = torch.tensor(chosen)[:, None]
             reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
             pieces, found = [""] * len(chosen) if texts else [], [False] * len(chosen)
-            texts = texts and texts.rows(range(len(chosen)))  # a copy: the attempt goes back to what stood before it
-            for row in running if texts else ():
-                piece = texts.texts[row].add(chosen[row], number == count, chosen[row] in stops.token_ids)
-                pieces[row], found[row] = piece
-            state.texts = texts and Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
+            if texts is not None:
+                texts = texts.rows(range(len(chosen)))  # a copy: the attempt goes back to what stood before it
+                for row in running:
+                    stop_token = chosen[row] in stops.token_ids
+                    pieces[row], found[row] = texts.texts[row].add(chosen[row], number == count, stop_token)
+                state.texts = Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
         for row in running:
             if chosen[row] in stops.token_ids:
                 reasons[row] = "stop_token"
