@@ -9,6 +9,8 @@ from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .surgery import surgery
 from .weights import load, save
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Delta",
     "Drift",
