@@ -22,6 +22,7 @@ from fastweights.benchmarks import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+TUTORIAL = "docs/tutorial.md"  # run as a notebook
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)")
 
@@ -98,7 +99,7 @@ def reader(smollm2, smollm2_folder, monkeypatch, tmp_path):
     fw.detach(smollm2[0])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL and blocks(page, "python")])
 def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(page, reader):
     namespace = {"__name__": "__main__"}
     for block in blocks(page, "python"):
@@ -145,15 +146,17 @@ def test_the_reference_holds_every_public_name():
     assert {name.split(".")[-1] for name in named} >= set(fw.__all__)
 
 
-def test_the_notebook_is_the_tutorial_and_gives_the_outputs_that_it_keeps(reader, tmp_path):
+def test_the_notebook_is_the_tutorial_and_gives_the_outputs_that_both_keep(reader, tmp_path):
     made = runpy.run_path(str(ROOT / "examples" / "notebook.py"))
-    fresh = made["notebook"]((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    fresh = made["notebook"]((ROOT / TUTORIAL).read_text(encoding="utf-8"))
     kept = nbformat.read(ROOT / "examples" / "tutorial.ipynb", as_version=4)
     assert [cell.source for cell in kept.cells] == [cell.source for cell in fresh.cells]
     made["run"](fresh, tmp_path)
-    for kept_cell, cell in zip(kept.cells, fresh.cells, strict=True):
-        if reader and cell.cell_type == "code":
+    cells = [cell for cell in zip(kept.cells, fresh.cells, strict=True) if cell[0].cell_type == "code"]
+    for (kept_cell, cell), block in zip(cells, blocks(TUTORIAL, "python"), strict=True):
+        if reader:
             check_output(printed(cell), printed(kept_cell))
+            check_output(printed(cell), block.output or "")
 
 
 def printed(cell) -> str:
