@@ -1,6 +1,8 @@
-"""Makes examples/tutorial.ipynb of docs/tutorial.md, and runs it: the page is the one source of both.
+"""Makes examples/tutorial.ipynb of docs/tutorial.md and runs it; the page is the source of both.
 
     pip install -e ".[test]" && python examples/notebook.py
+
+Text between ```python blocks becomes Markdown cells; outputs come from running the cells.
 """
 
 import re
