@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 import fastweights as fw
 from fastweights.config import LlamaConfig
 from fastweights.model import Llama
+from fastweights.tokenizer import Tokenizer
 
 from . import measure, peers
 from .measure import Unavailable
@@ -22,6 +25,7 @@ ALL = ("gate_proj", "up_proj", "down_proj")
 
 # vocabulary, width, MLP width, layers, heads, KV heads, tied, rope base
 SHAPES = {
+    "tiny": (512, 64, 160, 4, 4, 2, False, 10000.0),  # for trying the harness itself
     "135m": (49152, 576, 1536, 30, 9, 3, True, 100000.0),  # SmolLM2-135M
     "1b": (128256, 2048, 8192, 16, 32, 8, True, 500000.0),  # Llama-3.2-1B
     "8b": (128256, 4096, 14336, 32, 32, 8, False, 500000.0),  # Llama-3.1-8B
@@ -43,7 +47,8 @@ def shape_config(name: str) -> LlamaConfig:
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and not given back
+        return torch.cuda.mem_get_info(device)[0] + kept
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -60,7 +65,6 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
         model = Llama(config)
     model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    model.frequency = None
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -72,6 +76,15 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
                     0, 1 if "embed" in name and not config.tie_word_embeddings else scale, generator=generator
                 )
     return model.requires_grad_(False).eval()
+
+
+def byte_tokenizer(vocabulary: int) -> Tokenizer:
+    """One token a byte, the ids spread over the vocabulary: random weights have no tokenizer of their own."""
+    letters, apart = sorted(pre_tokenizers.ByteLevel.alphabet()), vocabulary // 256
+    backend = Backend(models.BPE({letter: n * apart for n, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
 
 
 class Bed:
@@ -94,9 +107,9 @@ class Bed:
             raise Unavailable(f"no memory for a copy of {need / 1e9:.1f} GB of weights for transformers")
         return peers.transformers_model(self.model)
 
-    def ids(self, tokens: int) -> Tensor:
+    def ids(self, tokens: int, rows: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        return torch.randint(self.config.vocab_size, (1, tokens), generator=generator)
+        return torch.randint(self.config.vocab_size, (rows, tokens), generator=generator)
 
     def layers(self, count: int | None = 3) -> list[int]:
         """`count` layers from a third of the depth on (11, 12, 13 of 30), or all."""
@@ -122,13 +135,15 @@ class Plastic:
         length: int,
         overflow: str = "grow",
         archive: bool = False,
+        rows: int = 1,
+        rule: fw.rules.Rule = RULE,
     ):
         self.bed = bed
         swap = [(bed.model.model.layers[n].mlp, name) for n in layers for name in linears]
         fw.detach(bed.model)
-        fw.attach(bed.model, layers, RULE, linears=linears, rank=rank, overflow=overflow, archive=archive)
+        fw.attach(bed.model, layers, rule, linears=linears, rank=rank, overflow=overflow, archive=archive)
         self.linears = [(mlp, name, getattr(mlp, name)) for mlp, name in swap]
-        self.episode = fw.Episode(bed.model, max_length=length)
+        self.episode = fw.Episode(bed.model, rows, max_length=length)
 
     def on(self) -> None:
         fw.detach(self.bed.model)

@@ -24,7 +24,7 @@ import fastweights as fw
 from fastweights import hub, weights
 
 from . import measure
-from .bed import SHAPES, Bed, random_model, shape_config
+from .bed import SHAPES, Bed, byte_tokenizer, random_model, shape_config
 from .cases import CASES, Case
 from .measure import Ceiling, Patience, Unavailable, Wrong
 from .results import ceilings, notes, table, write_results
@@ -34,27 +34,40 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 when a check refused a case."""
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[2:] if argv is None else list(argv)
+    options = _parser().parse_args(arguments)
     if options.list:
         for case in CASES.values():
             print(f"{case.name:32} {case.about}")
         return 0
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch {torch.__version__} sees no CUDA device on this machine")
+    if not options.check and (options.resume or options.no_tests):
+        raise ValueError("--resume and --no-tests belong to --check: give that too")
+    if options.check:
+        from .check import main as check
+
+        return check(options, arguments)
     chosen = select(options.case)
+    repeats = 10 if options.repeats is None else options.repeats
+    seconds = 0.25 if options.seconds is None else options.seconds
+    patience = 60.0 if options.patience is None else options.patience
     torch.set_grad_enabled(False)
     if options.threads:
         torch.set_num_threads(options.threads)
     show = Display()
-    bed = make_bed(options.model, options.shape, DTYPES[options.dtype], torch.device(options.device))
+    bed = make_bed(options.model, options.shape, DTYPES[options.dtype or "float32"], device)
     show.say("measuring the ceilings")
     ceiling = Ceiling(bed.device, bed.dtype)
-    run = {"ceiling": ceiling.measure(options.repeats, Patience(options.patience, show.say)), **where(bed)}
+    run = {"ceiling": ceiling.measure(repeats, Patience(patience, show.say)), **where(bed)}
     show.header(run)
     records = []
     for case in chosen:
         record = {
             "case": case.name,
             **run,
-            **run_case(case, bed, ceiling, options.repeats, options.seconds, options.patience, show.say),
+            **run_case(case, bed, ceiling, repeats, seconds, patience, show.say),
         }
         records.append(record)
         show.record(record)
@@ -73,13 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="folder or name; default: SmolLM2-135M-Instruct")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32; bfloat16 in a --check of a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds of A B A B (default 10)")
-    parser.add_argument("--seconds", type=float, default=0.25, help="on the clock per sample (default 0.25)")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds per case for disturbed samples (60)")
+    parser.add_argument("--repeats", type=int, help="rounds of A B A B (default 10; 1 to 3 in a --check)")
+    parser.add_argument("--seconds", type=float, help="on the clock per sample (default 0.25; 0.1 in a --check)")
+    parser.add_argument("--patience", type=float, help="seconds per case for disturbed samples (60; 0 in a --check)")
     parser.add_argument("--json", metavar="FILE", help="append one JSON line per case")
     parser.add_argument("--out", metavar="RESULTS.md", help="write the page; RESULTS.jsonl beside it keeps the records")
+    parser.add_argument(
+        "--check", action="store_true", help="GPU tests, then the cases by importance; --out is a folder"
+    )
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long a --check may take (default 5)")
+    parser.add_argument("--no-tests", action="store_true", help="a --check of the cases alone")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # the process that a --check starts
+    parser.add_argument("--resume", action="store_true", help="goes on with a --check that was stopped")
     return parser
 
 
@@ -105,7 +125,7 @@ def make_bed(name: str | None, shape: str | None, dtype: torch.dtype, device: to
         model = random_model(shape_config(shape), dtype, device)
     except Unavailable as reason:
         raise ValueError(f"--shape {shape} --dtype {str(dtype)[6:]}: {reason}") from reason
-    return Bed(model, f"random {shape}")
+    return Bed(model, f"random {shape}", byte_tokenizer(model.config.vocab_size))
 
 
 def run_case(
@@ -178,7 +198,8 @@ def where(bed: Bed) -> dict[str, Any]:
         "commit": _commit(),
         "versions": {
             "python": platform.python_version(),
-            **_versions("torch", "transformers", "triton", "fastweights"),
+            "torch": torch.__version__,  # its metadata leaves out which CUDA it is for
+            **_versions("transformers", "triton", "fastweights"),
         },
     }
 

@@ -142,7 +142,16 @@ class HookLoop:
 
     @torch.no_grad()
     def run(self, context: Sequence[int], question: Sequence[int], prompt: Sequence[int], answers: Sequence[int]):
-        """Distances [N, L+1] and answer log-probabilities [N, A]; `prompt` is context and question together."""
+        """Distances [N, L+1] and answer log-probabilities [N, A]; `prompt` is context and question together.
+
+        The weights are the original ones afterwards.
+        """
+        try:
+            return self._run(context, question, prompt, answers)
+        finally:
+            self.reset()  # other cases compare with these weights
+
+    def _run(self, context: Sequence[int], question: Sequence[int], prompt: Sequence[int], answers: Sequence[int]):
         target, _ = self.hidden(prompt)
         rows, scores = [], []
 

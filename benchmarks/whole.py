@@ -38,8 +38,6 @@ def fitted(encode: Callable[[str], list[int]], text: str, tokens: int, keep: str
 
 def surgery(bed: Bed, context_tokens: int = 62, question_tokens: int = 45) -> Experiment:
     """fw.surgery, a probe with all layers captured after every event, against the hook loop on transformers."""
-    if not hasattr(fw, "surgery"):
-        raise Unavailable("fastweights has no surgery yet")
     if bed.tokenizer is None:
         raise Unavailable("this model has no tokenizer")
     model, tokenizer, rule = bed.model, bed.tokenizer, fw.Hebbian(rate=0.01)
@@ -63,12 +61,12 @@ def surgery(bed: Bed, context_tokens: int = 62, question_tokens: int = 45) -> Ex
     def ours_checked() -> Tensor:
         fw.detach(model)
         record = ours()
-        return torch.cat([record.distance.flatten(), record.logprob.flatten()])
+        return torch.cat([each.flatten().double().cpu() for each in (record.distance, record.logprob)])
 
     def theirs_checked() -> Tensor:
         loop.reset()
         distance, logprob = theirs()
-        return torch.cat([distance.flatten(), logprob.flatten()])
+        return torch.cat([each.flatten().double().cpu() for each in (distance, logprob)])
 
     return Experiment(
         [Trial("surgery", ours, 1, partial(fw.detach, model)), Trial("hook loop", theirs, 1, loop.reset)],

@@ -1,11 +1,12 @@
 """fastweights: a Llama whose MLP weights change while it reads and writes."""
 
-from .drift import Drift
+from .attach import attach, detach
 from .episode import Episode
+from .episode_state import EpisodeState as Snapshot
 from .inputs import token_ids
-from .moments import Moment
-from .plastic import attach, detach
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .state.drift import Drift
+from .state.moments import Moment
 from .surgery import surgery
 from .weights import load, save
 
@@ -19,6 +20,7 @@ __all__ = [
     "Hebbian",
     "LocalLeastSquares",
     "Moment",
+    "Snapshot",
     "attach",
     "detach",
     "load",

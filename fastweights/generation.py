@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .feed import Reader
 from .inputs import Update
 from .sampling import Sampling
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from .episode import Episode
 
 Prompt = tuple[Tensor, Tensor | None] | None  # ids [B, T] and mask
 
@@ -36,7 +33,7 @@ class Step:
 
 
 def generate(
-    episode: Episode,
+    reader: Reader,
     prompt: Prompt,
     max_new_tokens: int,
     update: Update,
@@ -47,26 +44,27 @@ def generate(
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
     """See `Episode.generate`; what it refuses is refused here and now, before the first step is asked for."""
+    state = reader.state
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     if stop_strings and tokenizer is None:
         raise ValueError("generate(stop_strings=...) needs tokenizer= to know the text")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more")
-    if prompt is None and episode.logits_BV is None:
+    if prompt is None and state.logits_BV is None:
         raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
-    longest = max(episode.lengths) + max_new_tokens + (0 if prompt is None else prompt[0].shape[1])
-    if longest > episode.cache.limit:
+    longest = max(state.lengths) + max_new_tokens + (0 if prompt is None else prompt[0].shape[1])
+    if longest > state.cache.limit:
         raise ValueError(
             f"a prompt that ends at {longest - max_new_tokens} tokens and {max_new_tokens} new ones do not fit: "
-            f"the KV cache holds {episode.cache.limit} per row"
+            f"the KV cache holds {state.cache.limit} per row"
         )
     if seed is not None:
-        episode.generator.manual_seed(seed)
-    return _steps(episode, prompt, max_new_tokens, update, sampling, set(stop_token_ids), stop_strings, tokenizer)
+        state.generator.manual_seed(seed)
+    return _steps(reader, prompt, max_new_tokens, update, sampling, set(stop_token_ids), stop_strings, tokenizer)
 
 
 def _steps(
-    episode: Episode,
+    reader: Reader,
     prompt: Prompt,
     max_new_tokens: int,
     update: Update,
@@ -75,25 +73,26 @@ def _steps(
     stop_strings: list[str],
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
+    state = reader.state
     if prompt is not None:
-        with torch.no_grad():
-            episode._feed(prompt[0], prompt[1], update, generated=False, logits="last")
-    if 0 in episode.lengths:
-        raise ValueError(
-            f"row {episode.lengths.index(0)} has read no token: generate() has nothing to go on from there"
-        )
-    ended = [False] * episode.batch_size
+        with state.alone():
+            reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
+    if 0 in state.lengths:
+        raise ValueError(f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there")
+    ended = [False] * state.batch_size
     streams = [tokenizer.stream() for _ in ended] if tokenizer else []
-    texts = [""] * episode.batch_size
+    texts = [""] * state.batch_size
     for _ in range(max_new_tokens):
-        assert episode.logits_BV is not None
-        logits_BV = episode.logits_BV
-        chosen_B = sampling.choose(logits_BV, episode.seen, episode.generator).cpu()
-        chosen = [s[-1] if done else c for s, done, c in zip(episode.seen, ended, chosen_B.tolist(), strict=True)]
-        ids_B1 = torch.tensor(chosen)[:, None]
-        mask_B1 = ~torch.tensor(ended)[:, None] if any(ended) else None
-        with torch.no_grad():
-            episode._feed(ids_B1, mask_B1, update, generated=True, logits="last")
+        assert state.logits_BV is not None
+        logits_BV = state.logits_BV
+        with state.alone(), state.attempt():
+            chosen_B = sampling.choose(logits_BV, state.token_ids, state.generator).cpu()
+            chosen = [
+                s[-1] if done else c for s, done, c in zip(state.token_ids, ended, chosen_B.tolist(), strict=True)
+            ]
+            ids_B1 = torch.tensor(chosen)[:, None]
+            mask_B1 = ~torch.tensor(ended)[:, None] if any(ended) else None
+            reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
         pieces = ["" if done else s.push(c) for s, done, c in zip(streams, ended, chosen, strict=False)]
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)] if pieces else texts
         ended = [

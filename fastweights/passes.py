@@ -1,39 +1,65 @@
-"""What one forward pass is to the plastic linears: what they may read, and how they write."""
+"""What one forward pass is: the tokens it reads, and what the plastic linears may read and write in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
+from .cache import Positions
+from .episode_state import Address
 from .kernels.scan import Gram
 from .state import EventLog
-
-Site = tuple[int, str]  # (layer, linear)
+from .state.events import Events
 
 
 @dataclass(frozen=True)
-class Keys:
-    """What the events of one input have in common, whatever the linear."""
+class Tokens:
+    """What one pass reads: some columns of a feed. All tensors are on the CPU.
 
-    h_BTI: Tensor  # the input itself, before any cast: identity tells whether another linear may share
+    logits: "all" or "last", which of the logits are wanted.
+    """
+
+    ids_BT: Tensor
+    positions: Positions
+    write_BT: Tensor  # bool: which tokens make an event
+    logits: str = "all"
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens to be written, per row."""
+        return self.write_BT.sum(1).tolist()
+
+    @property
+    def single(self) -> bool:
+        """True if this is one token of each row."""
+        return self.ids_BT.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """The keys of one input, for every linear that reads the same input under rules whose keys are alike."""
+
+    h_BTI: Tensor  # the input itself, before any cast
+    version: int  # of h, which an edit in place raises
     form: tuple  # (mu, bias, decay, clip) of the rule
     k_BTI: Tensor
     bias_BT: Tensor | None
-    norm_BT: Tensor  # ‖k‖, where the rule clips
+    norm_BT: Tensor | None  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a single token's event needs at one linear, on the device: the same tensors at every token."""
+class StepInputs:
+    """What a single token's event needs at one linear on a GPU: the same tensors at every token."""
 
     event_B: Tensor  # its number, int64
     slot_B: Tensor  # where it goes
     w_BR: Tensor  # weights of the events before it
     write_B: Tensor  # bool
-    rate: Tensor  # with p0, of the rule's twin: []
+    rate: Tensor  # with p0, of the rule's compiled form: []
     p0: Tensor
     target: Tensor | None
     bad_B: Tensor  # int32, becomes 1 where the event is not finite
@@ -43,29 +69,23 @@ class Turn:
 class Pass:
     """One forward pass over all plastic linears: what they read and write.
 
-    A linear writes its events as the pass goes by. Should the pass fail, the episode takes them back: it has a copy of
-    every log that could not do that by itself.
+    Events are written during the pass. If it fails they are rolled back; logs that would fold on the way are copied
+    first, see `EpisodeState.attempt`.
 
-    Where B rows share one log, positions, mask and events are those of one row of T · B tokens, see `side_by_side`.
+    Where B rows share one ΔW, positions, mask and events are those of one row of T · B tokens, see `side_by_side`.
     """
 
-    logs: Mapping[Site, EventLog]
+    logs: Mapping[Address, EventLog]
     position_BT: Tensor
     write_BT: Tensor | None = None  # None: read only
-    counts: Sequence[int] = ()  # events to come, per row
-    whole: bool = False  # every token of every row is written
-    width: int = 1  # tokens side by side: B where the rows share one log
+    counts: Sequence[int] = ()  # events to come, per ΔW
+    write_events: Callable[[Address, Events], None] | None = None  # their door, see `EpisodeState.write`
+    all_written: bool = False  # every token of every row makes an event
+    rows_per_column: int = 1  # tokens side by side: B where the rows share one ΔW
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
-    weights: dict[Site, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
-    turns: Mapping[Site, Turn] = field(default_factory=dict)  # linears that write their event into its slot themselves
+    slot_weights: dict[Address, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
+    steps: Mapping[Address, StepInputs] = field(default_factory=dict)  # linears whose kernel writes the event itself
     pairs: frozenset[int] = frozenset()  # layers whose gate and up do that in one kernel
     # gradient rules: (a, h) of this token, a with its graph
-    taped: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    keys: Keys | None = None  # of the linear that ran last: gate and up see the same h and share them
-
-
-@dataclass
-class Binding:
-    """Which pass is running: one for all plastic linears of a model. Set by `bound`, None otherwise."""
-
-    now: Pass | None = None
+    taped: dict[Address, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: SharedKeys | None = None  # of the linear that ran last: gate and up read the same input

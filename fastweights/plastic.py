@@ -1,45 +1,37 @@
-"""PlasticLinear: a frozen linear plus the fast weights of whichever episode is running; attach and detach."""
+"""PlasticLinear: a frozen linear plus the fast weights of whichever episode runs in this thread."""
 
 from __future__ import annotations
-
-import contextlib
-import weakref
-from collections.abc import Iterator, Sequence
-from numbers import Integral
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .budget import Budget
-from .events import Events, as_rows, side_by_side
+from .binding import Binding
+from .episode_state import Address
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, before, scan
 from .kernels.step import step_, step_gated_
 from .kernels.values import IN_C, RULES, Value
 from .model import Llama
-from .options import backend_of, budget_of, check_target, factor_dtype_of
-from .passes import Binding, Keys, Pass, Site, Turn
+from .passes import Pass, SharedKeys, StepInputs
 from .rules import (
     IDENTITY,
     SILU,
     Activation,
     Local,
     Rule,
-    check_rule,
     event_value,
     has_twin,
     key_scale,
     target_at,
     value_of,
 )
-from .state import OVERFLOW, EventLog
+from .state import EventLog
+from .state.budget import Budget
+from .state.events import Events, as_rows, side_by_side
 from .watch import touched
 
-if TYPE_CHECKING:
-    from .episode import Episode
-
+# the linears of an MLP, in the order in which a forward pass meets them, with their φ
 ACTIVATIONS = {"gate_proj": SILU, "up_proj": IDENTITY, "down_proj": IDENTITY}
 
 
@@ -53,7 +45,7 @@ class PlasticLinear(nn.Module):
     def __init__(
         self,
         base: nn.Linear,
-        site: Site,
+        address: Address,
         rule: Rule,
         rank: int,
         overflow: str,
@@ -67,10 +59,10 @@ class PlasticLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
-        self.site, self.rule, self.rank, self.overflow = site, rule, rank, overflow
+        self.address, self.rule, self.rank, self.overflow = address, rule, rank, overflow
         self.backend, self.archive = backend, archive
         self.budget, self.factor_dtype = budget, factor_dtype
-        self.activation: Activation = ACTIVATIONS[site[1]]
+        self.activation: Activation = ACTIVATIONS[address[1]]
         self.binding = binding
 
     base: nn.Linear
@@ -80,25 +72,38 @@ class PlasticLinear(nn.Module):
 
     @property
     def name(self) -> str:
-        return f"layers.{self.site[0]}.mlp.{self.site[1]}"
-
-    @property
-    def plain(self) -> bool:
-        """Whether it gives W h + b at the moment: no episode runs."""
-        return self.binding.now is None
+        return f"layers.{self.address[0]}.mlp.{self.address[1]}"
 
     def new_log(self, rows: int) -> EventLog:
         size, policy = (rows, self.out_features, self.in_features, self.rank), (self.overflow, self.rule.decay)
         place = (self.factor_dtype, self.weight.device)
         return EventLog(self.name, *size, *policy, *place, self.archive, self.budget)
 
+    def check_rows(self, rows: int, shared: bool) -> None:
+        """Refuses rates that are not one per row of an episode, and what a shared ΔW cannot have."""
+        if shared and rows > 1 and self.budget is not None:
+            raise ValueError(
+                f"{self.name} has a budget, which is kept event by event, but the rows of a shared episode write "
+                "side by side: expected shared=False or a linear without a budget"
+            )
+        rate, rule = self.rule.rate, type(self.rule).__name__
+        if isinstance(rate, tuple) and len(rate) != rows:
+            raise ValueError(
+                f"{self.name}: {rule} has {len(rate)} rates, one per row, but this episode has batch {rows}"
+            )
+        if isinstance(rate, tuple) and shared and self.backend == "triton":
+            raise ValueError(
+                f"{self.name}: {rule} has a rate per row, which a shared episode cannot run on backend='triton': "
+                "attach with backend='torch'"
+            )
+
     def forward(self, h_BTI: Tensor) -> Tensor:
         now = self.binding.now
         if now is None:
             return linear(h_BTI, self.weight, self.bias)
-        log = now.logs[self.site]
-        if self.site in now.turns:
-            return self._step(now.turns[self.site], log, h_BTI, now.position_BT)
+        log = now.logs[self.address]
+        if self.address in now.steps:
+            return self._step(now.steps[self.address], log, h_BTI, now.position_BT)
         writes = now.write_BT is not None and self.rule.neuron_local
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None:
@@ -107,14 +112,14 @@ class PlasticLinear(nn.Module):
         if writes:
             return self._write(now, log, frozen_BTO.to(log.dtype), h_BTI).to(frozen_BTO.dtype)
         a_BTO = frozen_BTO.to(log.dtype)
-        if now.weights is not None:
-            a_BTO = a_BTO + self._read_moments(now.weights[self.site], log, h_BTI.to(log.dtype))
+        if now.slot_weights is not None:
+            a_BTO = a_BTO + self._read_moments(now.slot_weights[self.address], log, h_BTI.to(log.dtype))
         elif log.used:
             a_BTO = a_BTO + self._read(log, h_BTI.to(log.dtype), None)
         if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
-            now.taped[self.site] = (a_BTO, h_BTI.detach().to(log.dtype))
+            now.taped[self.address] = (a_BTO, h_BTI.detach().to(log.dtype))
         return a_BTO.to(frozen_BTO.dtype)
 
     def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor:
@@ -123,11 +128,11 @@ class PlasticLinear(nn.Module):
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
         w_BTR = None
-        if not log.plain(h_BTI.shape[1]):
+        if not log.all_alive(h_BTI.shape[1]):
             events_BT = log.now()
             if write_BT is not None and h_BTI.shape[1] > 1:
                 events_BT = events_BT + before(write_BT, width)
-            w_BTR = log.weights(events_BT)
+            w_BTR = log.slot_weights(events_BT)
         return read(h_BTI, U_BRO, K_BRI, bias_BR if self.rule.bias else None, w_BTR, self.backend)
 
     def _read_moments(self, w_EMR: Tensor, log: EventLog, h_BTI: Tensor) -> Tensor:
@@ -144,29 +149,32 @@ class PlasticLinear(nn.Module):
     def _write(self, now: Pass, log: EventLog, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
         """a of every token, each with the events of the tokens before it; writes the events.
 
-        A log that overflows on the way is read and written from one fold or turn of the ring to the next. Should the
-        pass fail later, the episode takes the events back.
+        If the log overflows inside this prompt, the prompt is processed in segments that end at each fold (or before
+        the ring wraps).
         """
         assert now.write_BT is not None
+        assert now.write_events is not None
         keys = self._keys(now, h_BTI, log.dtype)
-        if now.width > 1:
+        if now.rows_per_column > 1:
             frozen_BTO, h_BTI = side_by_side(frozen_BTO), side_by_side(h_BTI)
         h_BTI = h_BTI.to(log.dtype)
         parts = []
-        for t0, t1 in [(0, h_BTI.shape[1])] if log.fits(now.counts) else log.segments(now.write_BT, now.width):
+        whole = [(0, h_BTI.shape[1])]
+        for t0, t1 in whole if log.fits(now.counts) else log.segments(now.write_BT, now.rows_per_column):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
             if log.used:
-                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC, now.width)
+                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC, now.rows_per_column)
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
-            log.append(Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.whole))
+            events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.all_written)
+            now.write_events(self.address, events)
             parts.append(a_BCO)
         a_BTO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return a_BTO if now.width == 1 else as_rows(a_BTO, now.width)
+        return a_BTO if now.rows_per_column == 1 else as_rows(a_BTO, now.rows_per_column)
 
     def _solve(
-        self, now: Pass, keys: Keys, a_BCO: Tensor, frozen_BTO: Tensor, t0: int, t1: int
+        self, now: Pass, keys: SharedKeys, a_BCO: Tensor, frozen_BTO: Tensor, t0: int, t1: int
     ) -> tuple[Tensor, Tensor]:
         """a and u of tokens t0 to t1, given a without each other's events."""
         assert now.write_BT is not None
@@ -175,23 +183,25 @@ class PlasticLinear(nn.Module):
             here = slice(t0 + c0, t0 + c1)
             row_BT = None if now.row_BT is None else now.row_BT[:, here]
             at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here], row_BT)
-            return event_value(self.rule, value_of(self.rule, a, self.activation, at), keys.norm_BT[:, here], row_BT)
+            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, here]
+            return event_value(self.rule, value_of(self.rule, a, self.activation, at), norm_BC, row_BT)
 
-        if t1 - t0 == now.width:
+        if t1 - t0 == now.rows_per_column:
             # the only token that may carry a graph: gradient rules go token by token
-            u_B1O = value(a_BCO.detach(), 0, now.width)
-            return a_BCO, u_B1O if now.whole else u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
+            u_B1O = value(a_BCO.detach(), 0, now.rows_per_column)
+            return a_BCO, u_B1O if now.all_written else u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
         if (t0, t1) not in keys.grams:
             part = slice(t0, t1)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, part]
-            h_BTI = keys.h_BTI if now.width == 1 else side_by_side(keys.h_BTI)
+            h_BTI = keys.h_BTI if now.rows_per_column == 1 else side_by_side(keys.h_BTI)
             own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
-            keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.width)
-        if not self._known(a_BCO, now.width):
+            keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.rows_per_column)
+        if not self._known(a_BCO, now.rows_per_column):
             return scan(a_BCO, keys.grams[t0, t1], value)
         row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
         twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1], row_BC)
-        known = Value(**twin, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
+        norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, t0:t1]
+        known = Value(**twin, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, t0:t1])
         return scan(a_BCO, keys.grams[t0, t1], known, self.backend)
 
     def _known(self, a_BTO: Tensor, width: int) -> bool:
@@ -203,21 +213,21 @@ class PlasticLinear(nn.Module):
         one_rate = width == 1 or not isinstance(self.rule.rate, tuple)
         return a_BTO.is_cpu and a_BTO.dtype == torch.float32 and one_rate and RULES.get(self.twin()["rule"]) in IN_C
 
-    def _step(self, turn: Turn, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
+    def _step(self, inputs: StepInputs, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""
         a_BO = step_(
             h_B1I[:, 0],
             self.weight,
             self.bias,
             *self._factors(log),
-            turn.w_BR,
-            turn.slot_B,
-            turn.event_B,
-            turn.write_B,
-            turn.rate,
-            turn.p0,
-            _target(turn, position_B1, len(h_B1I)),
-            turn.bad_B,
+            inputs.w_BR,
+            inputs.slot_B,
+            inputs.event_B,
+            inputs.write_B,
+            inputs.rate,
+            inputs.p0,
+            _target(inputs, position_B1, len(h_B1I)),
+            inputs.bad_B,
             rule=self.twin()["rule"],
             activation=self.activation.name,
             mu=self.rule.mu,
@@ -231,15 +241,15 @@ class PlasticLinear(nn.Module):
         now = self.binding.now
         if (
             now is None
-            or self.site[0] not in now.pairs
+            or self.address[0] not in now.pairs
             or type(up) is not PlasticLinear
             or touched(self)
             or touched(up)
         ):
             return None
-        rows, turn, other = len(h_B1I), now.turns[self.site], now.turns[up.site]
-        U_BRO, K_BRI, bias_BR, birth_BR = self._factors(now.logs[self.site])
-        U_up_BRO, K_up_BRI, bias_up_BR, birth_up_BR = up._factors(now.logs[up.site])
+        rows, inputs, other = len(h_B1I), now.steps[self.address], now.steps[up.address]
+        U_BRO, K_BRI, bias_BR, birth_BR = self._factors(now.logs[self.address])
+        U_up_BRO, K_up_BRI, bias_up_BR, birth_up_BR = up._factors(now.logs[up.address])
         act_BO = step_gated_(
             h_B1I[:, 0],
             self.weight,
@@ -254,17 +264,17 @@ class PlasticLinear(nn.Module):
             bias_up_BR,
             birth_BR,
             birth_up_BR,
-            turn.w_BR,
-            turn.slot_B,
-            turn.event_B,
-            turn.write_B,
-            turn.rate,
+            inputs.w_BR,
+            inputs.slot_B,
+            inputs.event_B,
+            inputs.write_B,
+            inputs.rate,
             other.rate,
-            turn.p0,
+            inputs.p0,
             other.p0,
-            _target(turn, now.position_BT, rows),
+            _target(inputs, now.position_BT, rows),
             _target(other, now.position_BT, rows),
-            turn.bad_B,
+            inputs.bad_B,
             other.bad_B,
             rule=self.twin()["rule"],
             mu=self.rule.mu,
@@ -289,85 +299,32 @@ class PlasticLinear(nn.Module):
             twin["target"] = target_BTO.expand(rows, position_BT.shape[1], -1)
         return {**twin, "activation": self.activation.name, "clip": self.rule.clip}
 
-    def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> Keys:
-        rule, form = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip)
-        if now.keys is None or now.keys.h_BTI.data_ptr() != h_BTI.data_ptr() or now.keys.form != form:
-            h = (h_BTI if now.width == 1 else side_by_side(h_BTI)).detach().to(dtype)
-            scale_BT = key_scale(rule, h.square().sum(-1))
-            k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
-            norm_BT = scale_BT if rule.clip is None else k_BTI.norm(dim=-1)  # only a clip looks at it
-            now.keys = Keys(h_BTI.detach(), form, k_BTI, bias_BT, norm_BT, {})
+    def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
+        """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
+        rule, form, shared = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip), now.keys
+        version = 0 if h_BTI.is_inference() else h_BTI._version
+        if (
+            shared is not None
+            and (shared.h_BTI.data_ptr(), shared.version, shared.form) == (h_BTI.data_ptr(), version, form)
+            and not touched(self)
+        ):
+            return shared
+        h = (h_BTI if now.rows_per_column == 1 else side_by_side(h_BTI)).detach().to(dtype)
+        scale_BT = key_scale(rule, h.square().sum(-1))
+        k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
+        norm_BT = None if rule.clip is None else k_BTI.norm(dim=-1)
+        now.keys = SharedKeys(h_BTI.detach(), version, form, k_BTI, bias_BT, norm_BT, {})
         return now.keys
 
 
-def _target(turn: Turn, position_B1: Tensor, rows: int) -> Tensor | None:
+def _target(inputs: StepInputs, position_B1: Tensor, rows: int) -> Tensor | None:
     """v* [B, O] of one token."""
-    return None if turn.target is None else target_at(turn.target, position_B1).expand(rows, 1, -1)[:, 0]
+    return None if inputs.target is None else target_at(inputs.target, position_B1).expand(rows, 1, -1)[:, 0]
 
 
-class FastWeights:
-    """The plastic linears of one `attach` call.
-
-    `delta_weight` and the other questions about a state look at the episode given, or else at the one that
-    ran last on this model.
-    """
-
-    def __init__(self, model: Llama, linears: dict[Site, PlasticLinear]):
-        self.model, self.linears = model, linears
-
-    def __repr__(self) -> str:
-        return f"FastWeights({', '.join(p.name for p in self.linears.values())})"
-
-    def delta_weight(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
-        """ΔW of one linear in one row of an episode (a shared one has one), dense [O, I], float32 or float64."""
-        return self._log(layer, linear, episode, row).delta_weight(row)
-
-    def delta_bias(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> Tensor:
-        """Δb of one linear in one row of an episode, [O]."""
-        return self._log(layer, linear, episode, row).delta_bias(row)
-
-    def error(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> tuple[float, float]:
-        """(error_2, error_F): bounds on ‖ΔW_exact − ΔW‖ of one linear, see `EventLog.certificate`."""
-        return self._log(layer, linear, episode, row).certificate(row)
-
-    def delta_norm(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
-        """‖ΔW‖_F of one linear, from the factors."""
-        return self._log(layer, linear, episode, row).delta_norm(row)
-
-    def effective_rank(self, layer: int, linear: str, *, row: int = 0, episode: Episode | None = None) -> float:
-        """exp of the entropy of the normalised singular values of ΔW (Roy & Vetterli 2007)."""
-        return self._log(layer, linear, episode, row).effective_rank(row)
-
-    def _log(self, layer: int, linear: str, episode: Episode | None, row: int) -> EventLog:
-        if (layer, linear) not in self.linears:
-            raise ValueError(
-                f"layer {layer} {linear!r} is not plastic here; plastic are "
-                f"{', '.join(f'{site[0]} {site[1]}' for site in self.linears)}"
-            )
-        episode = episode or last_episode(self.model)
-        if episode is None:
-            raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
-        log = episode.logs[layer, linear]
-        if not 0 <= row < len(log.events):
-            raise ValueError(f"row {row} of layers.{layer}.mlp.{linear} does not exist: there are {len(log.events)}")
-        return log
-
-
-_last_episode: weakref.WeakKeyDictionary[Llama, weakref.ref[Episode]] = weakref.WeakKeyDictionary()
-
-
-def last_ran(model: Llama, episode: Episode) -> None:
-    _last_episode[model] = weakref.ref(episode)
-
-
-def last_episode(model: Llama) -> Episode | None:
-    ref = _last_episode.get(model)
-    return ref() if ref else None
-
-
-def plastic_linears(model: Llama) -> dict[Site, PlasticLinear]:
+def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     """Every plastic linear of the model, in the order in which a forward pass meets them."""
-    found: dict[Site, PlasticLinear] = {}
+    found: dict[Address, PlasticLinear] = {}
     # straight at the registries: this runs before every token, and nn.Module's attribute look-up is slow
     for layer, block in enumerate(model.model.layers._modules.values()):
         linears = block._modules["mlp"]._modules  # type: ignore[union-attr]
@@ -377,97 +334,6 @@ def plastic_linears(model: Llama) -> dict[Site, PlasticLinear]:
     return found
 
 
-@contextlib.contextmanager
-def bound(model: Llama, episode: Episode, now: Pass) -> Iterator[None]:
-    """Runs the model with these fast weights, and unbinds them whatever happens."""
-    bindings = {id(linear.binding): linear.binding for linear in plastic_linears(model).values()}.values()
-    last_ran(model, episode)
-    try:
-        for binding in bindings:
-            binding.now = now
-        yield
-    finally:
-        for binding in bindings:
-            binding.now = None
-
-
-def attach(
-    model: Llama,
-    layers: Sequence[int],
-    rule: Rule,
-    linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
-    rank: int = 64,
-    overflow: str = "compress",
-    backend: str = "auto",
-    archive: bool = False,
-    budget: float | None = None,
-    over_budget: str = "scale",
-    factor_dtype: torch.dtype | None = None,
-) -> FastWeights:
-    """Makes MLP linears of some layers plastic; may be called again for other linears with another rule.
-
-    Args:
-        layers: layer numbers from 0.
-        rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol.
-        linears: which of "gate_proj", "up_proj", "down_proj".
-        rank: R, events to keep, per linear and sequence.
-        overflow: what happens when there are more: "compress", "evict", "grow" or "error", see `state.EventLog`.
-        backend: "torch"; "triton": the fused kernels, for float32 and half precision on CUDA; "auto": Triton on
-            CUDA where the rule has a Triton twin, torch elsewhere. `PlasticLinear.backend` tells which.
-        archive: keep every event on the CPU as well, so that any moment stays exact after an overflow.
-        budget: largest ‖ΔW‖_F / ‖W‖_F, per linear and row; None = no limit.
-        over_budget: what an event that goes over the budget does: "scale": ΔW (and Δb) is scaled back onto it; "stop":
-            its feed is refused.
-        factor_dtype: of U and K; None = float32 (float64 for a float64 model). float64 runs on torch.
-
-    Raises:
-        ValueError: a layer, linear, rule or option that does not exist, or a linear that is already plastic;
-            the model is unchanged then.
-    """
-    if not isinstance(model, Llama):
-        raise ValueError(f"attach() got a {type(model).__name__}, expected the fastweights model that fw.load returns")
-    for name, given in (("layers", layers), ("linears", linears)):
-        if given is None:
-            raise ValueError(f"attach({name}=None) names no linear")
-    layers = [int(layers)] if isinstance(layers, Integral) else list(layers)
-    linears = [linears] if isinstance(linears, str) else list(linears)
-    depth = len(model.model.layers)
-    if not layers or not linears:
-        raise ValueError(f"attach(layers={layers}, linears={linears}) names no linear")
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < depth:
-            raise ValueError(f"layer {layer!r} does not exist: this model has layers 0 to {depth - 1}")
-    layers = [int(layer) for layer in layers]
-    for name in linears:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(ACTIVATIONS)}")
-    if isinstance(rule, type) or not isinstance(rule, Rule):
-        raise ValueError(f"rule={rule!r} is not a rule: expected an object with rate, mu, decay, clip, bias and value")
-    check_rule(rule)
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
-        raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
-    rank = int(rank)
-    if overflow not in OVERFLOW:
-        raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
-    factor_dtype = factor_dtype_of(factor_dtype, model)
-    chosen = backend_of(backend, model, rule, factor_dtype)
-    sites = sorted({(layer, name) for layer in layers for name in linears})
-    for layer, name in sites:
-        if isinstance(getattr(model.model.layers[layer].mlp, name), PlasticLinear):
-            raise ValueError(f"layers.{layer}.mlp.{name} is already plastic: fw.detach(model) first")
-    check_target(model, rule, sites)
-    budgets = {site: budget_of(model, site, budget, over_budget) for site in sites}
-    binding = next((linear.binding for linear in plastic_linears(model).values()), Binding())
-    plastic = {}
-    for layer, name in sites:
-        site, mlp = (layer, name), model.model.layers[layer].mlp
-        options = (rule, rank, overflow, chosen, archive, binding, budgets[site], factor_dtype)
-        plastic[site] = PlasticLinear(getattr(mlp, name), site, *options)
-        setattr(mlp, name, plastic[site])
-    return FastWeights(model, plastic)
-
-
-def detach(model: Llama) -> None:
-    """Puts the original linears back, all of them, as the same objects."""
-    for (layer, name), plastic in plastic_linears(model).items():
-        setattr(model.model.layers[layer].mlp, name, plastic.base)
+def weight_norm(linear: nn.Linear | PlasticLinear) -> float:
+    """‖W‖_F, summed in float64."""
+    return float(torch.linalg.vector_norm(linear.weight.detach(), dtype=torch.float64))

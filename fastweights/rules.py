@@ -306,8 +306,8 @@ def value_of(rule: Rule, a: Tensor, activation: Activation, at: Local) -> Tensor
     return value.to(a.dtype)
 
 
-def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None = None) -> Tensor:
-    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...], row as in `Local`."""
+def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor | None = None) -> Tensor:
+    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...] where it clips, row as in `Local`."""
     rate = rule.rate
     if isinstance(rate, tuple):
         rate_B = torch.tensor(rate, dtype=value.dtype, device=value.device)
@@ -315,5 +315,6 @@ def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None 
     u = cast(Tensor, rate) * value
     if rule.clip is None:
         return u
+    assert key_norm is not None
     # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN
     return u * (rule.clip / (u.abs() * key_norm[..., None])).clamp(max=1)

@@ -15,13 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .drift import Drift
+from .attach import attach, detach
 from .episode import Episode
 from .inputs import Update, written
 from .model import Llama
-from .moments import delta_norms
-from .plastic import attach, detach, plastic_linears
+from .plastic import plastic_linears
 from .rules import Rule
+from .state.drift import Drift
+from .state.moments import delta_norms
 from .tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]

@@ -1,9 +1,15 @@
-"""Whether a model is as it was: asked before every token by the two steps that do not run its modules from Python."""
+"""Detects hooks, replaced modules and moved weights.
+
+The step in C and the CUDA graph bypass the modules, so they ask before each token.
+"""
 
 from __future__ import annotations
 
 import operator
+import threading
+from collections.abc import Callable, Mapping
 from itertools import repeat
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
@@ -12,10 +18,29 @@ from torch.utils.hooks import RemovableHandle
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class ThreadHook:
+    """A hook that runs in the thread that made it, and that no other thread sees.
+
+    A probe hooks modules that other threads are running: their passes must neither reach it nor leave their fast path.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.thread = function, threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs) if threading.get_ident() == self.thread else None
+
+
+def _seen(hooks: Mapping[int, Callable]) -> bool:
+    """True if one of these hooks would do anything in this thread."""
+    thread = threading.get_ident()
+    return any(not isinstance(hook, ThreadHook) or hook.thread == thread for hook in list(hooks.values()))
+
+
 def touched(module: nn.Module) -> bool:
-    """Whether hooks, or somebody's own `forward`, are to run when this module is called."""
+    """True if calling this module runs hooks or a `forward` that somebody set on the object."""
     own = module.__dict__
-    return any(own[name] for name in HOOKS) or "forward" in own or _global()
+    return any(own[name] and _seen(own[name]) for name in HOOKS) or "forward" in own or _global()
 
 
 def _global() -> bool:
@@ -23,7 +48,7 @@ def _global() -> bool:
 
 
 class Watch:
-    """A model's modules, weights and where they lie, as found now; all looks are loops in C over lists made once.
+    """A model's modules, weights and where they lie, as found now. Every look is a loop in C over lists made once.
 
     more: anything else that must stay the same object: (dictionary, key, object).
     """
@@ -36,18 +61,34 @@ class Watch:
         self.pointers = list(map(Tensor.data_ptr, self.weights))
         self.attributes = [m.__dict__ for m in modules]
         self.hooks = [m.__dict__[name] for m in modules for name in HOOKS]  # filled and emptied in place
-        self.unhooked_at = -1  # how many hooks torch had ever made when there was none here
+        # how many hooks torch had ever made when there was none here: at the last look, and at two looks in a row,
+        # because another thread may have counted its hook and not yet set it
+        self.looked_at = self.unhooked_at = -1
+        self.table: Any = None  # what somebody knows of a model for as long as this stands
 
     def stands(self) -> bool:
-        """Whether modules and weights are where they were."""
+        """True if modules and weights are where they were."""
         there = map(operator.is_, map(dict.get, self.registries, self.names), self.parts)
         return all(there) and list(map(Tensor.data_ptr, self.weights)) == self.pointers
 
     def hooked(self) -> bool:
-        """Whether hooks, or somebody's own `forward`, are to run at every token."""
+        """True if hooks, or a `forward` that somebody set on a module, are to run at every token."""
         made = RemovableHandle.next_id
         if made != self.unhooked_at:
-            if any(self.hooks) or _global():
+            if _global():
                 return True
-            self.unhooked_at = made
+            filled = [hooks for hooks in self.hooks if hooks]
+            if any(map(_seen, filled)):
+                return True
+            if not filled:  # if there is one, it belongs to another thread, which must find it
+                self.unhooked_at = made if made == self.looked_at else -1
+                self.looked_at = made
         return any(map(operator.contains, self.attributes, repeat("forward")))
+
+
+def standing(model: Any) -> Watch:
+    """The watch of a model, a new one if modules or weights have moved: the same object means that nothing has."""
+    watch = model.binding.watch
+    if watch is None or not watch.stands():
+        watch = model.binding.watch = Watch(model)
+    return watch

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import ACROSS, KEYS, TALL
-from .linear import plain
+from .linear import c_library_for
 
 STRIDES = [f"{tensor}_{dimension}" for tensor in "qkv" for dimension in "bht"]
 
@@ -34,7 +34,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Tensor | 
     start: S − T where `visible` says just that as well, None where it says anything else.
     """
     (B, H, T, E), (KH, S) = q_BHTE.shape, k_BKSE.shape[1:3]
-    helper = plain(q_BHTE, k_BKSE, v_BKSE) if T >= TALL and E >= TALL and start is not None else None
+    helper = c_library_for(q_BHTE, k_BKSE, v_BKSE) if T >= TALL and E >= TALL and start is not None else None
     if (
         helper is None
         or not hasattr(helper, "attention")

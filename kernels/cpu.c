@@ -113,7 +113,7 @@ static long parts(long position) {
 #define ROUNDED(x) (x)
 #define VECTOR(p) (*(const lanes *)(p))
 #define DOT dot
-#include "decode.h"
+#include "decode_body.inc"
 
 #define KIND bfloat16
 #define WEIGHT unsigned short
@@ -122,7 +122,7 @@ static long parts(long position) {
 #define ROUNDED(x) from_bfloat16(to_bfloat16(x))
 #define VECTOR widen
 #define DOT dot_bfloat16
-#include "decode.h"
+#include "decode_body.inc"
 
 void gemv(const float *W, const float *x, const float *b, float *y, long O, long I, long M, int threads) {
 #pragma omp parallel num_threads(threads)

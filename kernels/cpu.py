@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "decode.h", "cpu.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "decode_body.inc", "cpu.h")]
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 MOST_ROWS = 8  # of the products of a few rows and a decode step

@@ -1,7 +1,7 @@
 """decode: one token of each row through a whole Llama on a CPU, in one call of C that reads every weight once.
 
 The model's own modules are its slow twin: `fastweights.fused` decides which of the two runs. Records are numpy
-structures, field for field those of `cpu.c` and `decode.h`.
+structures, field for field those of `cpu.c` and `decode_body.inc`.
 """
 
 from __future__ import annotations

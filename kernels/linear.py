@@ -24,7 +24,7 @@ def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """W h + b, [..., O] in h's dtype; h [..., I]."""
     O, I = weight_OI.shape
     rows = h.numel() // I
-    helper = plain(h, weight_OI, bias_O) if h.shape[-1] == I and weight_OI.is_contiguous() else None
+    helper = c_library_for(h, weight_OI, bias_O) if h.shape[-1] == I and weight_OI.is_contiguous() else None
     if helper is None or (rows <= MOST_ROWS and O * I < LEAST_WEIGHTS):
         return F.linear(h, weight_OI, bias_O)
     bias = None if bias_O is None else bias_O.data_ptr()
@@ -40,7 +40,7 @@ def linear(h: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 def product(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x Wᵀ, [..., O]; x [..., I], W of any strides."""
     O, I = weight_OI.shape
-    helper = plain(x, weight_OI) if x.shape[-1] == I else None
+    helper = c_library_for(x, weight_OI) if x.shape[-1] == I else None
     if helper is None or not _many(helper, x, x.numel() // I, O, I):
         return x @ weight_OI.T
     if weight_OI.stride(0) != 1 or O < ACROSS:
@@ -53,7 +53,7 @@ def product(x: Tensor, weight_OI: Tensor) -> Tensor:
 def add_product_(y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor) -> None:
     """y += x W, in place; rows of each contiguous in themselves."""
     (M, I), O = x_MI.shape, weight_IO.shape[1]
-    helper = plain(x_MI, weight_IO, y_MO)
+    helper = c_library_for(x_MI, weight_IO, y_MO)
     if helper is None or O < ACROSS or not _many(helper, x_MI, M, O, I):
         y_MO.addmm_(x_MI, weight_IO)
     else:
@@ -83,8 +83,8 @@ def _many(helper: ctypes.CDLL, x: Tensor, rows: int, O: int, I: int) -> bool:
     return fits and x.dtype == torch.float32 and hasattr(helper, "product_rows")
 
 
-def plain(h: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
-    """The library, for plain CPU tensors through which nobody differentiates or traces."""
+def c_library_for(h: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
+    """The C library if it can take these tensors: CPU, one dtype that it knows, not differentiated and not traced."""
     tensors = [h, *(t for t in others if t is not None)]
     if (
         h.dtype not in (torch.float32, torch.bfloat16)

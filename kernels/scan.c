@@ -1,4 +1,5 @@
-/* On a CPU with AVX-512: one block of the scan (scan.py) in float32, by a rule that has its twin here. Built by cpu.py. */
+/* The scan (scan.py) in float32. On a CPU with AVX-512: one block of tokens, by a rule that is known here. On any CPU:
+   whether a sweep has settled. Built by cpu.py. */
 #include "cpu.h"
 
 #ifdef __AVX512F__
@@ -13,10 +14,10 @@ typedef struct {
   long a_t, u_t, G_t, frozen_t, target_t, T, O; /* strides; each O lies together */
   float rate, p0, clip;                         /* clip: inf for none */
   int rule, silu;
-} Block;
+} ScanArguments;
 
 /* u [ACROSS] of one token */
-static void values(const Block *p, float norm, const float *a, const float *frozen, const float *target, float *u) {
+static void values(const ScanArguments *p, float norm, const float *a, const float *frozen, const float *target, float *u) {
   const float *x = p->rule < SLOW ? a : frozen;
   int gate = p->rule % SLOW;
   if (p->rule == DELTA)
@@ -40,7 +41,7 @@ static void values(const Block *p, float norm, const float *a, const float *froz
 }
 
 /* Neurons o to o + n, n ≤ ACROSS: TALL tokens at a time, what earlier ones wrote coming in as one tile. */
-static void neurons(const Block *p, long o, long n) {
+static void neurons(const ScanArguments *p, long o, long n) {
   lanes u[MOST][WIDE] = {0}, a[WIDE] = {0}, frozen[WIDE] = {0}, target[WIDE] = {0}, sum[TALL][WIDE];
   for (long t0 = 0; t0 < p->T; t0 += TALL) {
     long rows = p->T - t0 < TALL ? p->T - t0 : TALL, from = 0;
@@ -67,8 +68,27 @@ static void neurons(const Block *p, long o, long n) {
   }
 }
 
-void scan_block(const Block *p, int threads) {
+void scan_block(const ScanArguments *p, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (long o = 0; o < p->O; o += ACROSS) neurons(p, o, p->O - o < ACROSS ? p->O - o : ACROSS);
 }
 #endif
+
+/* 1 if no column of [T, O] has changed by more than tolerance times its largest entry, 0 otherwise and with a NaN */
+int settled(const float *now, const float *old, long T, long O, float tolerance) {
+  for (long o = 0; o < O; o += 64) {
+    float change[64] = {0}, scale[64] = {0};
+    long n = O - o < 64 ? O - o : 64;
+    int bad = 0;
+    for (long t = 0; t < T; t++)
+      for (long j = 0; j < n; j++) {
+        float x = now[t * O + o + j], d = fabsf(x - old[t * O + o + j]);
+        bad |= !(d - d == 0);
+        change[j] = d > change[j] ? d : change[j];
+        scale[j] = fabsf(x) > scale[j] ? fabsf(x) : scale[j];
+      }
+    for (long j = 0; j < n; j++) bad |= !(change[j] <= tolerance * scale[j]);
+    if (bad) return 0;
+  }
+  return 1;
+}

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu import MOST_TOKENS
-from .linear import add_product_, plain, product
+from .linear import add_product_, c_library_for, product
 from .values import FUSED, IN_C, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
 from .values import Value as TwinValue
 
@@ -117,8 +117,8 @@ def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.T
     return a_BTO, u_BTO
 
 
-class Block(ctypes.Structure):
-    """`Block` of scan.c."""
+class ScanArguments(ctypes.Structure):
+    """`ScanArguments` of scan.c."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "u", "G", "frozen", "target", "norm", "write")),
@@ -136,7 +136,7 @@ def _in_c(a_BTO, u_BTO, gram: Gram, value: Value) -> Callable[[torch.Tensor, int
     frozen = value.frozen_BTO.expand(B, T, O) if rule.reads_frozen and value.frozen_BTO is not None else None
     target = value.target.expand(B, T, O) if rule.reads_target and value.target is not None else None
     norm = None if value.clip is None or value.norm_BT is None else value.norm_BT.expand(B, T).contiguous()
-    helper = plain(a_BTO, gram.h, frozen, target, norm)
+    helper = c_library_for(a_BTO, gram.h, frozen, target, norm)
     lie_apart = any(x is not None and x.stride(2) != 1 for x in (frozen, target))
     if helper is None or not hasattr(helper, "scan_block") or lie_apart:
         return None
@@ -152,8 +152,8 @@ def _in_c(a_BTO, u_BTO, gram: Gram, value: Value) -> Callable[[torch.Tensor, int
             where = [0 if x is None else x.data_ptr() for x in large]
             where += [0 if norm is None else norm[b, t0:].data_ptr(), write[b, t0:].data_ptr()]
             strides = [0 if x is None else x.stride(0) for x in large]
-            block = Block(*where, *strides, t1 - t0, O, rate_B[b], p0_B[b], *kind)
-            helper.scan_block(ctypes.byref(block), torch.get_num_threads())
+            arguments = ScanArguments(*where, *strides, t1 - t0, O, rate_B[b], p0_B[b], *kind)
+            helper.scan_block(ctypes.byref(arguments), torch.get_num_threads())
 
     return solve
 
@@ -198,7 +198,7 @@ def _sweep(start, L, event, t0, t1):
 
 def _settled(u: torch.Tensor, old: torch.Tensor, tolerance: float) -> bool:
     """Whether no neuron's u has changed by more than `tolerance` of its largest; not where one is not finite."""
-    helper = plain(u, old) if u.dtype == torch.float32 and u.is_contiguous() and old.is_contiguous() else None
+    helper = c_library_for(u, old) if u.dtype == torch.float32 and u.is_contiguous() and old.is_contiguous() else None
     if helper is None or len(u) > 1:
         change = (u - old).abs_().amax(1)
         return bool(((change <= tolerance * u.abs().amax(1)) & change.isfinite()).all())

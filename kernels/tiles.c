@@ -1,5 +1,5 @@
-/* On a CPU with AVX-512: products of many rows, and attention of many queries, in float32; anywhere: whether a sweep of
-   the scan has settled. Built by cpu.py. Shapes: M rows, O out, I in; the attention's as in cpu.c. */
+/* On a CPU with AVX-512: products of many rows, and attention of many queries, in float32. Built by cpu.py.
+   Shapes: M rows, O out, I in; the attention's as in cpu.c. */
 #include "cpu.h"
 
 #ifdef __AVX512F__
@@ -138,22 +138,3 @@ void attention(const Attention *p, float *scratch, int threads) {
     unit(p, u / (p->H * blocks), u / blocks % p->H, u % blocks * ACROSS, scratch + omp_get_thread_num() * ACROSS * (2 * p->E + KEYS));
 }
 #endif
-
-/* whether no column of [T, O] has changed by more than tolerance times its largest entry; a NaN has */
-int settled(const float *now, const float *old, long T, long O, float tolerance) {
-  for (long o = 0; o < O; o += 64) {
-    float change[64] = {0}, scale[64] = {0};
-    long n = O - o < 64 ? O - o : 64;
-    int bad = 0;
-    for (long t = 0; t < T; t++)
-      for (long j = 0; j < n; j++) {
-        float x = now[t * O + o + j], d = fabsf(x - old[t * O + o + j]);
-        bad |= !(d - d == 0);
-        change[j] = d > change[j] ? d : change[j];
-        scale[j] = fabsf(x) > scale[j] ? fabsf(x) : scale[j];
-      }
-    for (long j = 0; j < n; j++) bad |= !(change[j] <= tolerance * scale[j]);
-    if (bad) return 0;
-  }
-  return 1;
-}

@@ -92,5 +92,5 @@ def test_gradients_and_masks_go_to_torch(monkeypatch):
     torch.testing.assert_close(attention(q, k, v, mask, None).double(), exact, rtol=0, atol=1e-5)
     assert len(seen) == 2
     attention(q, k, v, None, 0)
-    helper = module.plain(q)
+    helper = module.c_library_for(q)
     assert len(seen) == (2 if hasattr(helper, "attention") else 3)

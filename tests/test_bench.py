@@ -1,6 +1,9 @@
 """The benchmark harness: it refuses what is wrong, counts right, and says what it must."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -8,8 +11,9 @@ import torch
 from tiny import CONFIG, tiny
 
 import fastweights as fw
-from fastweights.benchmarks import bench, cases, decode, measure, passes, results
-from fastweights.benchmarks.bed import ALL, Bed
+from fastweights.__main__ import main
+from fastweights.benchmarks import bench, cases, check, decode, measure, passes, profiles, results, shapes, suite, whole
+from fastweights.benchmarks.bed import ALL, Bed, byte_tokenizer
 from fastweights.benchmarks.cases import Case
 from fastweights.benchmarks.measure import Ceiling, Check, Experiment, Trial
 from fastweights.config import LlamaConfig
@@ -94,12 +98,12 @@ def test_moments_are_timed_against_one_probe(bed, ceiling):
 
 
 def test_moments_that_see_other_events_are_refused(bed, ceiling, monkeypatch):
-    weights = fw.Moment.weights
+    slot_weights = fw.Moment.slot_weights
 
     def off_by_one(self, log, site, row):
-        return weights(fw.Moment(events=self.events - 1), log, site, row)
+        return slot_weights(fw.Moment(events=self.events - 1), log, site, row)
 
-    monkeypatch.setattr(fw.Moment, "weights", off_by_one)
+    monkeypatch.setattr(fw.Moment, "slot_weights", off_by_one)
     record = run(Case("reads.moments", "", few_moments), bed, ceiling)
     assert record["status"] == "refused"
     assert "batched = token by token" in record["reason"]
@@ -119,7 +123,7 @@ def no_certificate(self, row):
     return 1e-9, 1e-9
 
 
-def ring_too_small(self, event, slot=fw.slots.Slots.next):
+def ring_too_small(self, event, slot=fw.state.slots.Slots.next):
     return event % (self.window - 1) if self.overflow == "evict" else slot(self, event)
 
 
@@ -127,8 +131,8 @@ def ring_too_small(self, event, slot=fw.slots.Slots.next):
     ("owner", "name", "wrong", "reason"),
     [
         (fw.state.EventLog, "certificate", no_certificate, "≤ its certificate"),
-        (fw.slots.Slots, "next", ring_too_small, "evict: "),
-        (fw.state.EventLog, "plain", lambda self, tokens: True, "evict: "),
+        (fw.state.slots.Slots, "next", ring_too_small, "evict: "),
+        (fw.state.EventLog, "all_alive", lambda self, tokens: True, "evict: "),
     ],
 )
 def test_an_overflow_that_is_wrong_is_refused(ceiling, monkeypatch, owner, name, wrong, reason):
@@ -271,3 +275,230 @@ def test_a_bar_is_held_against_its_figure():
 def test_the_list_needs_no_model(capsys):
     assert bench.main(["--list"]) == 0
     assert "decode.plastic.all-layers" in capsys.readouterr().out
+
+
+# ---- what a GPU is measured with
+
+EACH = {f"{kind}, {rows} rows" for kind in ("frozen", "plastic") for rows in (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("build", "trials"),
+    [
+        (lambda bed: shapes.behind(bed, contexts=(20, 40), steps=2), {"behind 256", "behind 20", "behind 40"}),
+        (lambda bed: shapes.rows(bed, (1, 3), rank=10, context=20), EACH),
+        (lambda bed: shapes.short(bed, (1, 4)), {"1 tokens", "4 tokens", "transformers, 1", "transformers, 4"}),
+        (lambda bed: shapes.gradient(bed, tokens=4, context=9), {"frozen", "gradient ascent"}),
+    ],
+    ids=["behind", "rows", "short", "gradient"],
+)
+def test_shapes_that_share_the_weights_are_checked_and_timed(build, trials, ceiling):
+    bed = Bed(tiny(dtype=torch.float32, max_position_embeddings=300), "tiny")
+    record = run(Case("c", "", build), bed, ceiling, repeats=1)
+    assert record["status"] == "measured", record
+    assert record["trials"].keys() == {*trials, "stream"}
+    assert len(record["checks"]) >= len(trials) // 2
+    assert not fw.plastic.plastic_linears(bed.model)
+
+
+def test_rows_that_are_not_as_if_alone_are_refused(ceiling, monkeypatch):
+    monkeypatch.setattr(shapes, "_alone", lambda bed, tokens, *_: torch.ones(1, bed.config.vocab_size))
+    record = run(Case("c", "", lambda bed: shapes.rows(bed, (2,), 10, 20)), Bed(tiny(torch.float32), "tiny"), ceiling)
+    assert record["status"] == "refused"
+    assert "2 rows: the first and last = alone" in record["reason"]
+
+
+def test_the_experiment_runs_on_random_weights_and_leaves_the_peer_as_it_was(ceiling):
+    model = tiny(dtype=torch.float32, vocab_size=512)
+    bed = Bed(model, "tiny", byte_tokenizer(512))
+    assert bed.tokenizer.decode(bed.tokenizer.encode("Größe (A)")) == "Größe (A)"
+    record = run(Case("surgery", "", lambda bed: whole.surgery(bed, 6, 4)), bed, ceiling, repeats=1)
+    assert record["status"] == "measured", record
+    assert (record["context"]["context"], record["context"]["probe tokens"], record["context"]["probes"]) == (5, 4, 6)
+    ours, theirs = model.state_dict(), bed.peer.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_overlapping_kernels_count_once():
+    assert profiles.covered([(0, 2), (1, 4), (3, 3.5), (6, 7)]) == 5
+    assert profiles.covered([]) == 0
+
+
+def test_a_profile_says_how_long_the_device_works_and_waits(ceiling):
+    bed = Bed(tiny(dtype=torch.float32), "tiny")
+    case = Case("profile", "about", measure=lambda bed: profiles.frozen_decode(bed, context=5, steps=2))
+    record = {"case": "profile", **bench.where(bed), "ceiling": ceiling.measure(1, measure.Patience(0.0))}
+    record |= run(case, bed, ceiling)
+    wall, busy, waits = (record["trials"][n]["seconds"]["median"] for n in ("wall", "on the device", "waiting"))
+    assert wall == pytest.approx(busy + waits)
+    assert record["context"]["kernels"] > 10
+    assert any("aten::" in line for line in results.notes(record))
+    assert "on the device ÷ wall" in results.page([record])
+
+
+def test_a_bar_may_be_a_time():
+    record = {"ratios": {}, "trials": {"8 tokens": {"seconds": {"median": 0.0071}}}, "bars": {"8 tokens": "≤ 6 ms"}}
+    assert results.verdict(record, "8 tokens") == ("7.1 ms", False)
+
+
+def plain(name, build, seconds=0.0):
+    return check.Item("tiny", Case(name, name, build), seconds, 1)
+
+
+def one():
+    return torch.ones(1)
+
+
+def good(bed):
+    return Experiment([Trial("run", lambda: None)], [Check("sums", one, one, 0)], [])
+
+
+def made(folder, ceiling, minutes=5.0, again=lambda: None, resume=False):
+    made = check.Check(torch.device("cpu"), torch.float32, folder, minutes, again, resume, seconds=0.0)
+    made.ceiling, made.found = ceiling, ceiling.measure(1, measure.Patience(0.0))
+    return made
+
+
+def statuses(run):
+    return {e["step"]: e["status"] for e in run.journal.entries if "status" in e}
+
+
+def test_a_check_goes_on_after_what_crashes_is_wrong_or_takes_too_long(ceiling, tmp_path, capsys, monkeypatch):
+    def crash(bed):
+        fw.attach(bed.model, [1], fw.Hebbian())
+        raise RuntimeError("CUDA error: an\nillegal access")
+
+    def wrong(bed):
+        return Experiment([], [Check("sums", one, lambda: torch.zeros(1), 0.1)], [])
+
+    def slow(bed):
+        time.sleep(5)
+
+    items = [plain("crash", crash), plain("wrong", wrong), plain("slow", slow), plain("late", good, 1e6)]
+    monkeypatch.setattr(check, "limited", lambda seconds, hung, limited=check.limited: limited(0.5, hung))
+    run = made(tmp_path, ceiling)
+    run.items([*items, plain("good", good)])
+    found = statuses(run)
+    assert found == {
+        "tiny/crash": "crashed",
+        "tiny/wrong": "refused",
+        "tiny/slow": "crashed",
+        "tiny/late": "skipped",
+        "tiny/good": "measured",
+    }
+    lines, whole = check.report(run)
+    assert "skipped for time: tiny/late" in lines
+    assert "crashed: tiny/crash: RuntimeError: CUDA error: an illegal access" in lines
+    assert whole["skipped"] == ["tiny/late"]
+    assert whole["cases"].keys() == {"tiny/good"}
+    assert json.loads(json.dumps(whole)) == whole
+    assert "in crash" in capsys.readouterr().err  # the traceback
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "### good" in text
+    assert "crash (crashed: RuntimeError" in text
+
+    again = made(tmp_path, ceiling, minutes=1e6, resume=True)
+    again.items([*items, plain("good", good)])  # only what was skipped runs
+    assert statuses(again) == {**found, "tiny/late": "measured"}
+    assert len([e for e in again.journal.entries if e.get("status") == "began"]) == 5
+
+
+def test_a_device_that_is_lost_ends_the_process_and_another_goes_on(ceiling, tmp_path, monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end():
+        raise Ended
+
+    def dies(bed):
+        raise RuntimeError("illegal access")
+
+    monkeypatch.setattr(check, "broken", lambda device: True)
+    items = [plain("dies", dies), plain("good", good)]
+    with pytest.raises(Ended):
+        made(tmp_path, ceiling, again=end).items(items)
+    journal = tmp_path / "check.jsonl"
+    journal.write_text(journal.read_text() + '{"step": "tiny/killed", "status": "began"}\n')  # a segmentation fault
+    run = made(tmp_path, ceiling, again=end, resume=True)
+    run.items([*items, plain("killed", good)])
+    assert statuses(run) == {"tiny/dies": "crashed", "tiny/killed": "crashed", "tiny/good": "measured"}
+
+
+def test_a_process_that_died_is_followed_by_another(monkeypatch, capfd):
+    codes, commands = [-11, check.AGAIN, 1], []
+
+    def run(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, codes.pop(0))
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    assert check.supervised(["--check"]) == 1
+    assert [command[-1] for command in commands] == ["--worker", "--resume", "--resume"]
+
+
+def test_the_plan_names_cases_that_exist_and_what_is_long_comes_last():
+    items = check.plan(["8b", "1b"])
+    names = [item.name for item in items]
+    assert names[0] == "8b/decode.frozen"
+    assert names[-2:] == ["8b/decode.compiled", "8b/decode.overflow"]
+    assert len(set(names)) == len(names) == 2 * len(check.ORDER) + len(check.LAST)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cuda", "--check"], "--device cuda: torch .* sees no CUDA device on this machine"),
+        (["--check", "--model", "x"], "--check takes no --model"),
+        (["--check", "--minutes", "0"], "--minutes 0.0: expected a number above 0"),
+        (["--resume"], "--resume and --no-tests belong to --check"),
+    ],
+)
+def test_a_check_that_cannot_run_says_so_in_one_line(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(
+        torch.cuda, "is_" + "available", lambda: False
+    )  # the finder of GPU tests must not find this file
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message.split(".*")[0] in error
+
+
+def test_the_tests_of_a_gpu_are_found_run_and_stopped(tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_cpu.py").write_text("def test_a(): raise SystemExit")
+    looks = "import pytest  # cuda.is_" + "available\n@pytest.mark.parametrize('x', ['a b'])\ndef test_a(x): pass\n"
+    (tests / "test_gpu.py").write_text(looks + "def test_b(): assert 1 == 2\n")
+    found = suite.run_tests(tests, tmp_path / "log", 60, lambda text: None)
+    assert found["counts"] == {"PASSED": 1, "FAILED": 1}
+    assert found["failures"] == ["FAILED tests/test_gpu.py::test_b - assert 1 == 2"]
+    assert found["finished"]
+    stopped = suite.run_tests(tests, tmp_path / "log", 0.0, lambda text: None)
+    assert not stopped["finished"]
+    assert "when stopped at 0 s: not all have run" in stopped["summary"]
+    assert suite.run_tests(tmp_path / "nowhere", tmp_path / "log", 1, print)["counts"] == {}
+
+
+def test_outcomes_are_read_from_tests_that_run_one_by_one_or_side_by_side():
+    log = """
+tests/test_a.py::test_ok[a b] PASSED             [ 20%]
+[gw1] [ 40%] FAILED tests/test_a.py::test_bad[x]
+tests/test_a.py::test_s SKIPPED (no reason)      [ 80%]
+tests/test_a.py::test_hangs
+FAILED tests/test_a.py::test_bad[x] - AssertionError: no
+"""
+    assert suite.outcomes(log) == {
+        "tests/test_a.py::test_ok[a b]": "PASSED",
+        "tests/test_a.py::test_bad[x]": "FAILED",
+        "tests/test_a.py::test_s": "SKIPPED",
+    }
+
+
+def test_the_read_only_kernel_reads_every_number():
+    code = (
+        "import torch; from fastweights.benchmarks.stream import read; x = torch.arange(70_001.0) / 70_001;"
+        "print(float(read(x).sum()))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(35_000, rel=1e-4), done.stderr

@@ -10,8 +10,9 @@ from test_state import held, stream
 from tiny import oracle_of, prompt, tiny
 
 import fastweights as fw
-from fastweights.budget import Budget, OneByOne
+from fastweights.engine.choose import Engine
 from fastweights.state import EventLog
+from fastweights.state.budget import Budget, OneByOne
 
 F64 = torch.float64
 RULES = {
@@ -80,7 +81,7 @@ def test_a_feed_and_a_generation_equal_the_dense_loop_with_projection(rule, over
     compare(episode, oracle)
     for step in episode.generate(None, 6, update="all", stop_token_ids=()):
         logits = oracle.step(int(step.token_ids[0]))
-    torch.testing.assert_close(episode.logits_BV[0], logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(episode.logits[0], logits, rtol=1e-9, atol=1e-9)
     compare(episode, oracle)
     factors = [factor for one in oracle.fast.values() for factor in one.scalings]
     assert min(factors) < 1 or share == 0.3
@@ -105,10 +106,8 @@ def test_rows_of_a_ragged_batch_are_scaled_alone(rule):
 
 
 def passes(monkeypatch):
-    widths, run = [], fw.Episode._pass
-    monkeypatch.setattr(
-        fw.Episode, "_pass", lambda self, ids, *rest: widths.append(ids.shape[1]) or run(self, ids, *rest)
-    )
+    widths, run = [], Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, tokens: widths.append(tokens.ids_BT.shape[1]) or run(self, tokens))
     return widths
 
 
@@ -128,7 +127,7 @@ def test_below_the_budget_a_prompt_is_one_pass_and_the_bits_are_those_without_on
     for site, log in seen[1][1].logs.items():
         assert log.scaled == [0, 0]
         expected = torch.stack([log.delta_weight(row, F64).norm() for row in range(2)])
-        torch.testing.assert_close(log._norm_now(), expected, rtol=1e-6, atol=0, msg=str(site))
+        torch.testing.assert_close(log.held().norm_now(), expected, rtol=1e-6, atol=0, msg=str(site))
 
 
 def test_a_pass_over_the_budget_goes_back_and_then_token_by_token(monkeypatch):
@@ -249,7 +248,7 @@ def test_the_certificate_of_a_scaled_log_bounds_what_the_folds_lost(kind, dtype)
     exact, folds = torch.zeros(11, 8, dtype=F64), 0
     for t in range(60):
         one = events.part(t, t + 1)
-        log.append(one)
+        log.write(one)
         u, k = one.U_BTO[0, 0].double(), torch.cat([one.K_BTI[0, 0], one.bias_BT[0]]).double()
         # scaled by as much as the log itself was over
         exact = (0.97 * exact + torch.outer(u, k)) * min(1, 2.0 / float(log.archive.norm_BR[0, t]))
@@ -266,10 +265,10 @@ def test_a_log_by_itself_says_that_several_events_over_the_budget_must_come_one_
     name, device, budget = "layers.0.mlp.up_proj", torch.device("cpu"), Budget(1, "scale", 2.0)
     log, events = EventLog(name, 1, 11, 7, 3, "grow", 0.0, F64, device, budget=budget), stream("random", 1, 5, 11, 7)
     with pytest.raises(OneByOne):
-        log.append(events)
-    assert log.events == [0]
+        log.write(events)
+    assert log.event_counts == [0]
     for t in range(5):
-        log.append(events.part(t, t + 1))
+        log.write(events.part(t, t + 1))
     assert log.delta_norm(0) == pytest.approx(2.0, rel=1e-14)
 
 

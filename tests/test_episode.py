@@ -206,7 +206,7 @@ def test_update_says_which_tokens_of_prompt_and_generation_are_written(update, p
     expected = [t for t in positions if not (callable(update) and not update(t, ids[t]))]
     assert episode.length == 8
     log = episode.logs[1, "down_proj"]
-    assert log.events == [len(expected)]
+    assert log.event_counts == [len(expected)]
     everything = fw.Episode(model)
     everything.feed(ids)
     torch.testing.assert_close(log.K_BRI[0, : len(expected)], everything.logs[1, "down_proj"].K_BRI[0, list(expected)])

@@ -11,13 +11,11 @@ FOLDER = Path(fastweights.__file__).parent
 # each may import what stands before it; "rules", "state" and the kernels import nothing of ours
 ORDER = [
     *("config", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
-    *("rules", "budget", "slots", "compress", "events", "state", "probes", "inputs", "sampling"),
+    *("rules", "state", "probes", "inputs", "sampling"),
     *(
         "passes",
         "options",
         "plastic",
-        "moments",
-        "drift",
         "probing",
         "snapshot",
         "stacks",
@@ -31,8 +29,7 @@ ORDER = [
         "__init__",
     ),
 ]
-ALONE = {"config": set(), "rules": set(), "budget": set(), "slots": set(), "compress": set(), "events": set()}
-ALONE |= {"state": {"budget", "slots", "compress", "events"}}
+ALONE = {"config": set(), "rules": set(), "state": {"state"}}
 ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "watch": set(), "fused": {"kernels", "watch"}}
 ALONE |= {"model": {"config", "kernels", "fused"}}
 
@@ -68,7 +65,7 @@ def files():
 def test_dependencies_point_up_the_list_only():
     for module, file in files():
         for other in imported(file)[0] & set(ORDER):
-            inside = other == module and module in ("kernels", "probes", "benchmarks")
+            inside = other == module and module in ("kernels", "state", "probes", "benchmarks")
             assert inside or ORDER.index(other) < ORDER.index(module), f"{module} imports {other}"
             assert module not in ALONE or other in ALONE[module], f"{module} imports {other}"
 

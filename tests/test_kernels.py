@@ -320,7 +320,7 @@ def test_scan_that_writes_nothing_is_the_identity(backend):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("T", "O", "clip"), [(300, 100, None), (129, 48, 0.05), (9, 49, 0.05)])
 def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, blocks):
-    h, k = keys(2, T, 12)
+    h, k = keys(2, T, 12, device="cpu")
     target = torch.randn(T, O, dtype=torch.float64)
     start, frozen, write = torch.randn(2, T, O), torch.randn(2, T, O).double(), torch.rand(2, T) > 0.1
 
@@ -346,7 +346,7 @@ def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, bl
 
 
 def test_scan_takes_what_broadcasts_and_a_rule_that_was_replaced(blocks, monkeypatch):
-    h, k = keys(2, 20, 12, torch.float32)
+    h, k = keys(2, 20, 12, torch.float32, "cpu")
     gram = scan.Gram(h, k, None, torch.ones(2, 20, dtype=torch.bool))
     start, options = torch.randn(2, 20, 50), ("slow_ones", "silu", 0.3, 0.2, 0.05)
     for frozen in (torch.randn(2, 20, 1), torch.randn(1, 20, 50), torch.randn(2, 1, 50)):
@@ -364,13 +364,13 @@ def test_scan_takes_what_broadcasts_and_a_rule_that_was_replaced(blocks, monkeyp
 def blocks(monkeypatch):
     """Blocks that C has solved."""
     made = []
-    real = scan.Block
-    monkeypatch.setattr(scan, "Block", lambda *args: made.append(args) or real(*args))
+    real = scan.ScanArguments
+    monkeypatch.setattr(scan, "ScanArguments", lambda *args: made.append(args) or real(*args))
     return made
 
 
-def keys(B, T, I, dtype=torch.float64):
-    h = torch.randn(B, T, I, dtype=dtype, device=DEVICE)
+def keys(B, T, I, dtype=torch.float64, device=DEVICE):
+    h = torch.randn(B, T, I, dtype=dtype, device=device)
     return h, h / h.square().sum(-1, keepdim=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastweights.kernels import cpu
-from fastweights.kernels.linear import add_product_, linear, plain, product
+from fastweights.kernels.linear import add_product_, c_library_for, linear, product
 
 
 @pytest.fixture(autouse=True)
@@ -123,8 +123,8 @@ def test_a_wrong_width_is_torchs_error_not_a_look_past_the_end(rows):
     for call in (lambda: linear(h, W, None), lambda: product(h, W)):
         with pytest.raises(RuntimeError, match=r"cannot be multiplied|size mismatch"):
             call()
-    assert plain(h, W) is not None
-    assert plain(h, W.to("meta")) is None
+    assert c_library_for(h, W) is not None
+    assert c_library_for(h, W.to("meta")) is None
 
 
 def test_nan_and_infinity_come_through_many_rows():

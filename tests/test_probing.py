@@ -5,7 +5,7 @@ import torch
 from tiny import prompt, tiny
 
 import fastweights as fw
-from fastweights.moments import Moment
+from fastweights.state.moments import Moment
 
 RULE = fw.Hebbian(rate=0.3, mu=0.1, decay=0.1, bias=True)
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}

@@ -419,9 +419,9 @@ def check(episode, rows):
 def check_archive(log, row):
     """ΔW against the log's own archived events: the sum of the last ones, or within the certificate."""
     U, K, bias, birth = (factor[row] for factor in log.moment_factors())
-    age = log.events[row] - 1 - birth
+    age = log.event_counts[row] - 1 - birth
     live = (birth >= 0) & (age < (log.rank if log.overflow == "evict" else 10**9))
-    w = torch.where(live, log.weights_at([log.events[row]], row)[0].double(), 0.0)
+    w = torch.where(live, log.weights_at([log.event_counts[row]], row)[0].double(), 0.0)
     if not log.scaled[row]:
         torch.testing.assert_close(w, torch.where(live, (1 - log.decay) ** age.double(), 0.0), rtol=1e-14, atol=0)
     exact = (U * w[:, None]).T @ torch.cat([K, bias[:, None]], dim=1)

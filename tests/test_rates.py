@@ -51,7 +51,7 @@ def test_a_row_equals_an_episode_of_one_with_that_rate(rule, overflow, dtype):
         ours = alone.feed(ids[row, kept], update=write[row : row + 1, kept])
         torch.testing.assert_close(logits[row, kept], ours[0], **close)
         for step in steps:
-            torch.testing.assert_close(step.logits[row], alone.logits_BV[0], **close)
+            torch.testing.assert_close(step.logits[row], alone.logits[0], **close)
             alone.feed(step.token_ids[row : row + 1], update="all")
         torch.testing.assert_close(probe[row], alone.probe(prompt(1, 4, seed=8)).logits[0], **close)
         for site in alone.logs:

@@ -282,7 +282,7 @@ def test_compress_bounds_its_error_and_folds_alike_in_one_pass_and_in_steps(name
         error_2, error_F = log.certificate(0)
         assert 0 < float(torch.linalg.matrix_norm(lost, 2)) <= error_2 * (1 + 1e-9)
         assert float(lost.norm()) <= error_F * (1 + 1e-9)
-        assert log.slots.last_fold(log.events[0]) > 0
+        assert log.slots.last_fold(log.event_counts[0]) > 0
 
 
 def test_error_refuses_what_does_not_fit_the_one_state_and_changes_nothing():
@@ -442,7 +442,7 @@ def test_rows_that_ended_write_no_more():
     ids = prompt(3, 4)
     episode.feed(ids)
     together.feed(ids)
-    first = int(episode.logits_BV[1].argmax())
+    first = int(episode.logits[1].argmax())
     ended = torch.zeros(3, dtype=torch.bool)
     for step in episode.generate(None, 4, update="generated", stop_token_ids=[first]):
         together.feed(step.token_ids[:, None], mask=~ended[:, None])

@@ -4,6 +4,7 @@ import torch
 from oracle import Oracle, Plastic
 
 import fastweights as fw
+from fastweights.attach import FastWeights
 from fastweights.config import LlamaConfig
 from fastweights.model import Llama
 
@@ -61,7 +62,7 @@ def described(rule) -> Plastic:
     raise AssertionError(rule)
 
 
-def oracle_of(model: Llama, fast: fw.plastic.FastWeights | list = (), config: dict | None = None) -> Oracle:
+def oracle_of(model: Llama, fast: FastWeights | list = (), config: dict | None = None) -> Oracle:
     handles = fast if isinstance(fast, (list, tuple)) else [fast]
     plastic = {site: described(linear.rule) for handle in handles for site, linear in handle.linears.items()}
     return Oracle(model.state_dict(), config or CONFIG, plastic)

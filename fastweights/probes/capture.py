@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from ..model import Llama
+from ..watch import ThreadHook
 
 SITES = ("resid_pre", "resid_mid", "resid_post")
 
@@ -22,16 +23,13 @@ def check_sites(sites: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def capture(
-    model: Llama, sites: Sequence[str], columns: Tensor | None = None, narrowed: bool = False
-) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects copies at the named sites of every block that runs inside; its hooks go whatever happens.
+def capture(model: Llama, sites: Sequence[str], columns: Tensor | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects copies at the named sites of every block that this thread runs inside; its hooks go whatever happens.
 
     Args:
         sites: "resid_pre" before a block, "resid_mid" between attention and MLP, "resid_post" after the
             block; "embedding" is collected along with "resid_post".
         columns: [T′] int64, the tokens to keep; None = all.
-        narrowed: the last block goes on with these columns alone, see `Llama.blocks`.
 
     Yields:
         name → one [B, T′, D] per block that ran, in that order.
@@ -43,29 +41,26 @@ def capture(
     if "resid_post" in seen:
         seen["embedding"] = []
 
-    def keep(site: str, x_BTD: Tensor, whole: bool) -> None:
-        seen[site].append(x_BTD.detach()[:, columns] if whole and columns is not None else x_BTD.detach().clone())
-
-    def before(site: str, whole: bool):
-        return lambda _module, args: keep(site, args[0], whole)
-
-    def after(site: str, whole: bool):
-        return lambda _module, _args, output: keep(site, output, whole)
+    def keep(site: str, x_BTD: Tensor) -> None:
+        seen[site].append(x_BTD.detach().clone() if columns is None else x_BTD.detach()[:, columns])
 
     with contextlib.ExitStack() as stack:
 
-        def hook(module: nn.Module, site: str, *, output: bool, whole: bool = True) -> None:
-            register = module.register_forward_hook if output else module.register_forward_pre_hook
-            stack.callback(register((after if output else before)(site, whole)).remove)
+        def before(module: nn.Module, site: str) -> None:
+            hook = ThreadHook(lambda _module, args: keep(site, args[0]))
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+
+        def after(module: nn.Module, site: str) -> None:
+            hook = ThreadHook(lambda _module, _args, output: keep(site, output))
+            stack.callback(module.register_forward_hook(hook).remove)
 
         for block in model.model.layers:
-            whole = not (narrowed and block is model.model.layers[-1])
             if "resid_pre" in seen:
-                hook(block, "resid_pre", output=False)
+                before(block, "resid_pre")
             if "resid_mid" in seen:
-                hook(block.get_submodule("post_attention_layernorm"), "resid_mid", output=False, whole=whole)
+                before(block.get_submodule("post_attention_layernorm"), "resid_mid")
             if "resid_post" in seen:
-                hook(block, "resid_post", output=True, whole=whole)
+                after(block, "resid_post")
         if "resid_post" in seen:
-            hook(model.model.embed_tokens, "embedding", output=True)
+            after(model.model.embed_tokens, "embedding")
         yield seen

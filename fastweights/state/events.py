@@ -1,4 +1,4 @@
-"""What one pass wants to write: candidate events, one per token of every row. Shape suffixes as in `state`."""
+"""What one pass wants to write: candidate events, one per token of every row. Shape suffixes as in `log`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def side_by_side(x_BT: Tensor) -> Tensor:
-    """B rows [B, T, …] that share one log, as its one row, column by column: [1, T · B, …]."""
+    """B rows [B, T, …] that share one log, as the one row of that log, column after column: [1, T · B, …]."""
     return x_BT.transpose(0, 1).reshape(1, -1, *x_BT.shape[2:])
 
 
@@ -27,21 +27,21 @@ class Events:
     K_BTI: Tensor
     bias_BT: Tensor | None
     write_BT: Tensor  # bool: which of them are written
-    whole: bool = False  # whether that is all of them, when the caller knows
-    norm_BT: Tensor | None = None  # ‖ΔW‖_F after each of them, before a budget scales it: see `EventLog.measured`
+    all_written: bool = False  # True: the caller knows that every entry of write_BT is True
+    norm_BT: Tensor | None = None  # with a budget: ‖ΔW‖_F after each event, before the budget scales it
 
     @property
     def counts(self) -> list[int]:
         """Events to be written, per row."""
         rows, tokens = self.write_BT.shape
-        return [tokens] * rows if self.whole else self.write_BT.sum(1).tolist()
+        return [tokens] * rows if self.all_written else self.write_BT.sum(1).tolist()
 
     def part(self, start: int, end: int) -> Events:
         """The events of tokens start to end."""
         return self._each(lambda t: t[:, start:end])
 
     def joined(self, other: Events) -> Events:
-        """These events, and those of `other` in the rows where it writes."""
+        """These events, replaced by those of `other` wherever `other` writes."""
         write_BT = other.write_BT
         bias_BT = None
         if self.bias_BT is not None and other.bias_BT is not None:
@@ -54,17 +54,18 @@ class Events:
         """The events of many rows as those of the one log they share."""
         bias_BT = None if self.bias_BT is None else side_by_side(self.bias_BT)
         U_BTO, K_BTI, write_BT = map(side_by_side, (self.U_BTO, self.K_BTI, self.write_BT))
-        return Events(U_BTO, K_BTI, bias_BT, write_BT, self.whole)
+        return Events(U_BTO, K_BTI, bias_BT, write_BT, self.all_written)
 
     def finite_BT(self) -> Tensor:
+        """Whether key, value and bias key of each event are finite, [B, T]."""
         finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
         return finite_BT if self.bias_BT is None else finite_BT & self.bias_BT.isfinite()
 
     def to(self, device: torch.device) -> Events:
+        """The same events on another device."""
         return self._each(lambda t: t.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Events:
         bias_BT, norm_BT = (None if t is None else change(t) for t in (self.bias_BT, self.norm_BT))
-        return Events(
-            change(self.U_BTO), change(self.K_BTI), bias_BT, change(self.write_BT), whole=self.whole, norm_BT=norm_BT
-        )
+        U_BTO, K_BTI, write_BT = map(change, (self.U_BTO, self.K_BTI, self.write_BT))
+        return Events(U_BTO, K_BTI, bias_BT, write_BT, self.all_written, norm_BT)

@@ -33,10 +33,10 @@ class Folded:
 
 @dataclass(frozen=True)
 class Best:
-    """The best R terms before they are rounded to the dtype that they are stored in, float64.
+    """The best R terms in float64, before they are rounded to the dtype that they are stored in.
 
-    U and K hold their sum to within `arithmetic`, in the Frobenius norm; of M they leave singular values `lost`, to
-    within `slack` (lost² + slack² bounds their square, or the sum of their squares).
+    `arithmetic` bounds the rounding error of UᵀK in the Frobenius norm. `lost` are the dropped singular values of M,
+    as computed. The true ones are bounded with `slack`: σ² ≤ lost² + slack², and Σ σ² ≤ Σ lost² + slack².
     """
 
     U_RO: Tensor

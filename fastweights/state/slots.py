@@ -3,10 +3,10 @@
     slot of event j = j                                  while j < C, the slots there are
                       kept + (j − C) mod (C − kept)      from then on; kept = 0 for a ring
 
-A ring has one slot more than its rank, so that the next event never lies on one that is still read.
+A ring has one slot more than its rank, so that the next event never overwrites one that is still read.
 
 "compress" folds a row into its first `kept` slots as soon as all C are full: after C, 2 C − kept, 3 C − 2 kept, …
-events. So neither the other rows of a batch nor the way a prompt is split into feeds changes what a row holds.
+events. So what a row holds depends neither on the other rows of a batch nor on how a prompt is split into feeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OVERFLOW = ("compress", "evict", "grow", "error")
 
 @dataclass(frozen=True)
 class Slots:
-    """The arithmetic of one overflow policy; "grow" and "error" keep event j in slot j for ever.
+    """The arithmetic of one overflow policy; "grow" and "error" keep event j in slot j.
 
     Args:
         capacity: C; the slots that "grow" starts with.
@@ -36,7 +36,7 @@ class Slots:
 
     @classmethod
     def of(cls, overflow: str, rank: int, out_features: int, in_features: int) -> Slots:
-        """ "compress" has a block of rank / 2, at least 8, beside the rank it keeps, and folds once per block."""
+        """The slots of one policy. "compress" has max(8, rank / 2) more than it keeps, and folds when they are full."""
         if overflow != "compress":
             return cls(overflow, rank + (overflow == "evict"))
         return cls(overflow, rank + max(8, rank // 2), min(rank, out_features, in_features + 1))
@@ -53,7 +53,7 @@ class Slots:
         return min(events, self.capacity) if self.overflow == "evict" else events
 
     def slot(self, event: Tensor) -> Tensor:
-        """The slot that each event is written to; events count from 0."""
+        """The slot that each event is written to; events are numbered from 0."""
         if self.overflow in ("grow", "error"):
             return event
         later = self.kept + (event - self.capacity) % (self.capacity - self.kept)
@@ -71,7 +71,7 @@ class Slots:
         return 0 if self.overflow != "compress" or over < 0 else events - over % (self.capacity - self.kept)
 
     def oldest_event(self, events: int) -> int:
-        """The oldest event that is still read from a slot of its own; all later ones are, too."""
+        """The oldest event that still has a slot of its own; all later ones have one, too."""
         return max(0, events - self.window) if self.overflow == "evict" else self.last_fold(events)
 
     def oldest_moment(self, events: int) -> int:
@@ -82,7 +82,7 @@ class Slots:
         return events if self.overflow == "evict" and events > self.window else self.last_fold(events)
 
     def fits(self, events: Sequence[int], counts: Sequence[int]) -> bool:
-        """Whether `counts` more events leave every slot that is read now as it is, and none leaves on the way."""
+        """True if `counts` more events overwrite no slot that is read now, and at most the last of them drops one."""
         pairs = [(n, c) for n, c in zip(events, counts, strict=True) if c]
         if self.overflow == "compress":
             return all(self.last_fold(n + c) == self.last_fold(n) for n, c in pairs)
@@ -90,21 +90,22 @@ class Slots:
             return all(c == 1 or n + c <= self.window for n, c in pairs)
         return self.overflow == "grow" or all(n + c <= self.capacity for n, c in pairs)
 
-    def segments(self, events: Sequence[int], write_BT: Tensor, width: int = 1) -> list[tuple[int, int]]:
-        """Token ranges within which no row folds before the end, or overwrites what the range itself wrote.
+    def segments(self, events: Sequence[int], write_BT: Tensor, rows_per_column: int = 1) -> list[tuple[int, int]]:
+        """Token ranges that can be written one after the other: no row folds, or overwrites a live slot, inside one.
 
         A range ends with the event that fills a row ("compress"), or before a row has more events than a ring reads.
-        `width` tokens that read side by side, before any of them writes, are never parted: a fold may come among them.
+        The `rows_per_column` tokens of one column are kept in one range, because all read before any writes. A fold
+        may still fall between their writes.
         """
-        tokens = write_BT.shape[1]
+        tokens, width = write_BT.shape[1], rows_per_column
         if tokens <= width or self.overflow in ("grow", "error"):
             return [(0, tokens)]
         count_BC, before_B1 = write_BT.cpu().unflatten(1, (-1, width)).sum(2), torch.tensor(list(events))[:, None]
         after_BC = before_B1 + count_BC.cumsum(1)
         cuts = []
         if self.overflow == "compress":
-            block, over_BC = self.capacity - self.kept, after_BC - self.capacity
-            full_C = ((over_BC >= 0) & (over_BC // block != (over_BC - count_BC).clamp(min=-1) // block)).any(0)
+            free, over_BC = self.capacity - self.kept, after_BC - self.capacity
+            full_C = ((over_BC >= 0) & (over_BC // free != (over_BC - count_BC).clamp(min=-1) // free)).any(0)
             cuts = [c + 1 for c in full_C.nonzero()[:, 0].tolist()]
         else:
             start = 0

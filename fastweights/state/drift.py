@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from .compress import effective_rank
-from .state import EventLog
+from .log import EventLog
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def drift(logs: Mapping[tuple[int, str], EventLog], weight_norms: Mapping[tuple[
     """The drift of every log and row; `weight_norms` has each linear's ‖W‖_F."""
     rows = []
     for (layer, linear), log in logs.items():
-        for row, events in enumerate(log.events):
+        for row, events in enumerate(log.event_counts):
             sigma_R = log.spectrum(row)
             norm, weight, (error_2, error_F) = float(sigma_R.norm()), weight_norms[layer, linear], log.certificate(row)
             rows.append(
@@ -128,7 +128,7 @@ def drift(logs: Mapping[tuple[int, str], EventLog], weight_norms: Mapping[tuple[
                     error_F=error_F,
                     lost=error_F / norm if norm else math.inf if error_F else 0.0,
                     scaled=log.scaled[row],
-                    bytes=log.bytes // len(log.events),
+                    bytes=log.bytes // len(log.event_counts),
                     event_norms=log.event_norms(row).tolist(),
                 )
             )

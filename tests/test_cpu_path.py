@@ -1,4 +1,4 @@
-"""The fused step against the modules it stands in for, and against the float64 oracle; and when it must not run."""
+"""The path "cpu" against the modules it stands in for, and against the float64 oracle; and when it must not run."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ from oracle import Oracle
 from tiny import CONFIG, described, prompt, tiny
 
 import fastweights as fw
-from fastweights import fused
+from fastweights.engine import table
 from fastweights.kernels.cpu import library
 from fastweights.model import Linear
 
@@ -51,8 +51,8 @@ class Own:
 def steps(monkeypatch):
     """How often C has run."""
     calls = []
-    real = fused.decode
-    monkeypatch.setattr(fused, "decode", lambda *args: (calls.append(len(args[5])), real(*args))[1])
+    real = table.decode
+    monkeypatch.setattr(table, "decode", lambda *args: (calls.append(len(args[5])), real(*args))[1])
     return calls
 
 

@@ -1,4 +1,4 @@
-"""The captured step against the ordinary pass: on a GPU as a CUDA graph, else through torch.compile(fullgraph=True)."""
+"""The path "cuda" against the modules: on a GPU as a CUDA graph, else through torch.compile(fullgraph=True)."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -9,9 +9,10 @@ from test_memory import Allocated
 from tiny import prompt, tiny
 
 import fastweights as fw
-from fastweights import plastic, state
-from fastweights.captured import Captured, graphed
-from fastweights.compress import fold
+from fastweights import plastic
+from fastweights.engine.cuda import Cuda, graphed
+from fastweights.state import factors
+from fastweights.state.compress import fold
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -46,14 +47,14 @@ def captured(rule=None, rows=1, record=RECORD, overflow="grow", depth=4, rank=4,
         linears = ["down_proj"] if isinstance(rule, fw.Delta) else ALL
         fw.attach(model, layers, rule, linears, rank=rank, overflow=overflow, backend=backend, **options)
     episode = fw.Episode(model, rows)
-    episode.captured = Captured(model, episode._linears, episode.cache, episode.logs, record, backend)
+    episode.engine.paths[0] = Cuda(model, episode.engine.linears, episode.state, record, backend)
     return episode
 
 
 def ordinary(*args, **options):
     """The same without it: torch throughout."""
     episode = captured(*args, record=None, backend="torch", **options)
-    episode.captured.able = False
+    episode.engine.paths[0].unable = "not wanted"
     return episode
 
 
@@ -89,8 +90,8 @@ def close(ours, theirs, tolerance=TOLERANCE):
 def test_the_captured_step_is_the_ordinary_pass(name, overflow, rows):
     ours, theirs = captured(RULES[name], rows, overflow=overflow), ordinary(RULES[name], rows, overflow=overflow)
     close(decode(ours), decode(theirs))
-    assert ours.captured.replayed
-    assert not theirs.captured.replayed
+    assert ours.engine.paths[0].replayed
+    assert not theirs.engine.paths[0].replayed
     assert ours.event_counts == theirs.event_counts
     assert ours.lengths == theirs.lengths
     for site in ours.logs:
@@ -112,8 +113,8 @@ def test_gate_and_up_of_one_kernel_go_together(rules, together, monkeypatch):
             options = dict(rank=4, overflow="compress", backend=backend)
             fw.attach(model, [1], replace(RULES[rule], gamma=gamma, decay=0) if gamma else HEBBIAN, [name], **options)
         episode = fw.Episode(model, 2)
-        episode.captured = Captured(model, episode._linears, episode.cache, episode.logs, as_it_stands, backend)
-        episode.captured.able = able
+        episode.engine.paths[0] = Cuda(model, episode.engine.linears, episode.state, as_it_stands, backend)
+        episode.engine.paths[0].unable = None if able else "not wanted"
         return episode
 
     ours, theirs = made(BACKEND, True), made("torch", False)
@@ -141,8 +142,8 @@ def test_a_frozen_model_and_one_that_never_writes_give_the_same_bits():
         logits = [e.feed(tokens[:, t : t + 1], update="none") for e in (frozen, silent, theirs)]
         assert torch.equal(logits[0], logits[1])
         close(logits[0], logits[2])
-    assert frozen.captured.replayed
-    assert silent.captured.replayed
+    assert frozen.engine.paths[0].replayed
+    assert silent.engine.paths[0].replayed
 
 
 @pytest.mark.parametrize(
@@ -164,14 +165,14 @@ def test_the_step_compiles_whole_and_never_again(name, backend):
             logits = []
             for episode in (ours, theirs):
                 if name in ("hebbian", "slow"):
-                    for linear in episode._linears.values():
+                    for linear in episode.engine.linears.values():
                         linear.rule = replace(linear.rule, rate=0.1 + 0.001 * n)
                 logits.append(episode.feed(ids, write, mask)[mask])
             if n < 20:
                 close(*logits)
             if n >= 1:
-                assert ours.captured.replayed
-    assert ours.captured.recordings == 1
+                assert ours.engine.paths[0].replayed
+    assert ours.engine.paths[0].recordings == 1
     assert ours.event_counts == theirs.event_counts
 
 
@@ -185,7 +186,7 @@ def test_restore_then_the_same_steps_give_the_same_bits():
         episode.restore(before)
         assert torch.equal(decode(episode, seed=8), first)
         assert all(torch.equal(episode.delta_weight(*site), weight) for site, weight in after.items())
-    assert episode.captured.replayed
+    assert episode.engine.paths[0].replayed
     other = episode.fork()  # on CUDA it has a graph of its own
     episode.restore(before)
     assert torch.equal(decode(episode, seed=8), first)
@@ -195,11 +196,11 @@ def test_restore_then_the_same_steps_give_the_same_bits():
 def test_a_new_life_goes_on_with_the_recording_and_is_as_new():
     episode = captured(HEBBIAN, 2, overflow="compress", archive=True)
     first = decode(episode)
-    made = episode.captured.recordings
+    made = episode.engine.paths[0].recordings
     episode.reset()
-    assert (episode.length, episode.events, episode.captured.recordings) == (0, 0, made)
+    assert (episode.length, episode.events, episode.engine.paths[0].recordings) == (0, 0, made)
     assert torch.equal(decode(episode), first)
-    assert episode.captured.replayed
+    assert episode.engine.paths[0].replayed
 
 
 def tokens_one_by_one(episode, count, seed=2):
@@ -212,10 +213,10 @@ def test_hooks_run_at_every_token_with_the_same_bits():
     handle = hooked.model.model.layers[3].mlp.register_forward_hook(lambda *_: seen.append(1))
     logits = tokens_one_by_one(hooked, 4)
     assert torch.equal(logits, tokens_one_by_one(plain, 4))
-    assert (plain.captured.replayed, hooked.captured.replayed, len(seen)) == (True, False, 4)
+    assert (plain.engine.paths[0].replayed, hooked.engine.paths[0].replayed, len(seen)) == (True, False, 4)
     handle.remove()
     assert torch.equal(tokens_one_by_one(hooked, 3, 9), tokens_one_by_one(plain, 3, 9))
-    assert (hooked.captured.replayed, len(seen)) == (True, 4)
+    assert (hooked.engine.paths[0].replayed, len(seen)) == (True, 4)
 
 
 def test_a_callback_between_tokens_sees_what_was_written():
@@ -230,12 +231,12 @@ def test_a_callback_between_tokens_sees_what_was_written():
         kept = step.logits.clone()
         episode.probe([7])
         assert torch.equal(step.logits, kept)
-    assert episode.captured.replayed
+    assert episode.engine.paths[0].replayed
 
 
 def test_what_the_step_relies_on_is_recorded_again_when_it_changes():
     episode = captured(HEBBIAN, rank=32)
-    made = episode.captured
+    made = episode.engine.paths[0]
 
     def recordings(change):
         change()
@@ -253,7 +254,7 @@ def test_what_the_step_relies_on_is_recorded_again_when_it_changes():
     assert recordings(lambda: setattr(layer.mlp.up_proj, "weight", torch.nn.Parameter(weight / 2, False))) == 1
     assert recordings(lambda: setattr(layer.mlp.up_proj.weight, "data", weight.clone())) == 1
     assert recordings(lambda: setattr(layer, "self_attn", deepcopy(layer.self_attn))) == 1
-    plastic = episode._linears[1, "up_proj"]
+    plastic = episode.engine.linears[1, "up_proj"]
     assert recordings(lambda: setattr(plastic, "rule", replace(rule, rate=0.3))) == 0
     assert recordings(lambda: setattr(plastic, "rule", replace(rule, mu=0.3))) == 1
     assert recordings(lambda: episode.feed(prompt(1, 20))) == 1  # the logs grow
@@ -270,26 +271,26 @@ def test_a_target_that_changes_in_place_is_used_at_once():
     for rule in rules:
         rule.target.mul_(3)
     close(tokens_one_by_one(episode, 3), tokens_one_by_one(theirs, 3))
-    assert episode.captured.replayed
+    assert episode.engine.paths[0].replayed
 
 
 def test_a_forward_of_ones_own_runs_at_every_token():
     episode, calls = captured(), []
     norm = episode.model.model.norm
     tokens_one_by_one(episode, 2)
-    assert episode.captured.replayed
+    assert episode.engine.paths[0].replayed
     norm.forward = lambda x: calls.append(1) or type(norm).forward(norm, x)
     tokens_one_by_one(episode, 2)
-    assert (episode.captured.replayed, len(calls)) == (False, 2)
+    assert (episode.engine.paths[0].replayed, len(calls)) == (False, 2)
 
 
 def test_rules_that_need_more_than_one_pass_take_the_ordinary_one():
     model = tiny(DTYPE).to(DEVICE)
     fw.attach(model, [1], fw.GradientAscent(rate=0.1))
     episode = fw.Episode(model)
-    episode.captured = Captured(model, episode._linears, episode.cache, episode.logs, RECORD, "torch")
+    episode.engine.paths[0] = Cuda(model, episode.engine.linears, episode.state, RECORD, "torch")
     tokens_one_by_one(episode, 3)
-    assert not episode.captured.replayed
+    assert not episode.engine.paths[0].replayed
 
 
 @pytest.mark.parametrize("number", [2, 5])
@@ -312,7 +313,7 @@ def test_a_non_finite_event_is_named_and_taken_back(number):
     assert set(map(tuple, episode.event_counts.values())) == {(11, 11)}
     for ids in ([[5], [6]], [[6], [5]]):  # the slots behind these tokens held NaN
         close(episode.feed(ids), theirs.feed(ids))
-    assert episode.captured.replayed
+    assert episode.engine.paths[0].replayed
 
 
 def test_a_fold_that_fails_half_way_leaves_every_log_as_it_was(monkeypatch):
@@ -328,7 +329,7 @@ def test_a_fold_that_fails_half_way_leaves_every_log_as_it_was(monkeypatch):
         return fold(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "fold", failing)
+        patch.setattr(factors, "fold", failing)
         with pytest.raises(ValueError, match="no convergence"):
             episode.feed([[5]])
     assert (len(calls), episode.length, episode.events) == (3, 11, 11)
@@ -407,12 +408,12 @@ def test_bfloat16_does_not_drift_over_512_tokens(rule):
             fw.attach(model, [1, 2], replace(rule, rate=0.02), rank=16, overflow="evict", backend=backend)
         episodes.append(fw.Episode(model))
     ours, theirs = episodes
-    ours.captured = Captured(half, ours._linears, ours.cache, ours.logs, RECORD, BACKEND)
+    ours.engine.paths[0] = Cuda(half, ours.engine.linears, ours.state, RECORD, BACKEND)
     errors = []
     for ids in prompt(1, 512)[0].split(1):
         a, b = ours.feed(ids).double(), theirs.feed(ids)
         errors.append(float((a - b).norm() / b.norm()))
-    assert ours.captured.replayed
+    assert ours.engine.paths[0].replayed
     early, late = max(errors[:64]), max(errors[-64:])
     assert max(errors) < 0.1
     assert late < 2 * early

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .state import EventLog
+from .log import EventLog
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Moment:
     layers: Sequence[int] | None = None
     linears: Sequence[str] | None = None
 
-    def weights(self, log: EventLog, site: tuple[int, str], row: int) -> Tensor:
+    def slot_weights(self, log: EventLog, site: tuple[int, str], row: int) -> Tensor:
         """w of every slot of one linear and row, [slots]."""
-        latest = log.events[row]
+        latest = log.event_counts[row]
         w_R = log.weights_at([latest if self.events is None else min(self.events, latest)], row)[0]
         if self.minus is not None:
             w_R = w_R - log.weights_at([min(self.minus, latest)], row)[0]
@@ -96,6 +96,6 @@ def delta_norms(logs: Mapping[tuple[int, str], EventLog], events: Sequence[int],
     square_M = torch.zeros(len(events), dtype=torch.float64)
     for site, log in logs.items():
         U_RO, K_RI = (factor[row].double() for factor in log.moment_factors()[:2])
-        w_MR = torch.stack([Moment(n).weights(log, site, row) for n in events]).double()
+        w_MR = torch.stack([Moment(n).slot_weights(log, site, row) for n in events]).double()
         square_M += (w_MR @ ((U_RO @ U_RO.T) * (K_RI @ K_RI.T)) * w_MR).sum(1).cpu()
     return square_M.clamp(min=0).sqrt()

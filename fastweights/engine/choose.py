@@ -1,0 +1,85 @@
+"""The one place where the path of a pass is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from ..episode_state import Address, EpisodeState
+from ..model import Llama
+from ..passes import Tokens
+from ..plastic import PlasticLinear, plastic_linears
+from ..watch import Watch, standing
+from .cpu import Cpu
+from .cuda import Cuda, graphed
+from .modules import Modules
+
+
+class Path(Protocol):
+    """One way to run a pass. All of them give the same numbers, to rounding."""
+
+    name: str
+
+    def refuses(self, tokens: Tokens, watch: Watch) -> str | None:
+        """Why this path does not take the pass, in words; None if it does. Changes nothing."""
+
+    def run(self, tokens: Tokens, watch: Watch) -> Tensor:
+        """The logits; the events are in the logs afterwards, and the tokens in the cache."""
+
+
+class Engine:
+    """Runs the passes of one episode, each on the first path that takes it.
+
+    Attributes:
+        path: the name of the path that the last pass took: "modules", "cpu" or "cuda"; None before the first.
+        why: the paths before it, and why they did not take that pass.
+    """
+
+    def __init__(self, model: Llama, state: EpisodeState):
+        self.model, self.state = model, state
+        self.linears = plastic_linears(model)
+        record = graphed if model.device.type == "cuda" else None
+        self.paths: list[Path] = [  # the fastest first
+            Cuda(model, self.linears, state, record),
+            Cpu(model, self.linears, state),
+            Modules(model, self.linears, state),
+        ]
+        self.path: str | None = None
+        self.why: dict[str, str] = {}
+        self.watch: Watch | None = None  # under which the linears were last looked at
+
+    def check(self) -> Watch:
+        """The model's watch.
+
+        Raises:
+            ValueError: the plastic linears, the dtype or the device are no longer those that the episode began with.
+        """
+        watch = standing(self.model)
+        if watch is not self.watch:
+            _check_linears(self.linears, self.model)
+            began, now = ((t.dtype, t.device) for t in (self.state.cache.keys[0], self.model.lm_head.weight))
+            if began != now:
+                raise ValueError(
+                    f"this episode began with a model in {began[0]} on {began[1]}, which is in {now[0]} on {now[1]} "
+                    "now: make a new one"
+                )
+            self.watch = watch
+        return watch
+
+    def run(self, tokens: Tokens) -> Tensor:
+        """The logits of one pass, [B, T, V] or, if only the last are wanted, [B, 1, V]."""
+        watch, why = self.check(), dict[str, str]()
+        for path in self.paths:
+            reason = path.refuses(tokens, watch)
+            if reason is None:
+                self.path, self.why = path.name, why
+                return path.run(tokens, watch)
+            why[path.name] = reason
+        raise AssertionError("the modules take every pass")
+
+
+def _check_linears(linears: Mapping[Address, PlasticLinear], model: Llama) -> None:
+    if linears != plastic_linears(model):
+        raise ValueError("attach() or detach() changed this model after the episode was made: make a new one")

@@ -1,0 +1,259 @@
+"""The path of one token on a GPU: the model's own modules, recorded once as a CUDA graph and replayed.
+
+Whatever changes from token to token (ids, positions, event numbers, the write mask, rates) lies in tensors that stay
+where they are, and nothing looks at them from Python. What the recording relied on is looked at before every replay.
+Once it has changed (the KV bucket, a buffer, a weight, a module, the form of a rule) the step runs once without
+recording, and is then recorded again. With hooks it runs without recording, at every token, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..cache import Positions
+from ..episode_state import Address, EpisodeState
+from ..model import Llama
+from ..passes import Pass, StepInputs, Tokens
+from ..plastic import PlasticLinear
+from ..rules import Rule, has_twin
+from ..state import EventLog
+from ..watch import Watch
+
+Run = Callable[[], Tensor]
+IDS, POSITION, REAL, WRITE, EVENT = range(5)  # rows of the inputs; from EVENT on, one for each group of logs
+
+
+def graphed(run: Run) -> Run:
+    """A CUDA graph of what `run` launches. Recording launches nothing. Every replay writes its result to one tensor."""
+    graph = torch.cuda.CUDAGraph()
+    # on a side stream, in memory of its own; other threads may use the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+class Cuda:
+    """One token of each row as the same work at every token, for as long as the episode's buffers live.
+
+    Args:
+        record: makes a replay from the step; None: it always runs without recording.
+        backend: what the plastic linears must run on.
+
+    `replayed` says whether the last token came from a replay, `recordings` how many were made.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        model: Llama,
+        linears: Mapping[Address, PlasticLinear],
+        state: EpisodeState,
+        record: Callable[[Run], Run] | None,
+        backend: str = "triton",
+    ):
+        self.model, self.linears, self.state, self.record = model, linears, state, record
+        self.cache, self.logs = state.cache, state.logs
+        self.unable = self._unable(backend)
+        self.rules: list[Rule] | None = None  # whose numbers lie in tensors
+        self.kernels: list[tuple] = []  # what of them is no number, the target last
+        self.form: tuple | None = None  # what the step relies on by value, and ...
+        self.watch: Watch | None = None  # ... by identity: the model's parts, and
+        self.buffers: list[Tensor] = []  # U of every log; its other buffers come and go with it
+        self.alike: list[list[EventLog]] = []  # logs whose events fall together
+        self.moved: list[Tensor] = []  # targets that were copied to the device
+        dtype = next((log.dtype for log in self.logs.values()), model.dtype)
+        # rate of each linear and row, then p0
+        self.rate_LB, self.p0_LB = (
+            _rows(len(self.logs), len(self.cache.lengths), dtype, model.device) for _ in range(2)
+        )
+        self.replay: Run | None = None
+        self.replayed, self.recordings = False, 0
+
+    def _unable(self, backend: str) -> str | None:
+        if self.record is None and (not self.linears or any(one.backend != backend for one in self.linears.values())):
+            return "the model is not on a GPU"
+        if any(linear.backend != backend for linear in self.linears.values()):
+            return f"a linear does not run on backend {backend!r}"
+        if any(linear.budget is not None for linear in self.linears.values()):
+            return "a linear has a budget, which looks at every event before the next"
+        if self.linears and self.state.states != self.state.batch_size:
+            return "the rows share one ΔW"
+        return None
+
+    def refuses(self, tokens: Tokens, watch: Watch) -> str | None:
+        if self.unable is not None:
+            return self.unable
+        if not tokens.single:
+            return "the pass has more than one token of each row"
+        rules = self._rules()
+        if not _same(rules, self.rules) and not all(rule.neuron_local and has_twin(rule) for rule in rules):
+            return "a rule is not neuron-local, or has no Triton kernel"
+        return None
+
+    def _rules(self) -> list[Rule]:
+        return [linear.rule for linear in self.linears.values()]
+
+    def run(self, tokens: Tokens, watch: Watch) -> Tensor:
+        """Reads one token of each row and writes its event where asked.
+
+        Returns logits [B, 1, V]. Raises ValueError for an event that is not finite; nothing is counted then.
+        """
+        self.replayed = False
+        if not _same(rules := self._rules(), self.rules):
+            self._read_rules(rules)
+        counts = tokens.counts
+        real = tokens.positions.real_or_all_BT[:, 0].int().tolist()
+        lengths = self.cache.lengths
+        after = [n + r for n, r in zip(lengths, real, strict=True)]
+        for log in self.logs.values():
+            log.reserve(counts)
+        # a model without events that writes none is the frozen one, to the bit
+        writes = any(any(counts) or log.used for log in self.logs.values())
+        changed = self._renew(watch, self.cache.bucket(max(after)), writes)
+        if any(counts):
+            self._keep(counts)
+        position = [n * r for n, r in zip(lengths, real, strict=True)]
+        ids = tokens.ids_BT[:, 0].tolist()
+        self.inputs.copy_(torch.tensor([ids, position, real, counts, *(logs[0].event_counts for logs in self.alike)]))
+        with self.model.binding.bound(self.now, self.state), torch.cuda.device_of(self.inputs):
+            # after a change run once without recording, so that all kernels are compiled before the graph is captured
+            if self.record is None or changed or watch.hooked():
+                logits_B1V = self._run()
+            else:
+                if self.replay is None:
+                    self.replay = self.record(self._run)
+                    self.recordings += 1
+                logits_B1V = self.replay()
+                self.replayed = True
+        if any(counts):
+            if bool(self.bad_LB.any()):  # the one look, and the one wait for the device
+                linear, row = self.bad_LB.nonzero()[0].tolist()
+                log = list(self.logs.values())[linear]
+                log.refuse(row, log.event_counts[row] + 1)
+            for log in self.logs.values():
+                log.count_written(counts)
+        self.cache.advance(tokens.positions)
+        return logits_B1V.clone()  # the next replay writes over it
+
+    def _run(self) -> Tensor:
+        """The step itself: Python never waits for a number in it, so it can be recorded."""
+        self.write_B.copy_(self.inputs[WRITE])
+        self.bad_LB.zero_()
+        for logs, event_B, slot_B, w_BR in zip(self.alike, self.inputs[EVENT:], self.slot_GB, self.w_GBR, strict=True):
+            slot_B.copy_(logs[0].slots.slot(event_B))
+            w_BR.copy_(logs[0].slot_weights(event_B[:, None], logs[0].capacity)[:, 0])
+        position_B1 = self.inputs[POSITION][:, None]
+        visible = torch.arange(self.end, device=self.inputs.device) <= position_B1[:, None, :, None]
+        positions = Positions(position_B1, self.inputs[REAL][:, None] != 0, None, self.end, visible)
+        return self.model(self.inputs[IDS][:, None], cache=self.cache, positions=positions)
+
+    def _keep(self, counts: list[int]) -> None:
+        """Has copies made of the logs that could not take these events back: those that fold after them."""
+        for logs in self.alike:
+            if not logs[0].slots.fits(logs[0].event_counts, counts):
+                for address in [address for address, log in self.logs.items() if log in logs]:
+                    self.state.keep(address, counts)
+
+    # ---- what a recording relies on
+
+    def _renew(self, watch: Watch, end: int, writes: bool) -> bool:
+        """Makes the step's buffers again if anything it relies on has changed; says whether. Runs at every token."""
+        buffers = [log.U_BRO for log in self.logs.values()]
+        changed = (
+            watch is not self.watch
+            or self._form(end, writes) != self.form
+            or not all(map(operator.is_, buffers, self.buffers))
+            or any(log.event_counts != logs[0].event_counts for logs in self.alike for log in logs)
+        )
+        if changed:
+            self.replay = None
+            self.end, self.watch, self.buffers = end, watch, buffers
+            self._make_inputs(writes)
+            self.form = self._form(end, writes)
+        return changed
+
+    def _form(self, end: int, writes: bool) -> tuple:
+        versions = [target._version for target in self.moved]
+        return end, writes, self.cache.capacity, self.kernels, versions
+
+    def _read_rules(self, rules: list[Rule]) -> None:
+        """What of the rules is a number goes into a tensor; the rest is part of the form."""
+        self.rules = rules
+        twins = [linear.twin() for linear in self.linears.values()]
+        for numbers_LB, name in ((self.rate_LB, "rate"), (self.p0_LB, "p0")):
+            for numbers_B, twin in zip(numbers_LB, twins, strict=True):
+                numbers_B.copy_(torch.tensor(twin[name], dtype=torch.float64))
+        self.kernels = [
+            (twin["rule"], rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
+            for twin, rule in zip(twins, rules, strict=True)
+        ]
+
+    def _make_inputs(self, writes: bool) -> None:
+        """The buffers of every linear; logs that are alike share theirs."""
+        rows, device = len(self.cache.lengths), self.model.device
+        self.alike = []
+        for log in self.logs.values() if writes else ():
+            like = next((logs for logs in self.alike if _alike(log, logs[0])), None)
+            if like is None:
+                self.alike.append(like := [])
+            like.append(log)
+        self.inputs = _rows(EVENT + len(self.alike), rows, torch.int64, device)
+        self.write_B = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.bad_LB = _rows(len(self.logs), rows, torch.int32, device)
+        self.slot_GB = _rows(len(self.alike), rows, torch.int64, device)
+        self.w_GBR = [logs[0].U_BRO.new_zeros(rows, logs[0].capacity) for logs in self.alike]
+        self.moved = []
+        steps = {}
+        for number, (address, log) in enumerate(self.logs.items() if writes else ()):
+            group = next(n for n, logs in enumerate(self.alike) if log in logs)
+            target = getattr(self.linears[address].rule, "target", None)
+            target = target if isinstance(target, Tensor) else None
+            here = None if target is None else target.to(device=device, dtype=log.dtype)
+            if here is not target and target is not None:
+                self.moved.append(target)
+            steps[address] = StepInputs(
+                event_B=self.inputs[EVENT + group],
+                slot_B=self.slot_GB[group],
+                w_BR=self.w_GBR[group],
+                write_B=self.write_B,
+                rate=self.rate_LB[number],
+                p0=self.p0_LB[number],
+                target=here,
+                bad_B=self.bad_LB[number],
+            )
+        # gate and up whose rules have one kernel (their numbers may differ) and whose events fall together
+        kernel = {address: form[:-1] for address, form in zip(self.logs, self.kernels, strict=True)}
+        pairs = frozenset(
+            layer
+            for layer, name in steps
+            if name == "gate_proj"
+            and (up := (layer, "up_proj")) in steps
+            and kernel[up] == kernel[layer, name]
+            and steps[up].slot_B.data_ptr() == steps[layer, name].slot_B.data_ptr()
+        )
+        self.now = Pass(self.logs, self.inputs[POSITION][:, None], steps=steps, pairs=pairs)
+
+
+def _rows(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros [count, rows], rows at multiples of 16 bytes: Triton compiles a kernel for every alignment it meets."""
+    return torch.zeros(count, -(-rows // 4) * 4, dtype=dtype, device=device)[:, :rows]
+
+
+def _same(rules: list[Rule], others: list[Rule] | None) -> bool:
+    return others is not None and len(rules) == len(others) and all(map(operator.is_, rules, others))
+
+
+def _alike(log: EventLog, other: EventLog) -> bool:
+    """Whether the next event of both has the same number, slot and weights before it, now and for ever after."""
+    forms = [(one.slots, one.rank, one.decay, one.capacity, one.event_counts) for one in (log, other)]
+    return forms[0] == forms[1] and torch.equal(log.birth_BR, other.birth_BR)

@@ -1,0 +1,61 @@
+"""The path that takes every pass: the model's own modules. It is the slow twin of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..episode_state import Address, EpisodeState, Waiting
+from ..model import Llama
+from ..passes import Pass, Tokens
+from ..plastic import PlasticLinear
+from ..state.events import side_by_side
+from ..watch import Watch
+
+
+class Modules:
+    """Calls the model. Linears read and write as the pass goes by; a gradient rule's token leaves a graph behind."""
+
+    name = "modules"
+
+    def __init__(self, model: Llama, linears: Mapping[Address, PlasticLinear], state: EpisodeState):
+        self.model, self.linears, self.state = model, linears, state
+
+    def refuses(self, tokens: Tokens, watch: Watch) -> str | None:
+        return None
+
+    def run(self, tokens: Tokens, watch: Watch) -> Tensor:
+        model, state = self.model, self.state
+        positions, before = tokens.positions.to(model.device), state.event_counts
+        writes = any(tokens.counts)
+        taping = writes and any(not linear.rule.neuron_local for linear in self.linears.values())
+        now = self._pass(tokens, positions.position_BT, writes)
+        with model.binding.bound(now, state), torch.set_grad_enabled(taping):
+            ids_BT = tokens.ids_BT.to(model.device)
+            out_BTV = model(ids_BT, cache=state.cache, logits=tokens.logits, positions=positions)
+            if now.taped:
+                logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
+                state.waiting.append(Waiting(logprob_BV, now.taped, tokens.write_BT[:, 0], before))
+        state.cache.advance(tokens.positions)
+        return out_BTV.detach()
+
+    def _pass(self, tokens: Tokens, position_BT: Tensor, writes: bool) -> Pass:
+        state = self.state
+        if not writes:
+            return Pass(state.logs, position_BT)
+        write_BT = tokens.write_BT.to(position_BT.device)
+        now = Pass(
+            state.logs,
+            position_BT,
+            write_BT,
+            counts=state.per_delta(tokens.counts),
+            write_events=state.write,
+            all_written=sum(tokens.counts) == tokens.write_BT.numel(),
+        )
+        if state.states < state.batch_size:
+            now.rows_per_column = state.batch_size
+            row_BT = torch.arange(state.batch_size, device=position_BT.device)[:, None].expand(write_BT.shape)
+            now.row_BT, now.position_BT, now.write_BT = map(side_by_side, (row_BT, position_BT, write_BT))
+        return now

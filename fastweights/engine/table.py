@@ -1,0 +1,161 @@
+"""A model's weights by role, as the step in C reads them: one token of each row in one call.
+
+`Llama.fast_step` is this step with the frozen weights; `Cpu` is the path of an episode over the same table.
+Shape suffixes as in `model`.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..cache import KVCache, Positions
+from ..kernels.cpu import MOST_ROWS, library
+from ..kernels.decode import FAST, LAYER, decode
+from ..model import Llama
+from ..plastic import ACTIVATIONS, PlasticLinear
+from ..watch import Watch, standing
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Workspace(threading.local):
+    """What one run of the step writes: each thread has its own, because C runs without Python's lock."""
+
+    def __init__(self, layers: np.ndarray):
+        self.layers = layers.copy()  # with the KV buffers of the cache at hand
+        self.cache: list[int] = []  # their addresses
+        self.scratch = torch.empty(0)
+
+    def point_at(self, cache: KVCache) -> None:
+        """Names the KV buffers to C."""
+        addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]
+        if addresses != self.cache:
+            self.layers["K"], self.layers["V"] = np.split(np.array(addresses, np.uint64), 2)
+            self.cache = addresses
+
+
+class Table:
+    """Where a model's weights lie, as long as its watch stands.
+
+    why: why C cannot run this model; None if it can.
+    """
+
+    def __init__(self, model: Llama, watch: Watch):
+        self.watch = watch
+        self.why = self._why(model)
+        if self.why is not None:
+            return
+        blocks: list[Any] = list(model.model.layers)
+        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
+        self.head, config = model.lm_head.weight, model.config
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.sizes = (config.intermediate_size, *heads, config.head_dim)
+        layers = np.zeros(len(blocks), LAYER)
+        self.frozen = np.zeros(0, FAST), np.full((len(blocks), len(ACTIVATIONS)), -1)
+        for layer, block in zip(layers, blocks, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            layer["norm1"] = block.input_layernorm.weight.data_ptr()
+            layer["norm2"] = block.post_attention_layernorm.weight.data_ptr()
+            linears = {name[0]: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+            linears |= {name.removesuffix("_proj"): getattr(mlp, name) for name in ACTIVATIONS}
+            for name, linear in linears.items():
+                layer[name] = linear.weight.data_ptr()
+                layer[f"{name}b"] = 0 if linear.bias is None else linear.bias.data_ptr()
+        self.workspace = Workspace(layers)
+
+    def _why(self, model: Llama) -> str | None:
+        modules = list(model.modules())
+        known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList, PlasticLinear}
+        known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
+        if strange := next((type(m).__name__ for m in modules if type(m) not in known), None):
+            return f"the model holds a module that the step in C does not know: {strange}"
+        if any(p.dtype != model.dtype or not p.is_cpu or not p.is_contiguous() for p in model.parameters()):
+            return "the weights differ in dtype or device, or are not contiguous"
+        return None if library() is not None else "there is no C helper"
+
+
+def table_of(model: Llama, watch: Watch) -> Table:
+    """The table of a model as its watch sees it."""
+    if watch.table is None:
+        watch.table = Table(model, watch)
+    return watch.table
+
+
+def refusal(model: Llama, rows: int, watch: Watch) -> str | None:
+    """Why C cannot run one token of so many rows now, whatever is plastic; None if it can."""
+    if model.device.type != "cpu":
+        return "the model is not on the CPU"
+    if rows > MOST_ROWS:
+        return f"the step in C takes up to {MOST_ROWS} rows"
+    if model.dtype not in DTYPES:
+        return "the step in C takes float32 and bfloat16"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        return "weights ask for gradients"
+    table = table_of(model, watch)
+    if table.why is not None:
+        return table.why
+    return "there are hooks on the model, or a forward of its user's" if watch.hooked() else None
+
+
+def fast_step(model: Llama, input_ids: Tensor, positions: Positions, cache: KVCache | None) -> Tensor | None:
+    """Logits [B, 1, V] of one token per row, stored in `cache`; None where the modules must run instead."""
+    if model.device.type != "cpu":
+        return None
+    watch = standing(model)
+    if model.binding.now is not None or refusal(model, len(input_ids), watch) is not None:
+        return None
+    if cache is None:
+        cache = model.new_cache(len(input_ids), 1)
+    elif cache.keys[0].dtype != model.dtype:
+        return None
+    table = table_of(model, watch)
+    return run(model, table, input_ids, positions, cache, *table.frozen)
+
+
+def run(
+    model: Llama,
+    table: Table,
+    input_ids: Tensor,
+    positions: Positions,
+    cache: KVCache,
+    fast: np.ndarray,
+    which: np.ndarray,
+) -> Tensor:
+    """`fast_step` by a table; `fast` and `which` as in `kernels.decode`."""
+    rows, (F, H, _, E) = len(input_ids), table.sizes
+    work = table.workspace
+    work.point_at(cache)
+    places = cache.capacity + 1
+    place_B1 = position_B1 = positions.position_BT.contiguous()
+    if positions.real_BT is not None:  # the last place is scratch
+        place_B1 = torch.where(positions.real_BT, place_B1, places - 1)
+    x_BD = torch.embedding(table.embedding, input_ids[:, 0]).float()
+    needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * places + torch.get_num_threads() * H * (E + 2))
+    if len(work.scratch) < needed:
+        work.scratch = torch.empty(needed)
+    y_BV = decode(
+        work.layers,
+        fast,
+        which,
+        table.norm,
+        table.head,
+        x_BD,
+        model.model.frequencies(),
+        position_B1,
+        place_B1,
+        work.scratch,
+        table.sizes,
+        places,
+        model.config.rms_norm_eps,
+    )
+    return y_BV[:, None]
+
+
+Llama.fast_step = staticmethod(fast_step)

@@ -1,0 +1,316 @@
+"""Everything that moves in an episode, owned once: KV cache, event logs, waiting gradient events, tokens, logits.
+
+A snapshot is a `clone`, a restore is `copy_from`, a fork takes `rows`, a file is `state_dict`, and a feed that fails
+is undone by `attempt`. Each part has the same verbs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .state import EventLog
+from .state.events import Events
+
+Address = tuple[int, str]  # of a linear: (layer, name)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Gradient events of one token that wait for the next token of their rows. Holds a graph of its own."""
+
+    logprob_BV: Tensor  # log p(next token), with the graph of this one token
+    taped: dict[Address, tuple[Tensor, Tensor]]  # (a, h) of each linear
+    rows_B: Tensor  # bool, on the CPU: rows that still wait
+    event_counts: dict[Address, list[int]]  # of each log when the token was read
+
+
+@dataclass
+class Before:
+    """What `attempt` goes back to."""
+
+    lengths: list[int]
+    waiting: list[Waiting]
+    tokens: list[int]  # read so far, per row
+    logits_BV: Tensor | None
+    generator: Tensor
+    event_counts: dict[Address, list[int]]
+    scaled: dict[Address, list[list[int]]]  # of each log and its archive
+    kept: dict[Address, EventLog] = field(default_factory=dict)  # copies of logs that could not be rolled back
+
+
+class EpisodeState:
+    """What an episode holds between two calls. A copy of it is a snapshot.
+
+    Attributes:
+        cache: keys and values, and each row's length.
+        logs: the event log of every plastic linear.
+        shared: all rows read and write one ΔW.
+        waiting: gradient events whose next token is not known yet.
+        token_ids: the tokens that each row has read.
+        logits_BV: [B, V] after the last token of each row; None before the first.
+        generator: draws the sampled tokens; on the CPU or the model's device.
+    """
+
+    def __init__(self, cache: KVCache, logs: dict[Address, EventLog], generator: torch.Generator, shared: bool):
+        self.cache, self.logs, self.generator, self.shared = cache, logs, generator, shared
+        self.waiting: list[Waiting] = []
+        self.token_ids: list[list[int]] = [[] for _ in cache.lengths]
+        self.logits_BV: Tensor | None = None
+        # what puts a change that was cut short right: set before the change begins, None once it is whole
+        self.journal: Callable[[], None] | None = None
+        self.before: Before | None = None  # what the attempt that runs now goes back to
+        self.lock = threading.RLock()
+        self.depth = 0  # calls of this life's verbs that are running, one inside the other
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens so far, per row."""
+        return list(self.cache.lengths)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.cache.lengths)
+
+    @property
+    def states(self) -> int:
+        """How many ΔW a linear has: one per row, or one for all of them."""
+        return 1 if self.shared else self.batch_size
+
+    @property
+    def event_counts(self) -> dict[Address, list[int]]:
+        """Events so far of each plastic linear, a number per ΔW."""
+        return {address: list(log.event_counts) for address, log in self.logs.items()}
+
+    @property
+    def waits(self) -> list[bool]:
+        """Whether each row's last token has a gradient event that waits."""
+        return [any(bool(one.rows_B[row]) for one in self.waiting) for row in range(self.batch_size)]
+
+    def per_delta(self, counts: list[int]) -> list[int]:
+        """Events to come of each row as events to come of each ΔW."""
+        return [sum(counts)] if self.shared else counts
+
+    # ---- one thread at a time, and all of a change or nothing
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Runs a verb of this life, once whatever was cut short before is put right.
+
+        Raises:
+            ValueError: another thread runs one.
+        """
+        held = False
+        try:
+            held = self.lock.acquire(blocking=False)
+            if not held:
+                raise ValueError(
+                    "this episode is running in another thread: expected one thread at a time (make an episode per "
+                    "thread, or fork() it)"
+                )
+            if self.depth == 0:
+                self.recover()
+            self.depth += 1
+            yield
+        finally:
+            if held:
+                self.depth -= 1
+                self.lock.release()
+
+    def recover(self) -> None:
+        """Puts right what an interrupt cut short: goes back to before an attempt, or finishes a change."""
+        if self.journal is not None:
+            self.journal()
+        self.journal = self.before = None
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Undoes what runs inside unless all of it succeeds; an attempt inside an attempt is part of it."""
+        if self.before is not None:
+            yield
+            return
+        self.before = Before(
+            lengths=self.lengths,
+            waiting=list(self.waiting),
+            tokens=[len(ids) for ids in self.token_ids],
+            logits_BV=self.logits_BV,
+            generator=self.generator.get_state(),
+            event_counts=self.event_counts,
+            scaled={address: [list(part.scaled) for part in log.parts] for address, log in self.logs.items()},
+        )
+        self.journal = self._go_back
+        try:
+            yield
+            self.journal = None
+        except BaseException:
+            self.recover()
+            raise
+        finally:
+            if self.journal is None:
+                self.before = None
+
+    def _go_back(self) -> None:
+        before = self.before
+        assert before is not None
+        self.cache.rewind(before.lengths)
+        for address, log in self.logs.items():
+            if address in before.kept:
+                log.copy_from(before.kept[address])
+            log.roll_back(before.event_counts[address])
+            for part, scaled in zip(log.parts, before.scaled[address], strict=True):
+                part.scaled = list(scaled)  # a roll-back that was cut short may have counted them twice
+        self.waiting, self.logits_BV = list(before.waiting), before.logits_BV
+        for ids, tokens in zip(self.token_ids, before.tokens, strict=True):
+            del ids[tokens:]
+        self.generator.set_state(before.generator)
+
+    def keep(self, address: Address, counts: Sequence[int]) -> None:
+        """Copies a log before a write that cannot be rolled back: a fold, or a ring that wraps. Inside an attempt."""
+        before, log = self.before, self.logs[address]
+        assert before is not None, "events are written inside an attempt"
+        began = before.event_counts[address]
+        since = [now - then + c for now, then, c in zip(log.event_counts, began, counts, strict=True)]
+        if address not in before.kept and not log.slots.fits(began, since):
+            before.kept[address] = log.clone()
+
+    def write(self, address: Address, events: Events) -> None:
+        """The one door for events from Python: writes them into the log of one linear, in token order.
+
+        Raises:
+            ValueError: they do not fit, are not finite, or go over a budget that stops; the attempt is undone then.
+        """
+        self.keep(address, events.counts)
+        self.logs[address].write(events)
+
+    def _redo(self, change: Callable[[], None]) -> None:
+        """Makes a change that may be made again from any point of itself: an interrupt leaves it to be finished."""
+        self.journal = change
+        change()
+        self.journal = None
+
+    # ---- the verbs
+
+    def reset(self) -> None:
+        """Empties everything, in the same buffers. The generator runs on."""
+
+        def change() -> None:
+            self.cache.rewind([0] * self.batch_size)
+            for log in self.logs.values():
+                log.clear()
+            self.waiting, self.logits_BV = [], None
+            self.token_ids = [[] for _ in self.cache.lengths]
+
+        self._redo(change)
+
+    def undo(self, events: int) -> None:
+        """Takes back each ΔW's last events; the cache keeps what was read with them."""
+        with self.attempt():
+            assert self.before is not None
+            for address, log in self.logs.items():
+                self.before.kept[address] = log.clone()
+            for log in self.logs.values():
+                log.rewind([count - events for count in log.event_counts])
+            if events:  # waiting events refer to weights that are gone: marked, so that `save` refuses them
+                gone = dict.fromkeys(self.logs, [-1] * self.states)
+                self.waiting = [Waiting(one.logprob_BV, one.taped, one.rows_B, dict(gone)) for one in self.waiting]
+
+    def clone(self) -> EpisodeState:
+        """A copy of all of it."""
+        other = self.rows(range(self.batch_size))
+        other.waiting = list(self.waiting)
+        return other
+
+    def rows(self, chosen: Sequence[int]) -> EpisodeState:
+        """A copy whose row n has the past of row `chosen[n]`, without waiting events: a graph belongs to its rows."""
+        every = list(chosen) == list(range(self.batch_size))
+        logs = {a: log.clone() if self.shared or every else log.rows(chosen) for a, log in self.logs.items()}
+        generator = torch.Generator(self.generator.device)
+        generator.set_state(self.generator.get_state())
+        other = EpisodeState(self.cache.rows(chosen), logs, generator, self.shared)
+        other.token_ids = [list(self.token_ids[row]) for row in chosen]
+        if self.logits_BV is not None:
+            other.logits_BV = self.logits_BV[torch.tensor(list(chosen), device=self.logits_BV.device)]
+        return other
+
+    def copy_from(self, other: EpisodeState) -> None:
+        """Takes over all that another state of the same form holds; buffers keep their addresses if they can.
+
+        Raises:
+            ValueError: it has another form; nothing changes then.
+        """
+        self._check_form(other)
+
+        def change() -> None:
+            self.cache.copy_from(other.cache)
+            for address, log in other.logs.items():
+                self.logs[address].copy_from(log)
+            self.waiting = list(other.waiting)
+            self.logits_BV = (
+                None if other.logits_BV is None else other.logits_BV.to(self.cache.keys[0].device, copy=True)
+            )
+            self.token_ids = [list(ids) for ids in other.token_ids]
+            self.generator.set_state(other.generator.get_state())
+
+        self._redo(change)
+
+    def _check_form(self, other: EpisodeState) -> None:
+        if other.batch_size != self.batch_size:
+            raise ValueError(
+                f"restore() got a snapshot of batch {other.batch_size}, but this episode has batch {self.batch_size}"
+            )
+        if other.shared != self.shared:
+            raise ValueError(
+                f"restore() got a snapshot with shared={other.shared}, but this episode has shared={self.shared}"
+            )
+        if other.logs.keys() != self.logs.keys():
+            raise ValueError(
+                f"restore() got a snapshot with plastic linears {sorted(other.logs)}, "
+                f"but this episode has {sorted(self.logs)}"
+            )
+        for address, log in other.logs.items():
+            self.logs[address].check_form(log.form(), "snapshot's")
+        mine, theirs = ((len(c.keys), *c.keys[0].shape[1::2], c.keys[0].dtype) for c in (self.cache, other.cache))
+        if mine != theirs:
+            raise ValueError(f"restore() got a snapshot of a model with KV cache {theirs}, this model's is {mine}")
+        if other.cache.length > self.cache.limit:
+            self.cache.reserve(other.cache.length)  # says what does not fit
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that moves but the graphs of waiting events: tensors, and values that JSON holds exactly."""
+        tensors, meta = self.cache.state_dict()
+        tensors["generator"] = self.generator.get_state()
+        if self.logits_BV is not None:
+            tensors["logits"] = self.logits_BV
+        logs = {}
+        for address, log in self.logs.items():
+            saved, logs[key_of(address)] = log.state_dict()
+            tensors |= {f"log.{key_of(address)}.{name}": t for name, t in saved.items()}
+        meta |= {"shared": self.shared, "seen": self.token_ids, "waiting": self.waits, "logs": logs}
+        return tensors, meta
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Takes over, bit for bit, what `state_dict` gave; of a state of the same form that nobody has used yet.
+
+        Raises:
+            ValueError: a log of another linear, shape, policy or dtype, or incomplete.
+        """
+        self.cache.load_state_dict(tensors, meta)
+        for address, log in self.logs.items():
+            prefix = f"log.{key_of(address)}."
+            own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            log.load_state_dict(own, meta["logs"][key_of(address)])
+        self.logits_BV = tensors.get("logits")
+        self.token_ids = [list(ids) for ids in meta["seen"]]
+        self.generator.set_state(tensors["generator"].cpu())
+
+
+def key_of(address: Address) -> str:
+    """A linear's address as files name it."""
+    return f"{address[0]}.{address[1]}"

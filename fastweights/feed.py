@@ -1,0 +1,125 @@
+"""One feed: checks at the door, the plan of its passes, and all of it or nothing.
+
+A feed is one pass, or one pass per column: token after token where a gradient rule writes or an event goes over its
+budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .engine.choose import Engine
+from .episode_state import Address, EpisodeState
+from .inputs import Update, written
+from .model import Llama
+from .passes import Tokens
+from .plastic import PlasticLinear
+from .state.budget import OneByOne
+from .waiting import settle
+
+CPU = torch.device("cpu")
+
+
+class Reader:
+    """Reads tokens for one episode."""
+
+    def __init__(self, model: Llama, state: EpisodeState):
+        self.engine, self.state = Engine(model, state), state
+        self.linears = self.engine.linears
+
+    @torch.no_grad()
+    def read(self, ids_BT: Tensor, mask_BT: Tensor | None, update: Update, generated: bool, logits: str) -> Tensor:
+        """The logits of these tokens; ids and mask are on the CPU, as `inputs.tokens` gives them.
+
+        Raises:
+            ValueError: the tokens, the update or an event is refused; nothing has changed then.
+        """
+        state = self.state
+        self.engine.check()
+        positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
+        write_BT = written(update, ids_BT, positions.position_BT, generated)
+        if positions.real_BT is not None:
+            write_BT = write_BT & positions.real_BT
+        check_targets(self.linears, state.batch_size, positions.position_BT, write_BT)
+        tokens = Tokens(ids_BT, positions, write_BT, logits)
+        by_column = self._check_room(tokens)
+        state.cache.reserve(positions.end)
+        try:
+            with state.attempt():
+                return self._columns(tokens) if by_column else self._whole(tokens)
+        except OneByOne:
+            with state.attempt():
+                return self._columns(tokens)
+
+    def _whole(self, tokens: Tokens) -> Tensor:
+        """All tokens in one pass."""
+        positions = tokens.positions
+        if self.state.waiting:
+            real_BT = positions.real_or_all_BT
+            first_B1 = real_BT.int().argmax(1, keepdim=True)
+            settle(self.state, self.linears, tokens.ids_BT.gather(1, first_B1)[:, 0], real_BT.any(1))
+        out_BTV = self.engine.run(tokens)
+        self._remember(tokens, out_BTV if out_BTV.shape[1] == 1 else positions.last(out_BTV))
+        return out_BTV
+
+    def _columns(self, tokens: Tokens) -> Tensor:
+        """One pass per column; each sees the gradient events that its tokens made known."""
+        state, real_BT, columns = self.state, tokens.positions.real_or_all_BT, []
+        for t in range(tokens.ids_BT.shape[1]):
+            column = slice(t, t + 1)
+            settle(state, self.linears, tokens.ids_BT[:, t], real_BT[:, t])
+            here = state.cache.positions((state.batch_size, 1), real_BT[:, column], CPU)
+            columns.append(self.engine.run(Tokens(tokens.ids_BT[:, column], here, tokens.write_BT[:, column])))
+        out_BTV = torch.cat(columns, dim=1)
+        last_B1V = tokens.positions.last(out_BTV)
+        self._remember(tokens, last_B1V)
+        return out_BTV if tokens.logits == "all" else last_B1V
+
+    def _remember(self, tokens: Tokens, last_B1V: Tensor) -> None:
+        """Keeps the tokens, and the logits after the last of each row."""
+        state, real_BT, last_BV = self.state, tokens.positions.real_BT, last_B1V[:, 0]
+        if state.logits_BV is not None and real_BT is not None:
+            last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, state.logits_BV)
+        state.logits_BV = last_BV.clone()  # a caller may change, or drop, what a feed returns
+        for row, (seen, ids) in enumerate(zip(state.token_ids, tokens.ids_BT, strict=True)):
+            seen.extend((ids if real_BT is None else ids[real_BT[row]]).tolist())
+
+    def _check_room(self, tokens: Tokens) -> bool:
+        """Refuses what the logs could not take; returns whether the tokens must go through column by column."""
+        if not self.linears:
+            return False
+        state, counts = self.state, tokens.counts
+        later, by_column = counts, False
+        if not all(linear.rule.neuron_local for linear in self.linears.values()):
+            real_BT = tokens.positions.real_or_all_BT
+            # a gradient event waits for the next token: the last token's is not written in this feed
+            followed_BT = real_BT.flip(1).cumsum(1).flip(1) > 1
+            known_B = real_BT.any(1)
+            due = [sum(bool(one.rows_B[row] & known_B[row]) for one in state.waiting) for row in range(len(counts))]
+            later = [d + c for d, c in zip(due, (tokens.write_BT & followed_BT).sum(1).tolist(), strict=True)]
+            # rows that share ΔW see each other's waiting events: none may come before its column
+            late_B = known_B & ~real_BT[:, 0]
+            by_column = any(counts) or (
+                state.shared and any(bool((one.rows_B & late_B).any()) for one in state.waiting)
+            )
+        for address, log in state.logs.items():
+            if log.overflow == "error":
+                log.check_room(state.per_delta(counts if self.linears[address].rule.neuron_local else later))
+        return by_column
+
+
+def check_targets(linears: Mapping[Address, PlasticLinear], rows: int, position_BT: Tensor, write_BT: Tensor) -> None:
+    """Refuses written positions and rows that a rule's target does not reach."""
+    for plastic in linears.values():
+        target = getattr(plastic.rule, "target", None)
+        if not isinstance(target, Tensor) or target.dim() == 1 or not write_BT.any():
+            continue
+        last = int(position_BT[write_BT].max())
+        if last >= target.shape[-2] or (target.dim() == 3 and len(target) != rows):
+            raise ValueError(
+                f"{plastic.name}: the rule's target has shape {list(target.shape)}, "
+                f"but position {last} of {rows} rows is to be written"
+            )

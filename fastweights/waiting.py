@@ -1,0 +1,88 @@
+"""Gradient events: made when the next token is known, and made again after a fork or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .engine.choose import Engine
+from .episode_state import Address, EpisodeState
+from .passes import Tokens
+from .plastic import PlasticLinear
+from .rules import event_value, key_scale
+from .state.events import Events
+
+
+def settle(state: EpisodeState, linears: Mapping[Address, PlasticLinear], next_B: Tensor, known_B: Tensor) -> None:
+    """Writes the gradient events whose next token is known now; next [B] ids, known [B] bool, on the CPU."""
+    still = []
+    events: dict[Address, Events] = {}
+    for waiting in state.waiting:
+        rows_B = waiting.rows_B & known_B
+        if rows_B.any():
+            for address, new in _events(waiting.logprob_BV, waiting.taped, rows_B, next_B, linears).items():
+                events[address] = events[address].joined(new) if address in events else new
+        if (waiting.rows_B & ~known_B).any():
+            still.append(replace(waiting, rows_B=waiting.rows_B & ~known_B))
+    for address, new in events.items():
+        state.write(address, new.side_by_side() if state.shared else new)
+    state.waiting = still
+
+
+def _events(
+    logprob_BV: Tensor,
+    taped: Mapping[Address, tuple[Tensor, Tensor]],
+    rows_B: Tensor,
+    next_B: Tensor,
+    linears: Mapping[Address, PlasticLinear],
+) -> dict[Address, Events]:
+    """The events of one token in some rows."""
+    device, row = logprob_BV.device, rows_B.nonzero()[:, 0]
+    with torch.enable_grad():
+        logprob = logprob_BV[row.to(device), next_B[row].to(device)].sum()
+    # the graph is retained, because a snapshot or fork may hold the same one
+    grads = torch.autograd.grad(logprob, [a for a, _ in taped.values()], retain_graph=True)
+    events, write_B1 = {}, rows_B[:, None].to(device)
+    for (address, (_, h_BTI)), grad_BTO in zip(taped.items(), grads, strict=True):
+        rule = linears[address].rule
+        scale_BT = key_scale(rule, h_BTI.square().sum(-1))
+        k_BTI = h_BTI * scale_BT[..., None]
+        u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
+        events[address] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+    return events
+
+
+def check_waiting(state: EpisodeState, linears: Mapping[Address, PlasticLinear]) -> None:
+    """Refuses where `read_again` would not see the weights that the waiting token was read with."""
+    for waiting in state.waiting:
+        for row, count in enumerate(state.per_delta(waiting.rows_B.long().tolist())):
+            for address, log in state.logs.items():
+                then = waiting.event_counts[address][row]
+                own = count if linears[address].rule.neuron_local else 0
+                if count and (log.event_counts[row] != then + own or then < log.oldest_exact_moment(row)):
+                    since = "an undo, an overflow" + (", another row's event" if state.shared else "")
+                    raise ValueError(
+                        f"a gradient event of row {row} waits for its next token, and {log.name} no longer holds "
+                        f"the weights it was read with ({since} since): feed the next token first"
+                    )
+
+
+@torch.no_grad()
+def read_again(engine: Engine, waits: Sequence[bool], own: Sequence[int]) -> None:
+    """Reads the last token of the rows that wait once more, as it was read before its `own` events, for its graph."""
+    state, linears = engine.state, engine.linears
+    before, waits_B = state.clone(), torch.tensor(list(waits))
+    for address, log in state.logs.items():
+        if linears[address].rule.neuron_local:
+            log.rewind([n - c for n, c in zip(log.event_counts, own, strict=True)])
+    state.cache.rewind([n - int(w) for n, w in zip(state.lengths, waits, strict=True)])
+    last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in state.token_ids])
+    positions = state.cache.positions((state.batch_size, 1), waits_B[:, None], torch.device("cpu"))
+    with state.attempt():
+        engine.run(Tokens(last_B1, positions, waits_B[:, None]))
+        waiting = state.waiting
+    state.copy_from(before)
+    state.waiting = waiting
