@@ -12,7 +12,7 @@ PROJECT = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
 
 def listed(key):
     """What pyproject.toml says for `key`, a list of texts."""
-    return ast.literal_eval(re.search(rf"\b{re.escape(key)} = (\[.*?\])", PROJECT, re.DOTALL)[1])
+    return ast.literal_eval(re.search(rf"(?<!\w){re.escape(key)} = (\[.*?\])", PROJECT, re.DOTALL)[1])
 
 
 def test_every_folder_with_code_is_installed():
