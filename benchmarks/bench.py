@@ -119,7 +119,7 @@ def make_bed(name: str | None, shape: str | None, dtype: torch.dtype, device: to
         raise ValueError("--model and --shape name two models: give one")
     if shape is None:
         model, tokenizer = fw.load(name, dtype=dtype, device=device)
-        folder = Path(name) if name else hub.default_folder(weights._convert)
+        folder = Path(name) if name else hub.default_folder(weights.gguf_to_folder)
         return Bed(model, Path(name or "SmolLM2-135M-Instruct").name, tokenizer, folder if folder.is_dir() else None)
     try:
         model = random_model(shape_config(shape), dtype, device)

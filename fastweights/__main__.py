@@ -59,7 +59,7 @@ def _guarded(command, *arguments) -> int:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from . import GradientAscent, Hebbian, load, report
+    from . import GradientAscent, Hebbian, report
 
     settings = {**DEMO, "layers": options.layers or DEMO["layers"]}
     halves: list[tuple[str, Any, dict[str, Any]]] = [
@@ -70,7 +70,7 @@ def demo(options: argparse.Namespace) -> None:
             {"update": [10, 12, 13], "max_new_tokens": 12},
         ),
     ]
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     print(f"context:\n{settings['context']}\n\nquestion:\n{settings['question']}\n")
     records = {}
     for title, rule, extra in halves:
@@ -89,12 +89,12 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from . import load, report
+    from . import report
 
     rule = _rule(options)
     if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out {options.out} is a file, expected a folder")
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     record = _surgery(
         model,
         tokenizer,
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
 def generate(options: argparse.Namespace) -> None:
     import torch
 
-    from . import Episode, attach, load
+    from . import Episode, attach
 
     if not options.layers:
         left_out = vars(_parser().parse_args(["generate", ""]))
@@ -132,7 +132,7 @@ def generate(options: argparse.Namespace) -> None:
             if getattr(options, name) != left_out[name]:
                 raise ValueError(f"--{name.replace('_', '-')} needs --layers: without, nothing is plastic")
     rule = _rule(options) if options.layers else None
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     if rule is not None:
         budget = {"budget": options.budget, "over_budget": options.over_budget}
         attach(model, options.layers, rule, options.linears, options.rank, options.overflow, **budget)
@@ -171,9 +171,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    from . import load
-
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device)
+    model, tokenizer = _load(options)
     weights = {id(p): p for p in model.parameters()}.values()
     facts: dict[str, Any] = {
         "model": _name(options),
@@ -193,6 +191,16 @@ def info(options: argparse.Namespace) -> None:
 
 
 # ---- from words to values
+
+
+def _load(options: argparse.Namespace):
+    """Model and tokenizer; the commands read text, so a checkpoint without a tokenizer is refused, but by `info`."""
+    from . import load
+
+    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device, strict=options.strict)
+    if tokenizer is None and (options.command is not info or options.text is not None):
+        raise ValueError(f"{options.model} has no tokenizer, and this command turns text into ids with it")
+    return model, tokenizer
 
 
 def _surgery(model, tokenizer, **settings):
@@ -292,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--model", help="folder, Hub name or .gguf file; left out: SmolLM2-135M-Instruct")
     common.add_argument("--dtype", help="float32, bfloat16, …; left out: the checkpoint's own")
     common.add_argument("--device", help="cpu (left out), cuda, …")
+    common.add_argument("--strict", action="store_true", help="refuse a config.json with keys that no Llama reads")
     common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
     plastic = Parser(add_help=False)

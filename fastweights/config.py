@@ -1,12 +1,14 @@
-"""config.json → LlamaConfig: every key is handled, known to be harmless, or refused by name."""
+"""config.json and generation_config.json → LlamaConfig: every key is read, known to be harmless, named, or refused."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from .files import read_json, warn
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -85,25 +87,48 @@ class LlamaConfig:
             raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> LlamaConfig:
-        """Reads a config.json; ValueError names the file, the key, its value and what was expected."""
-        try:
-            hf = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} does not exist, expected a Llama's config.json there") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        return cls.from_dict(hf, path)
+    def from_folder(cls, folder: str | Path, strict: bool = False) -> LlamaConfig:
+        """Reads config.json, and the stop ids of generation_config.json where it names any.
 
-    @classmethod
-    def from_dict(cls, hf: Mapping[str, Any], path: str | Path = "config.json") -> LlamaConfig:
-        """Reads the keys of any Llama generation's config.json; `path` is named in errors."""
-        if not isinstance(hf, Mapping):
-            raise ValueError(f"{path} holds a {type(hf).__name__}, expected an object of settings")
+        Those replace config.json's, as in transformers' generate(): instruction-tuned models name the end of
+        their turn there alone. Raises as `from_file`.
+        """
+        config = cls.from_file(Path(folder) / "config.json", strict)
+        path = Path(folder) / "generation_config.json"
+        generation = read_json(path)
+        if "eos_token_id" not in generation:
+            return config
         try:
-            return cls(**_read(hf))
+            return replace(config, eos_token_ids=eos_ids(generation["eos_token_id"]))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path, strict: bool = False) -> LlamaConfig:
+        """Reads a config.json; ValueError names the file, the key, its value and what was expected."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} does not exist, expected a Llama's config.json there")
+        return cls.from_dict(read_json(Path(path)), path, strict)
+
+    @classmethod
+    def from_dict(cls, hf: Mapping[str, Any], path: str | Path = "config.json", strict: bool = False) -> LlamaConfig:
+        """Reads the keys of any Llama generation's config.json; `path` is named in errors.
+
+        A key that transformers reads and that changes the logits here or there is refused unless it is
+        implemented. Keys that transformers' Llama does not read are named in one warning, or refused if `strict`.
+        """
+        if not isinstance(hf, Mapping):
+            raise ValueError(f"{path} holds a {type(hf).__name__}, expected an object of settings")
+        unread: list[str] = []
+        try:
+            config = cls(**_read(hf, unread))
+            if unread and strict:
+                raise ValueError(f"asks for {', '.join(sorted(unread))}, which fastweights does not implement")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if unread:
+            warn(f"{path}: {', '.join(sorted(unread))} ignored, as transformers' Llama does (strict=True refuses)")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json with the older rope keys, which every version of transformers reads."""
@@ -144,6 +169,7 @@ _HANDLED = {
     "max_sequence_length",  # the first Llama conversions' name for max_position_embeddings
     "rope_parameters",
     "original_max_position_embeddings",
+    "auto_map",
 } - {"eos_token_ids"}
 
 # Keys that would change the numbers, and the only values that leave them alone.
@@ -152,16 +178,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    "attention_chunk_size": (None,),
+    "is_causal": (None, True),
+    "quantization": (None,),  # MLX
+    "compression_config": (None,),  # compressed-tensors before quantization_config
     "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (None, False),
     "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
     "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "tie_encoder_decoder": (None, False),
-    "cross_attention_hidden_size": (None,),
-    "chunk_size_feed_forward": (None, 0),
-    "auto_map": (None, {}),  # the repository's own code would run in transformers: not a plain Llama
 }
 
 _HARMLESS = {
@@ -187,6 +211,9 @@ _HARMLESS = {
     # Splits a matrix product in pretraining_tp parts to repeat a training run's rounding: the mathematics is
     # the same without, and transformers itself no longer does it.
     "pretraining_tp",
+    # about layouts that a Llama does not have
+    *("pruned_heads", "add_cross_attention", "tie_encoder_decoder", "cross_attention_hidden_size"),
+    "chunk_size_feed_forward",
     # generation settings that older versions kept here
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
     *(
@@ -218,8 +245,8 @@ _HARMLESS = {
 }
 
 
-def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of LlamaConfig from a config.json's keys."""
+def _read(hf: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
+    """The fields of LlamaConfig from a config.json's keys; those that no Llama reads are added to `unread`."""
     if "model_type" not in hf:
         raise ValueError("model_type is missing, expected 'llama'")
     for key, allowed in _ONLY.items():
@@ -227,15 +254,16 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
             if key == "sliding_window" and hf.get("use_sliding_window") is False:
                 continue
             raise ValueError(f"{key} is {_short(hf[key])}, and fastweights implements only {_list(allowed)}")
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
+    if any(kind not in ("full_attention", "attention") for kind in hf.get("layer_types") or ()):
         raise ValueError(
             f"layer_types is {_short(hf['layer_types'])}, and fastweights implements only 'full_attention'"
         )
     if hf.get("use_sliding_window"):
         raise ValueError("use_sliding_window is true, and fastweights implements only full attention")
     known = _HANDLED | _ONLY.keys() | _HARMLESS | {"layer_types", "use_sliding_window"}
-    if unknown := sorted(hf.keys() - known):
-        raise ValueError(f"asks for {', '.join(unknown)}, which fastweights does not implement")
+    unread += hf.keys() - known
+    if hf.get("auto_map"):  # code of the repository, which transformers runs only if told to trust it
+        unread.append("auto_map")
 
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for key in (*required, "rms_norm_eps"):
@@ -254,7 +282,7 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
             )
         head_dim = hf["hidden_size"] // heads
     length = _first(hf.get("max_position_embeddings"), hf.get("max_sequence_length"), 2048)
-    theta, scaling = _rope(hf, length)
+    theta, scaling = _rope(hf, length, unread)
     dtype = _first(hf.get("dtype"), hf.get("torch_dtype"))
     return {
         **{key: hf[key] for key in required},
@@ -272,14 +300,16 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope(hf: Mapping[str, Any], length: int) -> tuple[float, RopeScaling | None]:
+def _rope(hf: Mapping[str, Any], length: int, unread: list[str]) -> tuple[float, RopeScaling | None]:
     """rope_theta and scaling from `rope_theta`/`rope_scaling` or from the newer `rope_parameters`."""
     old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
     for key, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{key} is {_short(value)}, expected an object or null")
-    if old and new and {**new, **old} != dict(new):
+    if old and new and {**_renamed(new), **_renamed(old)} != _renamed(new):
         raise ValueError(f"rope_scaling {_short(old)} and rope_parameters {_short(new)} contradict each other")
+    if new and any(isinstance(value, Mapping) for value in new.values()):
+        raise ValueError(f"rope_parameters {_short(new)} differ between kinds of layers, which is not implemented")
     rope = dict(new or old or {})
     thetas = [t for t in (rope.pop("rope_theta", None), hf.get("rope_theta")) if t is not None]
     for theta in thetas:
@@ -302,11 +332,16 @@ def _rope(hf: Mapping[str, Any], length: int) -> tuple[float, RopeScaling | None
     if missing := sorted(key for key in wanted if rope.get(key) is None):
         raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}, which is missing")
     idle = {"original_max_position_embeddings"}  # says where the model came from; only llama3 computes with it
-    if unknown := sorted(key for key in rope.keys() - wanted - idle if rope[key] is not None):
-        raise ValueError(f"rope_type {kind!r} comes with {', '.join(unknown)}, which fastweights does not implement")
+    name = "rope_parameters" if new else "rope_scaling"
+    unread += [f"{name}.{key}" for key in rope.keys() - wanted - idle if rope[key] is not None]
     if kind == "default":
         return theta, None
     return theta, RopeScaling(kind, **{key: rope[key] for key in sorted(wanted)})
+
+
+def _renamed(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the newer name of `type`."""
+    return {"rope_type" if key == "type" else key: value for key, value in rope.items()}
 
 
 def eos_ids(value: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A Llama in a .gguf file → config, tensors, tokenizer. Import only; needs the `gguf` package.
+"""A Llama in a .gguf file, or in the parts of a split one → config, tensors, tokenizer. Needs the `gguf` package.
 
 The format and llama.cpp's names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -13,11 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Backend
+from tokenizers import AddedToken
 from torch import Tensor
 
+from .bpe import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    USER_DEFINED,
+    byte_level_bpe,
+    sentencepiece_bpe,
+    writes_bos,
+)
 from .config import LlamaConfig, RopeScaling
+from .files import one_line, warn
 from .tokenizer import Tokenizer, bos_processor
 
 _NAMES = {
@@ -35,25 +45,14 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-# The regular expressions that the models' own tokenizer.json files hold.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT = r"\p{N}"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEFAULT = (
-    r"[\p{P}\$\+<=>\^~\|]+",
-    _GPT2,
-    r"\p{N}+",
-    r"[0-9][0-9][0-9]",
-)  # llama.cpp's, for files that name none
-
-_PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gpt-2", "gpt2"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (_DIGIT, _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3,)),
-    "default": _DEFAULT,
+# Tokens that end a turn or a text whatever the metadata says: llama.cpp knows them by their text.
+_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>"),
+    *("[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>", "<|return|>"),
+    *("<|call|>", "<|flush|>", "<|calls|>", "<turn|>", "<|tool_response>", "[e~["),
+    # of a file or a repository, in models of code
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>"),
+    *("<REPO>", "<reponame>", "<|file_sep|>"),
 }
 
 
@@ -69,25 +68,24 @@ class GgufFile:
             import gguf
         except ImportError:
             raise ImportError(f'reading {path} needs the gguf package: pip install "fastweights[demo]"') from None
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path} does not exist, expected a .gguf file")
         self._dequantize: Callable[..., np.ndarray] = gguf.quants.dequantize
-        try:
-            self._reader = gguf.GGUFReader(self.path)
-        except Exception as error:  # whatever a damaged header leads the reader into
-            raise ValueError(f"{path} is not a readable GGUF file: {' '.join(str(error).split())}") from None
+        self.path, self._readers = _parts(Path(path), gguf.GGUFReader)
+        self._reader = self._readers[0]  # the metadata is in the first part
         architecture = self._get("general.architecture")
         if architecture != "llama":
-            raise ValueError(f"{path} has the architecture {architecture!r}, and fastweights implements only 'llama'")
-        self._shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in self._reader.tensors}
+            raise ValueError(
+                f"{self.path} has the architecture {architecture!r}, and fastweights implements only 'llama'"
+            )
+        self._tensors = [tensor for reader in self._readers for tensor in reader.tensors]
+        self._shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in self._tensors}
         for name in self._shapes:
             if name != "rope_freqs.weight":
                 self._hf_name(name)
         try:
             self.config = self._config()
         except ValueError as error:
-            raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+            known = str(error).startswith(str(self.path))
+            raise ValueError(str(error) if known else f"{self.path}: {error}") from None
 
     def __len__(self) -> int:
         """How many tensors `tensors()` yields."""
@@ -95,7 +93,7 @@ class GgufFile:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Hugging Face name: float32, q and k rows in Hugging Face order."""
-        for tensor in self._reader.tensors:
+        for tensor in self._tensors:
             if tensor.name == "rope_freqs.weight":
                 continue
             name = self._hf_name(tensor.name)
@@ -114,46 +112,49 @@ class GgufFile:
                 values = unpermute(values, self.config.num_key_value_heads)
             yield name, torch.from_numpy(values)
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, with special tokens, BOS rule, stop ids and chat template as the file has them."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, with special tokens, BOS rule, stop ids and chat templates as the file has them.
+
+        None, with a warning, where the file has no vocabulary.
+        """
+        model = self._get("tokenizer.ggml.model", None)
+        if model in (None, "none", "no_vocab"):
+            warn(f"{self.path} has no vocabulary: the tokenizer is None, ids are the caller's")
+            return None
         tokens: list[str] = self._get("tokenizer.ggml.tokens")
-        kinds: list[int] = self._get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-        model, pre = self._get("tokenizer.ggml.model"), ""
+        kinds: list[int] = self._get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
+        special = {name: self._special(key) for name, key in names.items()} | {"pad_token": self.config.pad_token_id}
         if model == "gpt2":
-            pre = self._get("tokenizer.ggml.pre")
-            backend = _byte_level_bpe(tokens, self._get("tokenizer.ggml.merges"), self._pre_tokenizer(pre))
+            pre = self._pre()
+            adds_bos = writes_bos(pre)
+            merges = self._get("tokenizer.ggml.merges")
+            try:
+                backend = byte_level_bpe(tokens, merges, pre)
+            except Exception as error:  # tokenizers raises a bare Exception
+                raise ValueError(f"{self.path} holds no usable tokenizer: {one_line(error)}") from None
         elif model == "llama":
-            backend = _sentencepiece_bpe(
-                tokens,
-                kinds,
-                self._get("tokenizer.ggml.scores"),
-                self._get("tokenizer.ggml.unknown_token_id", None),
-                self._get("tokenizer.ggml.add_space_prefix", True),
-            )
+            adds_bos = True
+            scores, prefix = self._get("tokenizer.ggml.scores"), self._get("tokenizer.ggml.add_space_prefix", True)
+            backend = sentencepiece_bpe(tokens, kinds, scores, special["unk_token"], prefix)
         else:
             raise ValueError(
                 f"{self.path}: tokenizer.ggml.model is {model!r}, and fastweights implements only 'gpt2' and 'llama'"
             )
-        backend.add_tokens(
-            [
-                AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
-                for token, kind in zip(tokens, kinds, strict=True)
-                if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-            ]
-        )
-        ids = {key: self._token_id(key, len(tokens)) for key in ("bos", "eos", "eot", "eom", "unknown", "padding")}
-        bos, eos = ids["bos"], ids["eos"]
-        adds_bos = self._get("tokenizer.ggml.add_bos_token", model == "llama" or _PRE_TOKENIZERS.get(pre) == (_LLAMA3,))
+        added = [
+            AddedToken(token, special=kind != USER_DEFINED or token in _ENDS, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in _ENDS
+        ]
+        backend.add_tokens(added)
+        bos, eos = special["bos_token"], special["eos_token"]
         adds_eos = self._get("tokenizer.ggml.add_eos_token", False)
-        if adds_bos and bos is not None:
+        if self._get("tokenizer.ggml.add_bos_token", adds_bos) and bos is not None:
             backend.post_processor = bos_processor(backend, bos, eos if adds_eos else None)
-        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-        config: dict[str, Any] = {name: tokens[i] for key, name in names.items() if (i := ids[key]) is not None}
+        config: dict[str, Any] = {name: tokens[i] for name, i in special.items() if i is not None}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config["model_max_length"] = self.config.max_position_embeddings
-        template = self._get("tokenizer.chat_template", None)
-        stops = [i for key in ("eos", "eot", "eom") if (i := ids[key]) is not None]
-        return Tokenizer(backend, config, {"default": template} if template else None, stops)
+        return Tokenizer(backend, config, self._chat_templates(), self.config.eos_token_ids)
 
     def _get(self, key: str, *default: Any) -> Any:
         field = self._reader.get_field(key)
@@ -163,20 +164,52 @@ class GgufFile:
             return default[0]
         raise ValueError(f"{self.path}: the key {key} is missing, and the model cannot be built without it")
 
-    def _token_id(self, name: str, vocab_size: int) -> int | None:
+    def _special(self, name: str) -> int | None:
+        """The id that the metadata gives a special token, or that llama.cpp takes where it is silent."""
         key = f"tokenizer.ggml.{name}_token_id"
-        value = self._get(key, None)
-        if value is not None and value >= vocab_size:
-            raise ValueError(f"{self.path}: {key} is {value}, expected an id below the vocabulary's {vocab_size}")
-        return value
+        sentencepiece = self._get("tokenizer.ggml.model", None) == "llama"
+        value = self._get(key, {"bos": 1, "eos": 2, "unknown": 0}.get(name) if sentencepiece else None)
+        size = len(self._get("tokenizer.ggml.tokens", range(self._shapes["token_embd.weight"][0])))
+        if value is None or value < size:
+            return value
+        if name in ("unknown", "padding"):  # nothing is computed with them
+            warn(f"{self.path}: {key} is {value}, which the vocabulary of {size} does not hold: ignored")
+            return None
+        raise ValueError(f"{self.path}: {key} is {value}, expected an id below the vocabulary's {size}")
 
-    def _pre_tokenizer(self, name: str) -> tuple[str, ...]:
-        if name not in _PRE_TOKENIZERS:
-            raise ValueError(
-                f"{self.path}: tokenizer.ggml.pre is {name!r}, and fastweights implements only "
-                f"{', '.join(sorted(_PRE_TOKENIZERS))}"
+    def _stops(self) -> tuple[int, ...]:
+        """Every id that ends a text or a turn: what the metadata names, then what llama.cpp knows by its text."""
+        named = [self._special(key) for key in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
+        known = {token: i for i, token in enumerate(self._get("tokenizer.ggml.tokens", [])) if token in _ENDS}
+        parts = set()  # tokens that end a part of a turn alone, in the vocabularies that llama.cpp knows
+        if known.keys() >= {"<|return|>", "<|call|>"} or known.keys() >= {"<|flush|>", "<|calls|>"}:
+            parts.add(known.get("<|end|>"))
+        if "<|tool_response>" in known:
+            parts.add(known.get("</s>"))
+        return tuple(dict.fromkeys(i for i in [*named, *known.values()] if i is not None and i not in parts))
+
+    def _pre(self) -> str:
+        """How text is split before byte-level BPE: a key of PRE_TOKENIZERS."""
+        name = self._get("tokenizer.ggml.pre", "")
+        if not name:
+            warn(
+                f"{self.path} has no tokenizer.ggml.pre: text is split by llama.cpp's default, perhaps not as the "
+                "model was trained; convert it again with a newer llama.cpp"
             )
-        return _PRE_TOKENIZERS[name]
+            return "default"
+        if name not in PRE_TOKENIZERS:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.pre is {name!r}, and fastweights implements only command-r, default, "
+                "gpt-2, llama-bpe, smollm and what llama.cpp splits like one of them"
+            )
+        return name
+
+    def _chat_templates(self) -> dict[str, str]:
+        """By name: `tokenizer.chat_template` is "default", `tokenizer.chat_template.tool_use` is "tool_use"."""
+        key = "tokenizer.chat_template"
+        named = {name.removeprefix(key + "."): self._get(name) for name in self._reader.fields if key + "." in name}
+        default = self._get(key, None)
+        return named | ({"default": default} if default else {})
 
     def _hf_name(self, name: str) -> str:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
@@ -217,15 +250,9 @@ class GgufFile:
             attention_bias="blk.0.attn_q.bias" in self._shapes,
             mlp_bias="blk.0.ffn_gate.bias" in self._shapes,
             tie_word_embeddings="output.weight" not in self._shapes,
-            bos_token_id=self._get("tokenizer.ggml.bos_token_id", None),
-            eos_token_ids=tuple(
-                dict.fromkeys(
-                    i
-                    for key in ("eos", "eot", "eom")
-                    if (i := self._get(f"tokenizer.ggml.{key}_token_id", None)) is not None
-                )
-            ),
-            pad_token_id=self._get("tokenizer.ggml.padding_token_id", None),
+            bos_token_id=self._special("bos"),
+            eos_token_ids=self._stops(),
+            pad_token_id=self._special("padding"),
             dtype="float32",
         )
 
@@ -240,7 +267,7 @@ class GgufFile:
         linear = None
         if kind == "linear" and factor not in (0.0, 1.0):
             linear = RopeScaling("linear", _shortest(factor))
-        tensor = next((t for t in self._reader.tensors if t.name == "rope_freqs.weight"), None)
+        tensor = next((t for t in self._tensors if t.name == "rope_freqs.weight"), None)
         if tensor is None:
             return linear
         stretch = np.asarray(tensor.data, dtype=np.float32).reshape(-1)
@@ -254,7 +281,46 @@ class GgufFile:
         return scaling
 
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+def _parts(path: Path, open_file: Callable[[Path], Any]) -> tuple[Path, list[Any]]:
+    """A reader of the file, or of every part of the split model that it is a part of; and the first one's path."""
+
+    def read(path: Path) -> Any:
+        try:
+            return open_file(path)
+        except Exception as error:  # whatever a damaged header leads the reader into
+            raise ValueError(f"{path} is not a readable GGUF file: {one_line(error)}") from None
+
+    def value(reader: Any, key: str, default: int) -> int:
+        field = reader.get_field(key)
+        return default if field is None else int(field.contents())
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected a .gguf file")
+    reader = read(path)
+    count = value(reader, "split.count", 1)
+    if count <= 1:
+        return path, [reader]
+    ending = f"-of-{count:05}{path.suffix}"
+    match = re.fullmatch(rf"(.*)-\d{{5}}{re.escape(ending)}", path.name)
+    if match is None:
+        raise ValueError(f"{path} is a part of a model split into {count} files, expected a name like m-00001{ending}")
+    paths = [path.with_name(f"{match[1]}-{n:05}{ending}") for n in range(1, count + 1)]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise FileNotFoundError(
+            f"{path} is a part of a model split into {count} files, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing beside it"
+        )
+    readers = [reader if part == path else read(part) for part in paths]
+    for n, (part, reader) in enumerate(zip(paths, readers, strict=True)):
+        if (found := value(reader, "split.no", -1)) != n:
+            raise ValueError(f"{part}: split.no is {found}, expected {n} in this part of the split model")
+    names = [tensor.name for reader in readers for tensor in reader.tensors]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{paths[0]}: two parts of the split model hold {twice[0]}")
+    total = value(readers[0], "split.tensors.count", len(names))
+    if len(names) != total:
+        raise ValueError(f"{paths[0]}: the parts of the split model hold {len(names)} tensors, expected {total}")
+    return paths[0], readers
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -274,49 +340,3 @@ def llama3_stretch(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndar
 def _shortest(value: float) -> float:
     """The shortest decimal that is this float32: 9.99999974e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
-
-
-def _byte_level_bpe(tokens: list[str], merges: list[str], patterns: tuple[str, ...]) -> Backend:
-    llama3 = patterns == (_LLAMA3,)  # its tokenizer takes a whole word that is in the vocabulary without merging
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    backend = Backend(models.BPE(vocab=vocab, merges=pairs, ignore_merges=llama3))
-    splits: list[Any] = [
-        pre_tokenizers.Digits(individual_digits=True) if p == _DIGIT else pre_tokenizers.Split(Regex(p), "isolated")
-        for p in patterns
-    ]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece_bpe(
-    tokens: list[str], kinds: list[int], scores: list[float], unknown: int | None, space_prefix: bool
-) -> Backend:
-    """SentencePiece's BPE: the pair whose piece scores highest is joined first, bytes where no piece fits."""
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges: list[tuple[float, int, int, str, str]] = []
-    joinable = {t for t, kind in zip(tokens, kinds, strict=True) if kind in (_NORMAL, _USER_DEFINED, _UNUSED)}
-    for token, score in zip(tokens, scores, strict=True):
-        if token not in joinable:
-            continue
-        halves = [(token[:n], token[n:]) for n in range(1, len(token))]
-        known = [(left, right) for left, right in halves if left in joinable and right in joinable]
-        for left, right in sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])):
-            merges.append((-score, -len(left), -len(right), left, right))
-    merges.sort(key=lambda merge: merge[:3])
-    backend = Backend(
-        models.BPE(
-            vocab=vocab,
-            merges=[(left, right) for *_, left, right in merges],
-            unk_token=tokens[unknown] if unknown is not None else None,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    prefix: list[Any] = [normalizers.Prepend("▁")] if space_prefix else []
-    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip: list[Any] = [decoders.Strip(" ", 1, 0)] if space_prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return backend

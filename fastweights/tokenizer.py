@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from .config import eos_ids
+from .files import one_line, read_json, write_text
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -76,12 +76,12 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer: {_one_line(error)}") from None
-        config = _read_json(folder / "tokenizer_config.json")
-        for key, value in _read_json(folder / "special_tokens_map.json").items():
+            raise ValueError(f"{path} is not a readable tokenizer: {one_line(error)}") from None
+        config = read_json(folder / "tokenizer_config.json")
+        for key, value in read_json(folder / "special_tokens_map.json").items():
             config.setdefault(key, value)
         _add_missing_tokens(backend, config, folder)
-        model, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
+        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
         # generation_config.json is the newer place; both may name several ids, and any of them ends a text
         stops = eos_ids([*eos_ids(generation.get("eos_token_id")), *eos_ids(model.get("eos_token_id"))])
         bos = model.get("bos_token_id")
@@ -150,7 +150,7 @@ class Tokenizer:
                 messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **values
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refused the messages: {_one_line(error)}") from None
+            raise ValueError(f"the chat template refused the messages: {one_line(error)}") from None
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
@@ -237,13 +237,6 @@ def bos_processor(backend: Backend, bos_token_id: int, eos_token_id: int | None 
     return processors.TemplateProcessing(single=single, pair=single + pair, special_tokens=specials)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _checked(ids: Iterable[int]) -> list[int]:
     ids = [int(i) for i in ids]
     if bad := [i for i in ids if i < 0]:
@@ -251,22 +244,10 @@ def _checked(ids: Iterable[int]) -> list[int]:
     return ids
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {_one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """From the newest place to the oldest: chat_template.jinja, chat_template.json, tokenizer_config.json."""
     raw = config.get("chat_template")
-    older = _read_json(folder / "chat_template.json").get("chat_template")
+    older = read_json(folder / "chat_template.json").get("chat_template")
     templates: dict[str, str] = {}
     for value in (raw, older):
         if isinstance(value, str):
@@ -293,10 +274,6 @@ def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], folder: Pat
             raise ValueError(
                 f"{folder}: tokenizer_config.json gives {token['content']!r} the id {wanted}, tokenizer.json {got}"
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @lru_cache(maxsize=1)

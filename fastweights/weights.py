@@ -10,31 +10,21 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .config import DTYPES, LlamaConfig
+from .files import one_line, read_json, warn, write_text
 from .gguf import GgufFile
-from .hub import default_folder, download, one_line
+from .hub import default_folder, download
 from .model import Llama
-from .tokenizer import Tokenizer, write_text
-
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor is, and what its header says."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name: "F32", "BF16", ...
+from .stored import DTYPE_NAMES, EMBEDDING, HEAD, PICKLES, more, open_file, stored_tensors
+from .tokenizer import Tokenizer
 
 
 def load(
@@ -42,8 +32,9 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
-) -> tuple[Llama, Tokenizer]:
-    """Loads a Llama and its tokenizer.
+    strict: bool = False,
+) -> tuple[Llama, Tokenizer | None]:
+    """Loads a Llama and its tokenizer; None for the tokenizer, and a warning, where there is none.
 
     Args:
         name: a folder with config.json and safetensors, a .gguf file, a name on the Hugging Face Hub, or
@@ -51,6 +42,7 @@ def load(
         dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in.
         device: None is the CPU; a GPU is asked for by name.
         revision: branch, tag or commit on the Hub.
+        strict: refuse a config.json with keys that a Llama does not read, which are otherwise named in a warning.
 
     Raises ValueError, OSError or ImportError (a package for .gguf) with one line that names what is wrong.
     Unconverted weights on the CPU stay memory-mapped: they are read when first used.
@@ -62,32 +54,36 @@ def load(
     if revision is not None and (name is None or Path(name).exists()):
         raise ValueError(f"revision {revision!r} is for names on the Hub, and {name or 'the default model'} is not one")
     if name is None:
-        return _load_folder(default_folder(_convert), wanted, target)
-    path = Path(name).expanduser()
+        return _load_folder(default_folder(gguf_to_folder), wanted, target, strict)
+    path = _expanded(name)
     if path.is_dir():
-        return _load_folder(path, wanted, target)
-    if path.suffix == ".gguf":
+        return _load_folder(path, wanted, target, strict)
+    if path.suffix.lower() == ".gguf":
         return _load_gguf(path, wanted, target)
     if path.is_file():
-        raise ValueError(f"{name} is a file, expected a .gguf file, a folder with config.json, or a name on the Hub")
+        raise ValueError(
+            f"{name} is a file, expected a .gguf file, a folder with config.json, or a name on the Hub{_hint(path)}"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"{name} does not exist as a folder, and is not a name on the Hub ('org/name') either")
-    return _load_folder(download(str(name), revision), wanted, target)
+    return _load_folder(download(str(name), revision), wanted, target, strict)
 
 
 def save(
     model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Writes config.json and model.safetensors (shards above `max_shard_bytes`) for us and transformers.
+    """Writes config.json, generation_config.json and model.safetensors for us and transformers.
 
-    Only the base weights are written; each file appears whole or not at all, the tensors before config.json.
+    Tensors beyond `max_shard_bytes` go into further files. Only the base weights are written. Each file appears
+    whole or not at all, the tensors before config.json. What else the folder's generation_config.json says stays.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, expected a folder to save into")
+    generation = read_json(folder / "generation_config.json")
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(HEAD, None)
     _check_names(tensors.keys(), _shapes(model.config), "the model to save")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -124,49 +120,53 @@ def save(
             old.unlink()
     if tokenizer is not None:
         tokenizer.save(folder)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation |= {key: value for key, value in model.config.to_dict().items() if key in ids}
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     config = {**model.config.to_dict(), "torch_dtype": str(model.dtype).removeprefix("torch.")}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Llama, Tokenizer]:
-    config = LlamaConfig.from_file(folder / "config.json")
-    tokenizer = Tokenizer.from_folder(folder)
-    stored = _stored(folder)
-    for key in [key for key in stored if key.endswith("rotary_emb.inv_freq")]:
-        del stored[key]  # rope's frequencies come from config.json
-    _drop_tied_copy(config, stored, folder)
-    for key, tensor in stored.items():
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ValueError(
-                f"{tensor.path}: {key} is stored as {tensor.dtype}, expected one of {', '.join(_DTYPE_NAMES)}"
-            )
-    _check_shapes({key: tensor.shape for key, tensor in stored.items()}, _shapes(config), str(folder))
+def _load_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, strict: bool
+) -> tuple[Llama, Tokenizer | None]:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'config.json'} does not exist, expected a Llama's config.json there{_hint_for_folder(folder)}"
+        )
+    config = LlamaConfig.from_folder(folder, strict)
+    tokenizer = _tokenizer(folder)
+    wanted = _shapes(config)
+    stored = stored_tensors(folder, config, wanted)
+    _check_shapes({key: tensor.shape for key, tensor in stored.items()}, wanted, str(folder))
     if dtype is None:
         elements: Counter[str] = Counter()
         for tensor in stored.values():
             elements[tensor.dtype] += math.prod(tensor.shape)
-        dtype = getattr(torch, _DTYPE_NAMES[elements.most_common(1)[0][0]])
-    handles = {path: _open(path) for path in {tensor.path for tensor in stored.values()}}
+        dtype = getattr(torch, DTYPE_NAMES[elements.most_common(1)[0][0]])
+    handles = {path: open_file(path) for path in {tensor.path for tensor in stored.values()}}
 
     def read(key: str) -> Tensor:
         path = stored[key].path
-        if getattr(torch, _DTYPE_NAMES[stored[key].dtype]) == dtype and device.type == "cpu":
+        if getattr(torch, DTYPE_NAMES[stored[key].dtype]) == dtype and device.type == "cpu":
             # Measured on 2 cores, 135M float32: matrix products stream mapped pages as fast as a copy (16 GB/s),
             # so a copy (0.4 to 2 s, and through the mapping twice the memory) buys nothing.
-            return handles[path].get_tensor(key)
+            return handles[path].get_tensor(stored[key].name)
         # its own mapping, dropped at once: pages that were read count as memory until they are unmapped
-        with _open(path) as file:
-            return file.get_tensor(key).to(device=device, dtype=dtype)
+        with open_file(path) as file:
+            return file.get_tensor(stored[key].name).to(device=device, dtype=dtype)
 
     return _fill(config, {key: read(key) for key in stored}), tokenizer
 
 
-def _convert(source: Path, folder: Path) -> None:
+def gguf_to_folder(source: Path, folder: Path) -> None:
+    """The default model's .gguf as the folder that the Hub has: there the end of a turn is the only stop id."""
     model, tokenizer = _load_gguf(source, None, torch.device("cpu"))
+    model.config = replace(model.config, eos_token_ids=model.config.eos_token_ids[:1])
     save(model, folder, tokenizer)
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Llama, Tokenizer]:
+def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[Llama, Tokenizer | None]:
     from rich.console import Console
     from rich.progress import track
 
@@ -184,7 +184,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> t
 def _fill(config: LlamaConfig, tensors: dict[str, Tensor]) -> Llama:
     model = _meta(config)
     if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors[HEAD] = tensors[EMBEDDING]
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     return model.requires_grad_(False)
@@ -209,17 +209,17 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds."""
     shapes = {key: tuple(t.shape) for key, t in _meta(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+        del shapes[HEAD]
     return shapes
 
 
 def _check_names(got: Iterable[str], wanted: Iterable[str], where: str) -> None:
     got, wanted = list(got), list(wanted)
     if missing := [key for key in wanted if key not in set(got)]:
-        hint = " (config.json says that it is not tied to embed_tokens)" if missing == ["lm_head.weight"] else ""
-        raise ValueError(f"{where}: the tensor {missing[0]}{_more(missing)} is missing, expected by config.json{hint}")
+        hint = " (config.json says that it is not tied to embed_tokens)" if missing == [HEAD] else ""
+        raise ValueError(f"{where}: the tensor {missing[0]}{more(missing)} is missing, expected by config.json{hint}")
     if extra := [key for key in got if key not in set(wanted)]:
-        raise ValueError(f"{where}: the tensor {extra[0]}{_more(extra)} is not part of the Llama in config.json")
+        raise ValueError(f"{where}: the tensor {extra[0]}{more(extra)} is not part of the Llama in config.json")
 
 
 def _check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -227,76 +227,47 @@ def _check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple
     if wrong := [key for key, shape in wanted.items() if got[key] != shape]:
         key = wrong[0]
         raise ValueError(
-            f"{where}: the tensor {key}{_more(wrong)} has shape {list(got[key])}, config.json wants {list(wanted[key])}"
+            f"{where}: the tensor {key}{more(wrong)} has shape {list(got[key])}, config.json wants {list(wanted[key])}"
         )
 
 
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer; None, and a warning, where `model.save_pretrained` alone has written."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return Tokenizer.from_folder(folder)
+    other = [name for name in ("vocab.json", "spiece.model", "tekken.json") if (folder / name).is_file()]
+    only = f" ({other[0]} alone is not read)" if other else ""
+    warn(f"{folder} has no tokenizer.json and no tokenizer.model{only}: the tokenizer is None, ids are the caller's")
+    return None
 
 
-def _drop_tied_copy(config: LlamaConfig, stored: dict[str, Stored], folder: Path) -> None:
-    """Drops a stored copy of the tied output weights; refuses one that is no copy."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not (config.tie_word_embeddings and head in stored and embedding in stored):
-        return
-    with _open(stored[head].path) as one, _open(stored[embedding].path) as other:
-        if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):
-            raise ValueError(f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding}")
-    del stored[head]
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The safetensors file that holds each tensor."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    if not index.is_file():
-        pickles = [p.name for p in sorted(folder.glob("pytorch_model*"))] + [
-            p.name for p in sorted(folder.glob("*.pth"))
-        ]
-        if pickles:
-            raise ValueError(
-                f"{folder} holds its weights only as {pickles[0]}, a pickle that can run any code when it is "
-                "read, expected model.safetensors: convert it with transformers' save_pretrained"
-            )
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors and no model.safetensors.index.json, expected one of them"
-        )
+def _expanded(name: str | Path) -> Path:
     try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is not readable, expected an object with a weight_map") from None
-    for key, file in where:
-        if not isinstance(file, str) or Path(file).is_absolute() or Path(file).name != file or file in ("", "..", "."):
-            raise ValueError(f"{index}: {key} is said to be in {file!r}, expected the name of a file in {folder}")
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{index}: {key} is said to be in {file}, which is missing from {folder}")
-    return {key: folder / file for key, file in where}
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~ without a home folder
+        raise ValueError(f"{name}: {one_line(error)}") from None
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    """Every tensor's file, shape and dtype, from the headers alone; files and index must agree."""
-    file_of, stored = _files(folder), {}
-    for path in sorted(set(file_of.values())):
-        with _open(path) as file:
-            keys = set(file.keys())
-            for key in [key for key, where in file_of.items() if where == path]:
-                if key not in keys:
-                    raise ValueError(f"{folder}: {key} is said to be in {path.name}, which does not hold it")
-                view = file.get_slice(key)
-                stored[key] = Stored(path, tuple(view.get_shape()), view.get_dtype())
-            if unlisted := sorted(key for key in keys if file_of.get(key) != path):
-                raise ValueError(f"{path} holds {unlisted[0]}{_more(unlisted)}, which the index does not list there")
-    return stored
+def _hint_for_folder(folder: Path) -> str:
+    """What to do with a folder that holds something else than a model."""
+    if parts := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"; pass the file {folder / parts[0]} instead"
+    if (folder / "adapter_config.json").is_file():
+        return "; it holds a PEFT adapter: merge it into its base model with merge_and_unload, and save that"
+    if (folder / "params.json").is_file():
+        return "; it holds Meta's own format: convert it with transformers' convert_llama_weights_to_hf.py"
+    return ""
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({one_line(error)})") from None
+def _hint(path: Path) -> str:
+    """What to pass instead of a file that is none of those."""
+    if path.suffix == ".safetensors":
+        return f": pass its folder, {path.parent}"
+    if ".gguf" in path.name.lower():
+        return ": join the pieces of a cut file first (cat FILE.gguf* > FILE.gguf)"
+    if any(path.match(kind) for kind in PICKLES):
+        return ", not a pickle, which can run any code when it is read: convert it with transformers' save_pretrained"
+    return ""
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

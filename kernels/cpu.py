@@ -14,8 +14,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
+
+from ..files import cache_folder, one_line, warn, why_not_ours
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "decode_body.inc", "cpu.h")]
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
@@ -32,10 +33,10 @@ def library() -> ctypes.CDLL | None:
     if not compiler:
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
+        loaded = _loaded(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        warnings.warn(f"no C helper, decode on the CPU runs on torch's slower product: {reason}", stacklevel=2)
+        warn(f"no C helper, decode on the CPU runs on torch's slower product: {reason}")
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     gemv = [*[pointer] * 4, *[long] * 3, number]
@@ -60,32 +61,48 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _built(compiler: str) -> Path:
-    """The shared library in the cache folder: one for each source, compiler and processor."""
+def _loaded(compiler: str) -> ctypes.CDLL:
+    """The library from the cache folder, built there once; where that folder is not safe or of no use, from a
+    temporary folder of this process, with a warning. A library that another user could have written is never loaded."""
     if shutil.which(compiler) is None:
         raise FileNotFoundError(f"there is no compiler {compiler!r}")
+    name, folder = _name(compiler), cache_folder()
+    if folder is None:
+        reason = "HOME and FASTWEIGHTS_CACHE are not set"
+    else:
+        try:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            if not (reason := why_not_ours(folder) or ""):
+                if not os.path.lexists(folder / name):
+                    _build(compiler, folder, name)
+                reason = why_not_ours(folder / name) or ""
+            if not reason:
+                return ctypes.CDLL(str(folder / name))
+        except OSError as error:  # a read-only or full disk, or a library built on another machine
+            reason = one_line(error)
+    with tempfile.TemporaryDirectory(prefix="fastweights-") as private:  # mode 0700
+        _build(compiler, Path(private), name)
+        loaded = ctypes.CDLL(str(Path(private, name)))  # stays loaded when the file goes
+    warn(f"the C helper was compiled for this process alone, and will be again for the next: {reason}")
+    return loaded
+
+
+def _name(compiler: str) -> str:
+    """A file name for each source, compiler and processor."""
     cpu = Path("/proc/cpuinfo")  # -march=native must not meet another processor in a shared home folder
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     sources = [source.read_text() for source in SOURCES]
     identity = (sources, compiler, *FLAGS, platform.machine(), platform.processor(), flags)
-    name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    root = os.environ.get("FASTWEIGHTS_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastweights"
-    if not (folder / name).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary) / name
-            command = [
-                compiler,
-                *FLAGS,
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(built),
-                *(str(source) for source in SOURCES if source.suffix == ".c"),
-                "-lm",
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(built, folder / name)
-    return folder / name
+    return f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
+
+
+def _build(compiler: str, folder: Path, name: str) -> None:
+    """Compiles the library into `folder`, where it appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / name
+        sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), *sources, "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.chmod(0o755)  # whatever the umask: nobody else may write it
+        os.replace(built, folder / name)

@@ -1,11 +1,14 @@
 """config.json of every Llama generation: the same numbers as transformers, or a refusal that names the key."""
 
 import json
+import warnings
 
 import pytest
-from transformers import GenerationConfig
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
+import fastweights as fw
 from fastweights.config import LlamaConfig, RopeScaling
 
 BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "use_cache": True}
@@ -133,7 +136,92 @@ def test_a_config_that_transformers_writes_is_accepted(tmp_path):
 
 def test_every_key_transformers_can_write_is_known():
     everything = HFConfig(**SMALL).to_dict() | GenerationConfig._get_default_generation_params()
-    assert LlamaConfig.from_dict(everything) == LlamaConfig.from_dict(SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LlamaConfig.from_dict(everything, strict=True) == LlamaConfig.from_dict(SMALL)
+
+
+UNREAD = [  # keys that transformers' Llama does not read, and their names in the warning
+    ({"_model_name_or_path": "a.gguf", "unk_token_id": 0}, "_model_name_or_path, unk_token_id"),  # of a .gguf saved
+    ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map"),
+    ({"logit_scale": 2.0, "num_local_experts": 8}, "logit_scale, num_local_experts"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 3.0}}, "rope_scaling.mscale"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 3.0}}, "rope_parameters.factor"),
+    ({"attention_multiplier": 3.0, "hidden_activation": "gelu"}, "attention_multiplier, hidden_activation"),
+]
+HARMLESS = [
+    {"pretraining_tp": 4, "is_decoder": True, "chunk_size_feed_forward": 2, "pruned_heads": {"0": [1]}},
+    {"sep_token_id": 3, "temperature": 0.2, "num_beams": 4, "attention_dropout": 0.5, "use_cache": False},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    {"layer_types": ["full_attention", "attention"], "head_dim": None, "rope_scaling": {}},
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a small random Llama, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(HFConfig(**SMALL))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.1)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("extra", "named"), [*UNREAD, *((keys, None) for keys in HARMLESS)])
+def test_keys_that_transformers_does_not_read_leave_its_logits_and_are_named_once(saved, extra, named):
+    path = saved / "config.json"
+    path.write_text(json.dumps(SMALL | extra))
+    (saved / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, _ = fw.load(saved)
+    texts = [str(w.message) for w in caught]
+    says = f"{path}: {named} ignored, as transformers' Llama does (strict=True refuses)"
+    assert texts == ([] if named is None else [says])
+    assert all(w.filename == __file__ for w in caught)  # it points here, not into the library
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(saved).eval()
+        assert (model(ids) - theirs(ids).logits).abs().max() <= 1e-4
+    if named:
+        with pytest.raises(ValueError, match=f"asks for {named}, which fastweights does not implement"):
+            fw.load(saved, strict=True)
+    else:
+        fw.load(saved, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, (2,)),
+        ({"eos_token_id": [5, 7]}, (5, 7)),
+        ({"eos_token_id": 9, "temperature": 0.6}, (9,)),
+        ({"eos_token_id": None}, ()),
+        ({"temperature": 0.6}, (2,)),  # names no stop: config.json's stay
+    ],
+)
+def test_generation_config_names_the_stop_ids(saved, generation, expected):
+    (saved / "config.json").write_text(json.dumps(SMALL | {"eos_token_id": 2}))
+    path = saved / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if generation is not None:
+        path.write_text(json.dumps(generation))
+    assert LlamaConfig.from_folder(saved).eos_token_ids == expected
+    if generation is None or "eos_token_id" in generation:
+        eos = AutoModelForCausalLM.from_pretrained(saved).generation_config.eos_token_id
+        assert expected == (tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+
+
+def test_a_generation_config_that_is_not_one_is_named(saved):
+    path = saved / "generation_config.json"
+    for text, message in (("{", "is not valid JSON"), ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config\.json.* " + message):
+            LlamaConfig.from_folder(saved)
+    path.unlink()
 
 
 def test_llama_1_and_2_default_to_the_values_they_were_trained_with():
@@ -152,18 +240,17 @@ REFUSED = [
     ({"use_sliding_window": True}, "use_sliding_window is true"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map is"),
-    (
-        {"num_local_experts": 8, "logit_scale": 2},
-        "asks for logit_scale, num_local_experts, which fastweights does not",
-    ),
+    ({"attention_chunk_size": 64}, "attention_chunk_size is 64, and fastweights implements only null"),
+    ({"is_causal": False}, "is_causal is false, and fastweights implements only null or true"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, 'quantization is {"group_size": 64, "bits": 4}'),
+    ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, "per_layer_config is"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between kinds of layers"),
     ({"rope_scaling": YARN}, "rope_type 'yarn' is not implemented, expected 'default', 'linear' or 'llama3'"),
     ({"rope_parameters": YARN}, "rope_type 'yarn' is not implemented"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not implemented"),
     ({"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [2]}}, "rope_type 'longrope'"),
     ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor, which is missing"),
     ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope factor is -2, expected a positive number"),
-    ({"rope_scaling": {"type": "linear", "factor": 2, "mscale": 1}}, "rope_type 'linear' comes with mscale"),
     ({"rope_scaling": "linear"}, 'rope_scaling is "linear", expected an object or null'),
     (
         {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},

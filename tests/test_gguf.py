@@ -71,8 +71,8 @@ def byte_level_vocabulary():
     return tokens + [f"<pad{n}>" for n in range(320 - len(tokens))], merges
 
 
-def write(path, model, quantization="F32", vocabulary="gpt2", drop=(), tensors=None, **meta):
-    """A .gguf as llama.cpp's converter would write it for `model`."""
+def write(path, model, quantization="F32", vocabulary="gpt2", drop=(), tensors=None, rename=None, **meta):
+    """A .gguf as llama.cpp's converter would write it for `model`; `rename` gives normal tokens another text."""
     config = model.config
     writer = gguf.GGUFWriter(path, meta.pop("architecture", "llama"))
     keys = {
@@ -102,6 +102,9 @@ def write(path, model, quantization="F32", vocabulary="gpt2", drop=(), tensors=N
     if vocabulary == "gpt2":
         tokens, merges = byte_level_vocabulary()
         kinds = [3 if t in SPECIAL or t.startswith("<pad") else 1 for t in tokens]
+        gone = {tokens[n] for n in rename or ()}
+        merges = [m for m in merges if not gone & {m.replace(" ", ""), *m.split(" ")}]
+        tokens = [(rename or {}).get(n, t) for n, t in enumerate(tokens)]
         writer.add_tokenizer_model("gpt2")
         writer.add_token_merges(merges)
     elif vocabulary:
@@ -316,7 +319,6 @@ REFUSED = [
         {"tokenizer__ggml__pre": "qwen2"},
         "tokenizer.ggml.pre is 'qwen2', and fastweights implements only command-r,",
     ),
-    ({}, "the key tokenizer.ggml.pre is missing"),
     ({"vocabulary": None, "tokenizer__ggml__model": "bert"}, "the key tokenizer.ggml.tokens is missing"),
     (
         {"tokenizer__ggml__eot_token_id": 999, **GPT2},
@@ -332,6 +334,133 @@ def test_what_is_not_a_plain_llama_is_refused_by_name(tmp_path, changes, message
     assert message in str(error.value)
     assert str(error.value).startswith(f"{tmp_path}/m.gguf")
     assert "\n" not in str(error.value)
+
+
+def test_pre_tokenizers_with_several_names_split_alike(tmp_path):
+    text = "IT'S 12345 (dogs\n\n now"
+    for names, first in (
+        (("gpt-2", "phi-2", "mpt", "olmo", "exaone4", "jais"), None),
+        (("smollm", "codeshell", "exaone", "minerva-7b"), None),
+        (("llama-bpe", "falcon-h1", "pixtral", "lfm2"), 1),
+        (("smaug-bpe", "dbrx"), None),  # split as Llama 3; BOS only where the file says so
+    ):
+        found = []
+        for name in names:
+            path = write(tmp_path / f"{name}.gguf", hf_model(), tokenizer__ggml__pre=name)
+            backend = GgufFile(path).tokenizer().backend
+            found.append((backend.pre_tokenizer.pre_tokenize_str(text), backend.encode(text).ids))
+        assert all(other == found[0] for other in found)
+        assert (found[0][1][0] == 1) == (first == 1)
+    assert found[0][0] == GgufFile(tmp_path / "lfm2.gguf").tokenizer().backend.pre_tokenizer.pre_tokenize_str(text)
+
+
+def test_a_file_from_before_pre_tokenizers_had_names_takes_llama_cpps_default_and_says_so(tmp_path):
+    path = write(tmp_path / "m.gguf", hf_model())
+    with pytest.warns(UserWarning, match=r"m\.gguf has no tokenizer\.ggml\.pre: text is split by llama\.cpp's default"):
+        _, tokenizer = fw.load(path)
+    text = "a+b 1234"
+    pieces = [text[a:b] for _, (a, b) in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == ["a", "+", "b", " ", "123", "4"]
+
+
+def test_ends_of_turn_are_known_by_their_text_whatever_the_metadata_says(tmp_path):
+    rename = {300: "<|im_end|>", 301: "<|eot_id|>", 302: "<|endoftext|>", 303: "<fim_pad>"}
+    path = write(tmp_path / "m.gguf", hf_model(), rename=rename, **GPT2)
+    model, tokenizer = fw.load(path)
+    assert model.config.eos_token_ids == tokenizer.eos_token_ids == (2, 300, 301, 302, 303)
+    assert tokenizer.encode("a<|im_end|>")[-1] == 300  # one token, and a special one, though stored as normal text
+    assert tokenizer.decode([300], skip_special_tokens=True) == ""
+    named = {"tokenizer__ggml__eot_token_id": 305, "tokenizer__ggml__eom_token_id": 306}
+    model, tokenizer = fw.load(write(tmp_path / "x.gguf", hf_model(), rename=rename, **GPT2, **named))
+    assert model.config.eos_token_ids == (2, 305, 306, 300, 301, 302, 303)
+    fw.save(model, tmp_path / "saved", tokenizer)
+    assert fw.load(tmp_path / "saved")[0].config.eos_token_ids == model.config.eos_token_ids
+    harmony = {300: "<|end|>", 301: "<|return|>", 302: "<|call|>"}  # there <|end|> ends a part of a turn alone
+    model, _ = fw.load(write(tmp_path / "h.gguf", hf_model(), rename=harmony, **GPT2))
+    assert model.config.eos_token_ids == (2, 301, 302)
+
+
+def test_an_id_outside_the_vocabulary_that_nothing_needs_is_passed_over(tmp_path):
+    path = write(tmp_path / "m.gguf", hf_model(), tokenizer__ggml__padding_token_id=4294967295, **GPT2)
+    with pytest.warns(UserWarning, match=r"padding_token_id is 4294967295, which the vocabulary of 320") as caught:
+        model, tokenizer = fw.load(path)
+    assert len(caught) == 1
+    assert model.config.pad_token_id is None
+    assert "pad_token" not in tokenizer.config
+
+
+def test_several_chat_templates_are_found_by_their_names(tmp_path):
+    templates = {"tokenizer__chat_template": "plain", "tokenizer__chat_template.tool_use": "with tools"}
+    _, tokenizer = fw.load(write(tmp_path / "m.gguf", hf_model(), **GPT2, **templates))
+    assert tokenizer.chat_templates == {"default": "plain", "tool_use": "with tools"}
+    assert tokenizer.apply_chat_template([]) == "plain"
+    assert tokenizer.apply_chat_template([], chat_template="tool_use") == "with tools"
+
+
+def test_a_file_without_a_vocabulary_gives_the_model_and_none(tmp_path):
+    theirs = hf_model()
+    path = write(tmp_path / "m.gguf", theirs, vocabulary=None, tokenizer__ggml__model="none")
+    with pytest.warns(UserWarning, match=r"m\.gguf has no vocabulary: the tokenizer is None"):
+        model, tokenizer = fw.load(path)
+    assert tokenizer is None
+    with torch.no_grad():
+        assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-5
+
+
+def split(folder, theirs, parts=3, name="m-{:05}-of-{:05}.gguf"):
+    """The model in parts as gguf-split writes them: the metadata in the first."""
+    tensors = list(theirs.state_dict().items())
+    share = -(-len(tensors) // parts)
+    paths = []
+    for n in range(parts):
+        path = folder / name.format(n + 1, parts)
+        meta = {"split__no": n, "split__count": parts, "split__tensors__count": len(tensors)} | (GPT2 if n == 0 else {})
+        some = dict(tensors[n * share : (n + 1) * share])
+        paths.append(write(path, theirs, tensors=some, vocabulary="gpt2" if n == 0 else None, **meta))
+    return paths
+
+
+def test_a_split_model_is_loaded_whichever_part_is_named(tmp_path):
+    theirs = hf_model()
+    paths = split(tmp_path, theirs)
+    for path in paths:
+        model, tokenizer = fw.load(path)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+        assert tokenizer.vocab_size == 320
+
+
+def test_a_split_model_that_is_not_whole_is_refused_by_what_is_missing(tmp_path):
+    paths = split(tmp_path, hf_model())
+    whole = [path.read_bytes() for path in paths]
+
+    def refused(path, message):
+        with pytest.raises((ValueError, OSError), match=message) as error:
+            fw.load(path)
+        assert "\n" not in str(error.value)
+
+    paths[2].unlink()
+    refused(paths[0], r"a part of a model split into 3 files, and m-00003-of-00003\.gguf is missing beside it")
+    paths[0].unlink()
+    refused(paths[1], r"m-00001-of-00003\.gguf, m-00003-of-00003\.gguf are missing")
+    for path, content in zip(paths, [whole[0], whole[2], whole[1]], strict=True):
+        path.write_bytes(content)
+    refused(paths[0], r"m-00002-of-00003\.gguf: split\.no is 2, expected 1")
+    lone = tmp_path / "renamed.gguf"
+    lone.write_bytes(whole[0])
+    refused(lone, r"renamed\.gguf is a part of a model split into 3 files, expected a name like m-00001-of-00003\.gguf")
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    split(tmp_path, hf_model(tie_word_embeddings=True))[2].rename(tmp_path / "other.gguf")
+    paths[2].write_bytes(whole[1])
+    refused(paths[0], r"split\.no is 1, expected 2")
+
+
+def test_merges_that_do_not_belong_to_the_vocabulary_are_refused_in_one_line(tmp_path, monkeypatch):
+    tokens, merges = byte_level_vocabulary()
+    monkeypatch.setitem(globals(), "byte_level_vocabulary", lambda: (tokens, [*merges, "qz qz"]))
+    with pytest.raises(ValueError, match=r"m\.gguf holds no usable tokenizer: .*out of vocabulary"):
+        fw.load(write(tmp_path / "m.gguf", hf_model(), **GPT2))
 
 
 def test_missing_and_foreign_tensors_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Who may import whom: dependencies point up the list only."""
+"""The order of the house: who may import whom, type-only imports counted, and whose names stay at home."""
 
 import ast
 import subprocess
@@ -8,74 +8,97 @@ from pathlib import Path
 import fastweights
 
 FOLDER = Path(fastweights.__file__).parent
-# each may import what stands before it; "rules", "state" and the kernels import nothing of ours
+# a file or folder may import what stands before it, never what stands behind it
 ORDER = [
-    *("config", "tokenizer", "hub", "kernels", "watch", "fused", "model", "gguf", "weights"),
-    *("rules", "state", "probes", "inputs", "sampling"),
-    *(
-        "passes",
-        "options",
-        "plastic",
-        "probing",
-        "snapshot",
-        "stacks",
-        "captured",
-        "generation",
-        "episode",
-        "surgery",
-        "report",
-        "benchmarks",
-        "__main__",
-        "__init__",
-    ),
+    *("files", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
+    *("config", "state", "cache", "model"),
+    *("bpe", "stream", "tokenizer", "hub", "gguf", "stored", "weights"),  # checkpoints
+    "probes",
+    *("episode_state", "passes", "plastic"),
+    "engine",
+    *("waiting", "feed"),
+    *("generation", "probe", "snapshot", "episode"),
+    *("attach", "surgery", "report", "__init__", "benchmarks", "__main__"),
 ]
-ALONE = {"config": set(), "rules": set(), "state": {"state"}}
-ALONE |= {"kernels": {"kernels"}, "probes": {"probes", "model"}, "watch": set(), "fused": {"kernels", "watch"}}
-ALONE |= {"model": {"config", "kernels", "fused"}}
-
-
-def imported(file):
-    """Modules of ours that a file imports at run time, and every other top-level package."""
-    ours, others = set(), set()
-    package = file.relative_to(FOLDER).parts[:-1]
-    tree = ast.parse(file.read_text())
-    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-    skipped = {id(inner) for block in typing for inner in ast.walk(block)}
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.level:
-            path = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            names = [part for part in path if part]
-            ours |= {names[0]} if names else {alias.name for alias in node.names}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            others |= {name.split(".")[0] for name in names}
-            ours |= {name.split(".")[1] for name in names if name.startswith("fastweights.")}
-    return ours, others
+GROUND = ("binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours
+# attributes of torch, numpy and Python that begin with an underscore and have no public form
+NOT_OURS = {
+    *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_fields_", "_C", "_current_level"),
+    *("_global_forward_hooks", "_global_forward_pre_hooks", "_are_functorch_transforms_active", "_exit", "_replace"),
+}
 
 
 def files():
     linked = [file for name in ("kernels", "benchmarks") for file in (FOLDER / name).glob("*.py")]
-    for file in sorted({*FOLDER.rglob("*.py"), *linked}):
-        relative = file.relative_to(FOLDER).parts
-        yield relative[0].removesuffix(".py"), file
+    return sorted({*FOLDER.rglob("*.py"), *linked})
 
 
-def test_dependencies_point_up_the_list_only():
-    for module, file in files():
-        for other in imported(file)[0] & set(ORDER):
-            inside = other == module and module in ("kernels", "state", "probes", "benchmarks")
-            assert inside or ORDER.index(other) < ORDER.index(module), f"{module} imports {other}"
-            assert module not in ALONE or other in ALONE[module], f"{module} imports {other}"
+def name_of(file):
+    return ".".join(file.relative_to(FOLDER).with_suffix("").parts)
 
 
-def test_every_module_stands_in_the_list():
-    assert {module for module, _ in files()} <= set(ORDER)
+def imported(file):
+    """Files of ours that a file imports, by their dotted names, and every other top-level package."""
+    ours, others = set(), set()
+    package = file.relative_to(FOLDER).parts[:-1]
+    known = {name_of(other) for other in files()}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            path = [*package[: len(package) - node.level + 1], *(part for part in (node.module or "").split(".") if part)]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastweights":
+            path = node.module.split(".")[1:]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            others |= {name.split(".")[0] for name in names if not name.startswith("fastweights")}
+            ours |= {name.removeprefix("fastweights.") for name in names if name.startswith("fastweights.")}
+            ours |= {"__init__"} if "fastweights" in names else set()
+            continue
+        else:
+            continue
+        base = ".".join(path)
+        for alias in node.names:
+            inner = f"{base}.{alias.name}".lstrip(".")
+            ours.add(inner if inner in known else base if base in known else f"{base}.__init__".lstrip("."))
+    return ours, others
+
+
+def test_imports_point_down_the_order_only():
+    for file in files():
+        here = name_of(file).split(".")[0]
+        for there in {name.split(".")[0] for name in imported(file)[0]} - {here}:
+            assert ORDER.index(there) < ORDER.index(here), f"{name_of(file)} imports {there}"
+            assert here not in GROUND, f"{here} is of the ground floor and imports {there}"
+
+
+def test_there_is_no_circle_of_files():
+    arrows = {name_of(file): imported(file)[0] - {name_of(file)} for file in files()}
+    while arrows:
+        free = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert free, f"a circle among {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
+
+
+def test_every_file_stands_in_the_order():
+    assert {name_of(file).split(".")[0] for file in files()} <= set(ORDER)
+
+
+def test_no_file_reaches_for_a_name_of_another_that_begins_with_an_underscore():
+    for file in files():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        own |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        for node in ast.walk(tree):
+            names = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("fastweights")):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                private = name.startswith("_") and not name.startswith("__")
+                assert not private or name in own | NOT_OURS, f"{name_of(file)}:{node.lineno} reaches for {name}"
 
 
 def test_the_library_never_imports_transformers():
-    users = {module for module, file in files() if "transformers" in imported(file)[1]}
+    users = {name_of(file).split(".")[0] for file in files() if "transformers" in imported(file)[1]}
     assert users <= {"benchmarks"}
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,6 @@ SINGLE = [
     (cut(0), "model.safetensors is not a whole safetensors file ("),
     (remove("model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
     (remove("config.json"), "config.json does not exist, expected a Llama's config.json there"),
-    (remove("tokenizer.json"), "tokenizer.json is missing, and the tokenizer is read from it"),
     (pickled, "holds its weights only as pytorch_model.bin, a pickle that can run any code when it is read"),
 ]
 
@@ -242,7 +242,7 @@ def test_an_index_is_held_to_its_folder_and_its_files(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     where = index["weight_map"]
-    first, last = where[GATE], where["model.norm.weight"]
+    first = where[GATE]
     outside = tmp_path.parent / "outside.safetensors"
     outside.write_bytes((tmp_path / first).read_bytes())
     for name in (f"../{outside.name}", str(outside), "..", "sub/model.safetensors", "", 7):
@@ -250,15 +250,153 @@ def test_an_index_is_held_to_its_folder_and_its_files(tmp_path):
         assert f"{GATE} is said to be in {name!r}, expected the name of a file in" in refusal(tmp_path)
     path.write_text(json.dumps(index | {"weight_map": where | {GATE: "none.safetensors"}}))
     assert f"{GATE} is said to be in none.safetensors, which is missing" in refusal(tmp_path)
-    path.write_text(json.dumps(index | {"weight_map": where | {"extra": first}}))
-    assert f"extra is said to be in {first}, which does not hold it" in refusal(tmp_path)
-    path.write_text(json.dumps(index | {"weight_map": {k: v for k, v in where.items() if k != "model.norm.weight"}}))
-    message = refusal(tmp_path)
-    assert "model.norm.weight" in message
-    assert f"{last} holds model.norm.weight" in message or "is missing" in message
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         path.write_text(text)
         assert "model.safetensors.index.json is not readable, expected an object with a weight_map" in refusal(tmp_path)
+
+
+def test_an_index_says_which_files_belong_and_no_more(tmp_path):
+    """Entries too few, too many or in the wrong file: transformers reads the files, and so do we."""
+    theirs = checkpoint(tmp_path, max_shard_size="50KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    where = index["weight_map"]
+    wrong = next(file for file in where.values() if file != where[GATE])
+    fewer = {key: file for key, file in where.items() if key != GATE}
+    for entries in (fewer, where | {"extra": where[GATE]}, where | {GATE: wrong}):
+        path.write_text(json.dumps(index | {"weight_map": entries}))
+        model, _ = fw.load(tmp_path)
+        for key, tensor in LlamaForCausalLM.from_pretrained(tmp_path).state_dict().items():
+            assert torch.equal(model.state_dict()[key], tensor)
+            assert torch.equal(theirs.state_dict()[key], tensor)
+    shutil.copy(tmp_path / where[GATE], tmp_path / "twice.safetensors")
+    path.write_text(json.dumps(index | {"weight_map": where | {"extra": "twice.safetensors"}}))
+    assert "twice.safetensors both hold " in refusal(tmp_path)
+    names = sorted(set(where.values()))
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[2]).unlink()
+    path.write_text(json.dumps(index))
+    assert f"fetch {names[0]}, {names[2]}, 2 of {len(names)} files" in refusal(tmp_path)
+
+
+PREFIXES = ["", "model.model.", "module.model.", "_orig_mod.model.", "base_model.model.model."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("stored", ["both", "head", "embedding", "untied"])
+def test_whatever_stands_before_the_names_the_tensors_are_found(tmp_path, prefix, stored):
+    theirs = checkpoint(tmp_path, tie_word_embeddings=stored != "untied").state_dict()
+    kept = {
+        (prefix if key.startswith("model.") else prefix.removesuffix("model.")) + key.removeprefix("model."): t.clone()
+        for key, t in theirs.items()
+        if (stored, key) not in (("head", "model.embed_tokens.weight"), ("embedding", "lm_head.weight"))
+    }
+    kept[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = fw.load(tmp_path)
+    assert model.state_dict().keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+    if prefix == "":  # as transformers reads what a LlamaModel saved
+        again = LlamaForCausalLM.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert (model(IDS) - again(IDS).logits).abs().max() <= 1e-5
+
+
+def test_the_base_model_alone_lacks_a_head_unless_tied(tmp_path):
+    LlamaForCausalLM(HFConfig(**SHAPE)).model.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    assert "the tensor lm_head.weight is missing, expected by config.json (config.json says that it is not" in refusal(
+        tmp_path
+    )
+
+
+def test_a_folder_without_a_tokenizer_gives_the_model_and_none_and_says_so(tmp_path):
+    checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.warns(
+        UserWarning, match=r"no tokenizer\.json and no tokenizer\.model: the tokenizer is None"
+    ) as caught:
+        model, tokenizer = fw.load(tmp_path)
+    assert tokenizer is None
+    assert len(caught) == 1
+    episode = fw.Episode(model)
+    assert [int(step.token_ids[0]) for step in episode.generate([3, 1, 4], 3)]
+    fw.save(model, tmp_path / "again", tokenizer)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"\(vocab\.json alone is not read\)"):
+        fw.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")  # there, and broken: not the same as absent
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer"):
+        fw.load(tmp_path)
+
+
+def test_stop_ids_are_saved_and_the_other_generation_settings_stay(tmp_path):
+    checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7], "temperature": 0.6}')
+    model, tokenizer = fw.load(tmp_path)
+    for folder, eos in ((tmp_path, [5, 7]), (tmp_path / "new", [5, 7])):
+        fw.save(model, folder, tokenizer)
+        again, _ = fw.load(folder)
+        assert again.config.eos_token_ids == model.config.eos_token_ids == (5, 7)
+        assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == eos
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_generate_stops_where_generation_config_says(tmp_path):
+    checkpoint(tmp_path)
+    model, _ = fw.load(tmp_path)
+    free = [int(step.token_ids[0]) for step in fw.Episode(model).generate([3, 1, 4], 8, stop_token_ids=())]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, free[2]]}))
+    model, _ = fw.load(tmp_path)
+    assert [int(step.token_ids[0]) for step in fw.Episode(model).generate([3, 1, 4], 8)] == free[
+        : free.index(free[2]) + 1
+    ]
+
+
+def test_loading_writes_nothing_into_the_folder(tmp_path):
+    checkpoint(tmp_path, max_shard_size="50KB")
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    model, _ = fw.load(tmp_path)
+    model(IDS)
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
+
+
+def test_files_beside_the_point_say_what_to_do(tmp_path):
+    checkpoint(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    for file, message in (
+        (weights, f": pass its folder, {tmp_path}"),
+        (tmp_path / "pytorch_model.bin", "not a pickle, which can run any code when it is read"),
+        (tmp_path / "m.gguf-split-a", "join the pieces of a cut file first"),
+    ):
+        file.touch()
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fw.load(file)
+    (tmp_path / "pytorch_model.bin").unlink()
+    weights.rename(tmp_path / "model-00001-of-00002.safetensors")
+    assert "expected one of them (it holds model-00001-of-00002.safetensors)" in refusal(tmp_path)
+    for name, message in (
+        ("consolidated.00.pth", "convert_llama_weights_to_hf.py"),
+        ("pytorch_model-00001-of-00002.bin", f"from_pretrained({str(tmp_path)!r}).save_pretrained"),
+    ):
+        (tmp_path / name).touch()
+        assert message in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("m-00001-of-00002.gguf", "pass the file {folder}/m-00001-of-00002.gguf instead"),
+        ("adapter_config.json", "it holds a PEFT adapter: merge it into its base model with merge_and_unload"),
+        ("params.json", "it holds Meta's own format: convert it with transformers' convert_llama_weights_to_hf.py"),
+    ],
+)
+def test_a_folder_without_a_config_says_what_it_holds(tmp_path, file, message):
+    (tmp_path / file).touch()
+    text = refusal(tmp_path)
+    assert "config.json does not exist, expected a Llama's config.json there; " in text
+    assert message.format(folder=tmp_path) in text
 
 
 @pytest.mark.parametrize(
