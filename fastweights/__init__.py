@@ -3,11 +3,15 @@
 from .attach import attach, detach
 from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
+from .generation import Step
 from .inputs import token_ids
+from .probe import Trace
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .sampling import Sampling
 from .state.drift import Drift
 from .state.moments import Moment
 from .surgery import surgery
+from .tokenizer import Tokenizer
 from .weights import load, save
 
 __version__ = "0.1.0"
@@ -20,7 +24,11 @@ __all__ = [
     "Hebbian",
     "LocalLeastSquares",
     "Moment",
+    "Sampling",
     "Snapshot",
+    "Step",
+    "Tokenizer",
+    "Trace",
     "attach",
     "detach",
     "load",
