@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,29 +27,58 @@ DEMO: dict[str, Any] = {
 }
 
 
+TEXT = "text, or @file, whose last newline and byte order mark are not part of the text"
+
+
+class Version(argparse.Action):
+    """--version: the name and the version of the installed package."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version")
+
+    def __call__(self, parser, *_) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("fastweights", version("fastweights"))
+        except PackageNotFoundError:
+            print("fastweights, of a folder that is not installed")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # one line, not the usage as well
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    return _guarded(_main, sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:
         from .benchmarks.bench import main as bench
 
-        return _guarded(bench, arguments[1:])
+        return bench(arguments[1:]) or 0
     options = _parser().parse_args(arguments)
-    return _guarded(options.command, options)
+    return options.command(options) or 0
 
 
-def _guarded(command, *arguments) -> int:
+def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs a command; what the user got wrong becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return command(*arguments) or 0
+        try:
+            return command(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a closed pipe is dealt with
+    except BrokenPipeError:  # the reader went away: nobody is left to tell, now or at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            sys.stderr.close()  # the reader went away: nobody is left to tell
-            return 141
         print(f"fastweights: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -61,7 +92,6 @@ def _guarded(command, *arguments) -> int:
 def demo(options: argparse.Namespace) -> None:
     from . import GradientAscent, Hebbian, report
 
-    settings = {**DEMO, "layers": options.layers or DEMO["layers"]}
     halves: list[tuple[str, Any, dict[str, Any]]] = [
         ("gradient ascent after every token of the context", GradientAscent(rate=0.3, clip=0.005), {"update": "all"}),
         (
@@ -71,6 +101,7 @@ def demo(options: argparse.Namespace) -> None:
         ),
     ]
     model, tokenizer = _load(options)
+    settings = {**DEMO, "layers": _layers(options.layers or DEMO["layers"], model)}
     print(f"context:\n{settings['context']}\n\nquestion:\n{settings['question']}\n")
     records = {}
     for title, rule, extra in halves:
@@ -95,13 +126,14 @@ def run(options: argparse.Namespace) -> None:
     if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
         raise ValueError(f"--out {options.out} is a file, expected a folder")
     model, tokenizer = _load(options)
+    layers = _layers(options.layers, model)
     record = _surgery(
         model,
         tokenizer,
         context=options.context,
         question=options.question,
         answers=options.answers,
-        layers=options.layers,
+        layers=layers,
         rule=rule,
         linears=options.linears,
         rank=options.rank,
@@ -118,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
         record.save(options.out)
         print(f"\nsaved to {options.out}: record.json, arrays.safetensors")
     if options.json:
-        print(json.dumps({**record.to_dict(), "model": _name(options), "layers": options.layers}))
+        print(json.dumps({**record.to_dict(), "model": _name(options), "layers": layers}))
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -135,7 +167,8 @@ def generate(options: argparse.Namespace) -> None:
     model, tokenizer = _load(options)
     if rule is not None:
         budget = {"budget": options.budget, "over_budget": options.over_budget}
-        attach(model, options.layers, rule, options.linears, options.rank, options.overflow, **budget)
+        layers = _layers(options.layers, model)
+        attach(model, layers, rule, options.linears, options.rank, options.overflow, **budget)
     text = options.prompt
     if options.chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -156,16 +189,24 @@ def generate(options: argparse.Namespace) -> None:
     )
     print(f"prompt ids: {ids}", file=sys.stderr)  # generate() has accepted them
     new: list[int] = []
+    text, reason = "", None
     with torch.no_grad():
         for step in steps:
             new += step.token_ids.tolist()
+            text, reason = text + step.text[0], step.finish_reason[0]
             print(step.text[0], end="", flush=True)
     print()
-    print(f"{len(new)} tokens, {episode.events} events", file=sys.stderr)
+    print(f"{len(new)} tokens, {episode.events} events, finish_reason: {reason}", file=sys.stderr)
     if options.drift:
         print(episode.drift(), file=sys.stderr)
     if options.json:
-        whole = {"prompt_ids": ids, "token_ids": new, "text": tokenizer.decode(new), "events": episode.events}
+        whole: dict[str, Any] = {
+            "prompt_ids": ids,
+            "token_ids": new,
+            "text": text,
+            "finish_reason": reason,
+            "events": episode.events,
+        }
         whole |= {"drift": episode.drift().to_list()} if options.drift else {}
         print(json.dumps({**whole, "model": _name(options)}))
 
@@ -268,13 +309,13 @@ def _wrapped(text: str) -> str:
 
 
 def _text(value: str) -> str:
-    """A text, or @file."""
-    if not value.startswith("@"):
-        return value
+    """A text, or @file: without a byte order mark and without the newline that an editor puts at the end."""
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        if not value.startswith("@"):
+            return os.fsencode(value).decode("utf-8")  # where the locale knew no UTF-8, Python kept the bytes
+        return Path(value[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {value[1:]}: {error}") from None
+        raise argparse.ArgumentTypeError(f"cannot read {value.removeprefix('@')}: {error}") from None
 
 
 def _names(value: str) -> list[str]:
@@ -288,12 +329,26 @@ def _numbers(value: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{value!r}: expected whole numbers like 11,12,13") from None
 
 
+def _some_layers(value: str) -> list[int] | str:
+    return value if value == "all" else _numbers(value)
+
+
+def _layers(given: list[int] | str, model) -> list[int]:
+    """Layer numbers; a negative one counts from the last layer."""
+    depth = model.config.num_hidden_layers
+    if isinstance(given, str):
+        return list(range(depth))
+    return [layer + depth if -depth <= layer < 0 else layer for layer in given]
+
+
 def _update(value: str):
     return value if value in ("all", "none", "prompt", "generated") else _numbers(value)
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The flags and their defaults, which are those of the Python calls behind them."""
     parser = Parser(prog="fastweights", description="A Llama whose MLP weights change while it reads and writes.")
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
     common = Parser(add_help=False)
@@ -303,6 +358,57 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--strict", action="store_true", help="refuse a config.json with keys that no Llama reads")
     common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
+    command = commands.add_parser("demo", parents=[common], help="the founding experiment, no further argument")
+    command.add_argument("--layers", type=_some_layers, help=f"all, or left out: {DEMO['layers']}")
+    command.add_argument("--out", metavar="FOLDER", help="save the records here")
+    command.set_defaults(command=demo)
+
+    run_options = [common, _plastic_options(overflow="grow")]
+    command = commands.add_parser("run", parents=run_options, help="the experiment on your own texts")
+    command.add_argument("--context", type=_text, required=True, help=TEXT)
+    command.add_argument("--question", type=_text, required=True, help=TEXT)
+    command.add_argument("--answers", type=_names, required=True, help="A,B: the first is the one the context says")
+    command.add_argument(
+        "--layers", type=_some_layers, required=True, help="11,12,13, or all; -1 is the last (--layers=-1)"
+    )
+    command.add_argument("--update", type=_update, default="all", help="all, prompt, generated, or positions 10,12,13")
+    command.add_argument("--max-new-tokens", type=int, default=0, help="tokens to generate after the context")
+    command.add_argument("--probe-every", type=int, default=1, help="ask after every this many events")
+    command.add_argument("--out", metavar="FOLDER", help="save record.json and arrays.safetensors here")
+    command.set_defaults(command=run)
+
+    generate_options = [common, _plastic_options(overflow="compress")]
+    command = commands.add_parser("generate", parents=generate_options, help="continue a text")
+    command.add_argument("prompt", type=_text, help=TEXT)
+    command.add_argument("--layers", type=_some_layers, help="make these layers plastic: 11,12,13, or all")
+    command.add_argument(
+        "--update",
+        type=_update,
+        default="generated",
+        help="which tokens are written: generated (left out), prompt, all, none, or positions 10,12,13",
+    )
+    command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    command.add_argument("--max-new-tokens", type=int, help="left out: 64, or fewer where the context is full before")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (left out) = the likeliest token")
+    command.add_argument("--top-k", type=int)
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--min-p", type=float, default=0.0)
+    command.add_argument("--repetition-penalty", type=float, default=1.0)
+    command.add_argument("--seed", type=int)
+    command.add_argument("--drift", action="store_true", help="say at the end what changed, and where")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
+    command.set_defaults(command=generate)
+
+    command = commands.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
+    command.add_argument("--text", type=_text, help=f"show the ids and tokens of this: {TEXT}")
+    command.set_defaults(command=info)
+
+    commands.add_parser("bench", help="measure: see fastweights bench --help")
+    return parser
+
+
+def _plastic_options(overflow: str) -> Parser:
+    """The flags of `attach` and of the rule."""
     plastic = Parser(add_help=False)
     plastic.add_argument("--linears", type=_names, default=_names(LINEARS), help=f"left out: {LINEARS}")
     rules = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
@@ -315,49 +421,12 @@ def _parser() -> argparse.ArgumentParser:
     plastic.add_argument("--target", help="self or slow (local-least-squares), or v* as a safetensors file (delta)")
     plastic.add_argument("--bias", action="store_true", default=None, help="change the bias too")
     plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
-    plastic.add_argument("--overflow", default="grow", help="grow or error: what happens when they are full")
+    what = f"compress, evict, grow or error: what happens when they are full; left out: {overflow}"
+    plastic.add_argument("--overflow", default=overflow, help=what)
     plastic.add_argument("--budget", type=float, help="largest ‖ΔW‖ / ‖W‖ of each linear")
     over = ("scale", "stop")
     plastic.add_argument("--over-budget", choices=over, default="scale", help="what an event over it does")
-
-    command = commands.add_parser("demo", parents=[common], help="the founding experiment, no further argument")
-    command.add_argument("--layers", type=_numbers)
-    command.add_argument("--out", metavar="FOLDER", help="save the records here")
-    command.set_defaults(command=demo)
-
-    command = commands.add_parser("run", parents=[common, plastic], help="the experiment on your own texts")
-    command.add_argument("--context", type=_text, required=True, help="text, or @file")
-    command.add_argument("--question", type=_text, required=True, help="text, or @file")
-    command.add_argument("--answers", type=_names, required=True, help="A,B: the first is the one the context says")
-    command.add_argument("--layers", type=_numbers, required=True, help="11,12,13")
-    command.add_argument("--update", type=_update, default="all", help="all, prompt, generated, or positions 10,12,13")
-    command.add_argument("--max-new-tokens", type=int, default=0, help="tokens to generate after the context")
-    command.add_argument("--probe-every", type=int, default=1, help="ask after every this many events")
-    command.add_argument("--out", metavar="FOLDER", help="save record.json and arrays.safetensors here")
-    command.set_defaults(command=run)
-
-    command = commands.add_parser("generate", parents=[common, plastic], help="continue a text")
-    command.add_argument("prompt", type=_text, help="text, or @file")
-    command.add_argument("--layers", type=_numbers, help="make these layers plastic")
-    command.add_argument("--update", type=_update, default="all")
-    command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    command.add_argument("--max-new-tokens", type=int, default=64)
-    command.add_argument("--temperature", type=float, default=0.0)
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--min-p", type=float, default=0.0)
-    command.add_argument("--repetition-penalty", type=float, default=1.0)
-    command.add_argument("--seed", type=int)
-    command.add_argument("--drift", action="store_true", help="say at the end what changed, and where")
-    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
-    command.set_defaults(command=generate)
-
-    command = commands.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
-    command.add_argument("--text", type=_text, help="show the ids and tokens of this text")
-    command.set_defaults(command=info)
-
-    commands.add_parser("bench", help="measure: see fastweights bench --help")
-    return parser
+    return plastic
 
 
 if __name__ == "__main__":

@@ -107,11 +107,9 @@ class KVCache:
             ValueError: it is more than `limit`; nothing changes then.
         """
         if length > self.limit:
-            advice = (
-                "create the episode with a larger max_length"
-                if self.limit < self.longest
-                else "that is as far as this model's positions go"
-            )
+            advice = f"make the episode with max_length={length} or more, up to {self.longest}"
+            if length > self.longest:
+                advice = f"this model has {self.longest} positions, so the text must be shorter"
             raise ValueError(
                 f"{length} tokens do not fit: the KV cache holds {self.limit} per row ({self.length} are in use); "
                 f"{advice}"

@@ -14,12 +14,12 @@ from . import snapshot as files
 from .cache import KVCache
 from .episode_state import Address, EpisodeState
 from .feed import Reader
-from .generation import Step, generate
+from .generation import Step, generate, stops
 from .inputs import Ids, Mask, Update, tokens
 from .model import Llama
 from .plastic import plastic_linears, weight_norm
 from .probe import Trace, probe
-from .sampling import Sampling
+from .sampling import RowGenerator, Sampling
 from .state import EventLog
 from .state.drift import Drift, drift
 from .state.moments import At
@@ -42,6 +42,7 @@ class Episode:
     Attributes:
         logits: [B, V] after the last token of each row, a copy; None before the first token.
         token_ids: the tokens that each row has read.
+        generator: where sampled tokens are drawn from, for each row by itself: see `fw.Sampling.choose`.
         length, lengths: tokens so far, of the longest row and of each.
         events, event_counts: events so far, of the row and linear with the most, and of each linear and row.
         path: what the last pass ran on, "modules", "cpu" or "cuda"; None before the first.
@@ -68,7 +69,7 @@ class Episode:
         self.model, self.max_length = model, max_length
         logs = {address: linear.new_log(1 if shared else batch_size) for address, linear in linears.items()}
         cache = model.new_cache(batch_size, max_length)
-        self.state = EpisodeState(cache, logs, torch.Generator(model.device), bool(shared))
+        self.state = EpisodeState(cache, logs, RowGenerator(batch_size), bool(shared))
         self.reader = Reader(model, self.state)
         self.engine = self.reader.engine
         model.binding.made = weakref.ref(self.state)
@@ -96,7 +97,8 @@ class Episode:
         return self.state.logs
 
     @property
-    def generator(self) -> torch.Generator:
+    def generator(self) -> RowGenerator:
+        """The random numbers of each row."""
         return self.state.generator
 
     @property
@@ -162,7 +164,7 @@ class Episode:
     def generate(
         self,
         input_ids: Ids | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
         update: Update = "generated",
         attention_mask: Mask = None,
@@ -171,31 +173,39 @@ class Episode:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop_token_ids: Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
+        seed: int | Sequence[int] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        include_stop_str_in_output: bool = True,
         tokenizer: Tokenizer | None = None,
     ) -> Iterator[Step]:
         """Reads a prompt, then chooses, reads and (as `update` says) writes one token after the other.
 
         When a step is yielded its tokens have been read, so a probe sees the weights after them; a caller
-        may stop at any step.
+        may stop at any step, and go on from there with `generate()` without a prompt.
 
         Args:
             input_ids: the prompt, as in `feed`; None goes on from the tokens read so far.
+            max_new_tokens: None = 64, or fewer where the KV cache is full before; a number must fit.
             update: "generated" (default), "prompt", "all", "none", or as in `feed`.
-            temperature, top_k, top_p, min_p, repetition_penalty: see `sampling.Sampling`; 0 = greedy.
-            seed: seeds the episode's random generator first.
+            temperature, top_k, top_p, min_p, repetition_penalty: see `fw.Sampling`; 0 = greedy.
+            seed: starts the random numbers again; row b draws what a row alone draws with seed + b. A list has
+                one seed per row. None goes on drawing (a new episode begins as with seed 0).
             stop_token_ids: tokens that end a row; None = the model's eos_token_ids, () = none.
-            stop_strings: texts that end a row once its new text contains one; needs `tokenizer`.
+            stop_strings: texts that end a row at the token that completes one; needs `tokenizer`.
+            include_stop_str_in_output: False leaves the stop string, or the stop token, out of `Step.text`.
             tokenizer: fills `Step.text`.
+
+        Raises:
+            ValueError: what does not fit, before anything is read; logits that are not finite, before a choice.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        ids = None
+        ids, vocabulary = None, self.model.config.vocab_size
         if input_ids is not None:
-            ids = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
-        stop = self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids
-        return generate(self.reader, ids, max_new_tokens, update, sampling, seed, stop, stop_strings, tokenizer)
+            ids = tokens(input_ids, attention_mask, self.batch_size, vocabulary)
+        ends = self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids
+        stop = stops(ends, stop_strings, include_stop_str_in_output, tokenizer)
+        return generate(self.reader, ids, max_new_tokens, update, sampling, seed, stop, tokenizer)
 
     # ---- looking
 

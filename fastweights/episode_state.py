@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .sampling import RowGenerator
 from .state import EventLog
 from .state.events import Events
+from .stream import Texts
 
 Address = tuple[int, str]  # of a linear: (layer, name)
 
@@ -41,6 +43,7 @@ class Before:
     tokens: list[int]  # read so far, per row
     logits_BV: Tensor | None
     generator: Tensor
+    texts: Texts | None
     event_counts: dict[Address, list[int]]
     scaled: dict[Address, list[list[int]]]  # of each log and its archive
     kept: dict[Address, EventLog] = field(default_factory=dict)  # copies of logs that could not be rolled back
@@ -56,14 +59,16 @@ class EpisodeState:
         waiting: gradient events whose next token is not known yet.
         token_ids: the tokens that each row has read.
         logits_BV: [B, V] after the last token of each row; None before the first.
-        generator: draws the sampled tokens; on the CPU or the model's device.
+        generator: draws the sampled tokens, for each row by itself.
+        texts: how far the text of each row was given out by `generate`; not in files.
     """
 
-    def __init__(self, cache: KVCache, logs: dict[Address, EventLog], generator: torch.Generator, shared: bool):
+    def __init__(self, cache: KVCache, logs: dict[Address, EventLog], generator: RowGenerator, shared: bool):
         self.cache, self.logs, self.generator, self.shared = cache, logs, generator, shared
         self.waiting: list[Waiting] = []
         self.token_ids: list[list[int]] = [[] for _ in cache.lengths]
         self.logits_BV: Tensor | None = None
+        self.texts: Texts | None = None
         # what puts a change that was cut short right: set before the change begins, None once it is whole
         self.journal: Callable[[], None] | None = None
         self.before: Before | None = None  # what the attempt that runs now goes back to
@@ -142,6 +147,7 @@ class EpisodeState:
             tokens=[len(ids) for ids in self.token_ids],
             logits_BV=self.logits_BV,
             generator=self.generator.get_state(),
+            texts=self.texts,
             event_counts=self.event_counts,
             scaled={address: [list(part.scaled) for part in log.parts] for address, log in self.logs.items()},
         )
@@ -170,6 +176,7 @@ class EpisodeState:
         for ids, tokens in zip(self.token_ids, before.tokens, strict=True):
             del ids[tokens:]
         self.generator.set_state(before.generator)
+        self.texts = before.texts
 
     def keep(self, address: Address, counts: Sequence[int]) -> None:
         """Copies a log before a write that cannot be rolled back: a fold, or a ring that wraps. Inside an attempt."""
@@ -204,7 +211,7 @@ class EpisodeState:
             self.cache.rewind([0] * self.batch_size)
             for log in self.logs.values():
                 log.clear()
-            self.waiting, self.logits_BV = [], None
+            self.waiting, self.logits_BV, self.texts = [], None, None
             self.token_ids = [[] for _ in self.cache.lengths]
 
         self._redo(change)
@@ -231,9 +238,8 @@ class EpisodeState:
         """A copy whose row n has the past of row `chosen[n]`, without waiting events: a graph belongs to its rows."""
         every = list(chosen) == list(range(self.batch_size))
         logs = {a: log.clone() if self.shared or every else log.rows(chosen) for a, log in self.logs.items()}
-        generator = torch.Generator(self.generator.device)
-        generator.set_state(self.generator.get_state())
-        other = EpisodeState(self.cache.rows(chosen), logs, generator, self.shared)
+        other = EpisodeState(self.cache.rows(chosen), logs, self.generator.rows(chosen), self.shared)
+        other.texts = None if self.texts is None else self.texts.rows(chosen)
         other.token_ids = [list(self.token_ids[row]) for row in chosen]
         if self.logits_BV is not None:
             other.logits_BV = self.logits_BV[torch.tensor(list(chosen), device=self.logits_BV.device)]
@@ -257,6 +263,7 @@ class EpisodeState:
             )
             self.token_ids = [list(ids) for ids in other.token_ids]
             self.generator.set_state(other.generator.get_state())
+            self.texts = None if other.texts is None else other.texts.rows(range(self.batch_size))
 
         self._redo(change)
 
@@ -308,7 +315,8 @@ class EpisodeState:
             log.load_state_dict(own, meta["logs"][key_of(address)])
         self.logits_BV = tensors.get("logits")
         self.token_ids = [list(ids) for ids in meta["seen"]]
-        self.generator.set_state(tensors["generator"].cpu())
+        if "generator" in tensors:
+            self.generator.set_state(tensors["generator"].cpu())
 
 
 def key_of(address: Address) -> str:

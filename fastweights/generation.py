@@ -2,75 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .episode_state import EpisodeState
 from .feed import Reader
-from .inputs import Update
+from .inputs import Update, whole_numbers
 from .sampling import Sampling
+from .stream import Texts
 from .tokenizer import Tokenizer
 
 Prompt = tuple[Tensor, Tensor | None] | None  # ids [B, T] and mask
+DEFAULT_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Step:
     """One generated token of each row, already read by the model, and written if `update` says so.
 
-    token_ids: [B] int64; rows that had ended repeat their last token.
+    token_ids: [B] int64 on the CPU; rows that had ended repeat their last token.
     logits: [B, V], what the token was chosen from.
-    text: what each row's token adds to its text, when `generate` got a tokenizer.
-    ended: whether each row has ended.
+    text: what each row's token adds to its text, when `generate` got a tokenizer. Joined, the pieces of a row are
+        what its new tokens add to the decoded text; a piece is held back while later tokens could change it.
+    ended: whether each row has come to a stop token or a stop string.
+    finish_reason: why each row stops here or has stopped: "stop_token", "stop_string", "length" (the last step,
+        by max_new_tokens or because the KV cache is full), or None: it goes on.
     """
 
     token_ids: Tensor
     logits: Tensor
     text: list[str]
     ended: list[bool]
+    finish_reason: list[str | None]
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends a row, and whether its text keeps the end."""
+
+    token_ids: frozenset[int]
+    strings: tuple[str, ...]
+    include: bool
+
+
+def stops(token_ids: Any, strings: Any, include: Any, tokenizer: Any) -> Stops:
+    """What `generate` was told about stopping, checked."""
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"generate(tokenizer=...) is a {type(tokenizer).__name__}: expected a fastweights Tokenizer, as fw.load "
+            "returns it (of transformers' fast tokenizers: fw.Tokenizer(theirs.backend_tokenizer))"
+        )
+    ids = whole_numbers("stop_token_ids", token_ids)
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    if wrong := [s for s in strings if not isinstance(s, str) or not s]:
+        raise ValueError(f"generate(stop_strings={strings}): {wrong[0]!r} is no text to stop at")
+    if strings and tokenizer is None:
+        raise ValueError("generate(stop_strings=...) needs tokenizer= to know the text")
+    return Stops(frozenset(ids), tuple(strings), bool(include))
 
 
 def generate(
     reader: Reader,
     prompt: Prompt,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     update: Update,
     sampling: Sampling,
-    seed: int | None,
-    stop_token_ids: Iterable[int],
-    stop_strings: Sequence[str],
+    seed: int | Sequence[int] | None,
+    stops: Stops,
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
     """See `Episode.generate`; what it refuses is refused here and now, before the first step is asked for."""
     state = reader.state
-    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    if stop_strings and tokenizer is None:
-        raise ValueError("generate(stop_strings=...) needs tokenizer= to know the text")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more")
-    if prompt is None and state.logits_BV is None:
-        raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
-    longest = max(state.lengths) + max_new_tokens + (0 if prompt is None else prompt[0].shape[1])
-    if longest > state.cache.limit:
+    with state.alone():
+        if prompt is None and state.logits_BV is None:
+            raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
+        count = _room(state, prompt, max_new_tokens)
+        if seed is not None:
+            state.generator.manual_seed(seed)
+    return _steps(reader, prompt, count, update, sampling, stops, tokenizer)
+
+
+def _room(state: EpisodeState, prompt: Prompt, max_new_tokens: int | None) -> int:
+    """How many tokens to generate at most; refuses a number that the KV cache cannot hold."""
+    good = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool) and max_new_tokens >= 0
+    if max_new_tokens is not None and not good:
+        raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more, or None")
+    ends = state.lengths
+    if prompt is not None:
+        ids_BT, mask_BT = prompt
+        new = [ids_BT.shape[1]] * len(ids_BT) if mask_BT is None else mask_BT.sum(1).tolist()
+        ends = [end + more for end, more in zip(ends, new, strict=True)]
+    limit, longest = state.cache.limit, state.cache.longest
+    room = limit - max(ends)
+    wanted = 1 if max_new_tokens is None else max_new_tokens
+    if wanted > room:
+        hints = []
+        if limit < max(ends) + wanted <= longest:
+            hints.append(f"make the episode with max_length={max(ends) + wanted} or more, up to {longest}")
+        if room > 0:
+            hints.append(f"ask for at most {room} new tokens")
+        if not hints:
+            hints.append("begin a new episode with a shorter prompt: this model has no more positions")
         raise ValueError(
-            f"a prompt that ends at {longest - max_new_tokens} tokens and {max_new_tokens} new ones do not fit: "
-            f"the KV cache holds {state.cache.limit} per row"
+            f"a prompt that ends at {max(ends)} tokens and {wanted} new ones do not fit: the KV cache holds {limit} "
+            f"per row; {', or '.join(hints)}"
         )
-    if seed is not None:
-        state.generator.manual_seed(seed)
-    return _steps(reader, prompt, max_new_tokens, update, sampling, set(stop_token_ids), stop_strings, tokenizer)
+    return min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
 
 
 def _steps(
     reader: Reader,
     prompt: Prompt,
-    max_new_tokens: int,
+    count: int,
     update: Update,
     sampling: Sampling,
-    stop: set[int],
-    stop_strings: list[str],
+    stops: Stops,
     tokenizer: Tokenizer | None,
 ) -> Iterator[Step]:
     state = reader.state
@@ -79,26 +129,49 @@ def _steps(
             reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
     if 0 in state.lengths:
         raise ValueError(f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there")
-    ended = [False] * state.batch_size
-    streams = [tokenizer.stream() for _ in ended] if tokenizer else []
-    texts = [""] * state.batch_size
-    for _ in range(max_new_tokens):
-        assert state.logits_BV is not None
-        logits_BV = state.logits_BV
-        with state.alone(), state.attempt():
-            chosen_B = sampling.choose(logits_BV, state.token_ids, state.generator).cpu()
-            chosen = [
-                s[-1] if done else c for s, done, c in zip(state.token_ids, ended, chosen_B.tolist(), strict=True)
-            ]
+    texts = None if tokenizer is None else Texts.of(state.texts, tokenizer, state.token_ids)
+    if texts is not None:
+        texts = texts.begun(stops.strings, stops.include)
+    reasons: list[str | None] = [None] * state.batch_size
+    for number in range(1, count + 1):
+        running = [row for row, reason in enumerate(reasons) if reason is None]
+        mask_B1 = None if len(running) == len(reasons) else torch.tensor([[r is None] for r in reasons])
+        with state.alone(), state.attempt():  # a number that is drawn for a token which is not read is drawn again
+            logits_BV, chosen = state.logits_BV, [ids[-1] for ids in state.token_ids]
+            assert logits_BV is not None
+            for row, token in zip(running, _choose(state, logits_BV, running, sampling), strict=True):
+                chosen[row] = token
             ids_B1 = torch.tensor(chosen)[:, None]
-            mask_B1 = ~torch.tensor(ended)[:, None] if any(ended) else None
             reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
-        pieces = ["" if done else s.push(c) for s, done, c in zip(streams, ended, chosen, strict=False)]
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)] if pieces else texts
-        ended = [
-            done or token in stop or any(s in text for s in stop_strings)
-            for done, token, text in zip(ended, chosen, texts, strict=True)
-        ]
-        yield Step(ids_B1[:, 0], logits_BV, pieces, ended)
-        if all(ended):
+            pieces, found = [""] * len(chosen) if texts else [], [False] * len(chosen)
+            if texts is not None:
+                texts = texts.rows(range(len(chosen)))  # a copy: the attempt goes back to what stood before it
+                for row in running:
+                    stop_token = chosen[row] in stops.token_ids
+                    pieces[row], found[row] = texts.texts[row].add(chosen[row], number == count, stop_token)
+                state.texts = Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
+        for row in running:
+            if chosen[row] in stops.token_ids:
+                reasons[row] = "stop_token"
+            elif found[row] or number == count:
+                reasons[row] = "stop_string" if found[row] else "length"
+        ended = [reason in ("stop_token", "stop_string") for reason in reasons]
+        yield Step(ids_B1[:, 0], logits_BV, pieces, ended, list(reasons))
+        if None not in reasons:
             return
+
+
+def _choose(state: EpisodeState, logits_BV: Tensor, rows: list[int], sampling: Sampling) -> list[int]:
+    """The next token of these rows; nothing is chosen from logits that are not finite."""
+    seen, generator = state.token_ids, state.generator
+    if len(rows) < len(seen):
+        logits_BV, seen, generator = logits_BV[rows], [seen[row] for row in rows], generator.of(rows)
+    best_B, chosen_B = logits_BV.amax(-1), sampling.choose(logits_BV, seen, generator)
+    both_2B = torch.stack((best_B.double(), chosen_B.to(best_B.device).double())).cpu()  # one wait for the device
+    for row, finite in zip(rows, both_2B[0].isfinite().tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"the logits of row {row} are not finite after {state.lengths[row]} tokens: no token was chosen; "
+                "restore a snapshot, or begin again with a smaller rate or a budget"
+            )
+    return both_2B[1].long().tolist()

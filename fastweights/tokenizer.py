@@ -1,11 +1,10 @@
-"""Text ↔ ids, on the `tokenizers` package; chat templates through jinja2's sandbox."""
+"""Text ↔ ids, on the `tokenizers` package, as a Hugging Face folder describes it."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,13 @@ from typing import Any
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
+from .chat import render, templates_of
 from .config import eos_ids
 from .files import one_line, read_json, write_text
+from .spm import SentencePieceModel
+from .stream import BYTE_TOKEN, Stream, checked
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -52,40 +54,44 @@ class Tokenizer:
         if self.eos_token is not None and (eos := backend.token_to_id(self.eos_token)) is not None:
             ids.append(eos)
         self.eos_token_ids = tuple(dict.fromkeys(ids))
-        if backend.post_processor is None and self.config.get("add_bos_token") and bos_token_id is not None:
-            backend.post_processor = bos_processor(backend, bos_token_id)
+        if backend.post_processor is None:
+            bos = bos_token_id if self.config.get("add_bos_token") else None
+            eos = backend.token_to_id(self.eos_token or "") if self.config.get("add_eos_token") else None
+            if bos is not None or eos is not None:
+                backend.post_processor = bos_processor(backend, bos, eos)
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._starts_with_bos = backend.encode("").ids[:1] == [bos_token_id]
         self._byte_level = '"ByteLevel"' in (backend.decoder.__getstate__().decode() if backend.decoder else "")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Reads a Hugging Face folder: tokenizer.json and, where there are, tokenizer_config.json, the chat
-        template in any of its places, and the stop ids of generation_config.json and config.json."""
+        """Reads a Hugging Face folder: tokenizer.json, or tokenizer.model where there is no other; and, where there
+        are, tokenizer_config.json, special_tokens_map.json, added_tokens.json, the chat template in any of its
+        places, and the stop ids of generation_config.json and config.json.
+
+        A tokenizer.model gives what transformers 5 makes of it: with `"tokenizer_class": "LlamaTokenizer"` in
+        tokenizer_config.json by the rules of that class (`legacy`, `add_prefix_space`), else by the file's own
+        rules, as SentencePiece; BOS and EOS are written where `add_bos_token` and `add_eos_token` say so.
+        """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            slow = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
-            hint = (
-                f"; {slow[0]} alone is not supported: save it once from transformers with "
-                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-                if slow
-                else ""
-            )
-            raise FileNotFoundError(f"{path} is missing, and the tokenizer is read from it{hint}")
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer: {one_line(error)}") from None
-        config = read_json(folder / "tokenizer_config.json")
-        for key, value in read_json(folder / "special_tokens_map.json").items():
-            config.setdefault(key, value)
-        _add_missing_tokens(backend, config, folder)
-        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+        config, model = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
+        generation = read_json(folder / "generation_config.json")
+        if "added_tokens_decoder" not in config:  # the older places, which transformers reads without the newer one
+            special = read_json(folder / "special_tokens_map.json")
+            named = {_content(token) for token in [*_named(config), *_named(special, lists=False)]}
+            older = read_json(folder / "added_tokens.json")
+            config |= special
+            if older:
+                config["added_tokens_decoder"] = {
+                    str(i): {"content": text, "special": text in named, "normalized": text not in named}
+                    for text, i in older.items()
+                }
+        backend = _backend(folder, config, model)
+        _add_tokens(backend, config, folder)
         # generation_config.json is the newer place; both may name several ids, and any of them ends a text
         stops = eos_ids([*eos_ids(generation.get("eos_token_id")), *eos_ids(model.get("eos_token_id"))])
         bos = model.get("bos_token_id")
-        templates = _chat_templates(folder, config)
+        templates = templates_of(folder, config, read_json(folder / "chat_template.json").get("chat_template"))
         return cls(backend, config, templates, stops, bos if "bos_token" not in config else None)
 
     @property
@@ -100,8 +106,12 @@ class Tokenizer:
         """The ids of `text`; the tokenizer's own post-processor decides whether BOS comes first.
 
         A chat template usually writes BOS itself, and encoding its text would add another: a text that
-        already starts with BOS gets no second one here.
+        already starts with BOS gets no second one here. Raises ValueError for what is no text.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}: expected one text, a str")
+        if not text.isascii() and (half := _HALF.search(text)):
+            raise ValueError(f"text holds half a character, {half[0]!a}, at {half.start()}: it is no Unicode text")
         ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self._starts_with_bos and ids[:2] == [self.bos_token_id] * 2:
             return ids[1:]
@@ -109,15 +119,15 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, special tokens written out unless skipped; spaces are never "cleaned up"."""
-        return self.backend.decode(_checked(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(checked(ids), skip_special_tokens=skip_special_tokens)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """One printable piece of text per id; newlines, controls and parts of a character are escaped."""
-        return [self._piece(i) for i in _checked(ids)]
+        return [self._piece(i) for i in checked(ids)]
 
-    def stream(self, skip_special_tokens: bool = False) -> Stream:
-        """A decoder for ids that come one at a time."""
-        return Stream(self, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = False, context: Sequence[int] = ()) -> Stream:
+        """A decoder for ids that come one at a time, after the ids of `context`."""
+        return Stream(self, skip_special_tokens, context)
 
     def apply_chat_template(
         self,
@@ -137,20 +147,9 @@ class Tokenizer:
         if template is None:
             have = f"has only the chat templates {sorted(self.chat_templates)}" if self.chat_templates else "has none"
             raise ValueError(f"chat template {name!r} does not exist: this tokenizer {have}; pass chat_template=...")
-        if isinstance(messages, str | Mapping):
-            raise ValueError(f"messages is a {type(messages).__name__}, expected a list of role/content objects")
-        if wrong := [m for m in messages if not isinstance(m, Mapping)]:
-            raise ValueError(f"messages holds a {type(wrong[0]).__name__}, expected role/content objects")
         named = {k: self._named(k) for k in self.config if k.endswith("_token") and self._named(k) is not None}
         values = {"tools": None, "documents": None, **named, **kwargs}
-        import jinja2
-
-        try:
-            return _compile(template).render(
-                messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt, **values
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refused the messages: {one_line(error)}") from None
+        return render(template, messages, add_generation_prompt=add_generation_prompt, **values)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
@@ -169,17 +168,13 @@ class Tokenizer:
         write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
     def _named(self, key: str) -> str | None:
-        """The text of a special token, which configs write as a string or as an object."""
-        value = self.config.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        return value if isinstance(value, str) else None
+        return _content(self.config.get(key))
 
     def _piece(self, token_id: int) -> str:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return f"<unused {token_id}>"
-        if byte := _BYTE_TOKEN.fullmatch(token):
+        if byte := BYTE_TOKEN.fullmatch(token):
             raw = bytes.fromhex(byte[1])
             token = raw.decode("ascii") if raw.isascii() else f"\\x{byte[1].lower()}"
         elif self._byte_level and all(c in _byte_alphabet() for c in token):
@@ -189,91 +184,79 @@ class Tokenizer:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
 
 
-class Stream:
-    """Text of ids that come one at a time: `"".join(push(i) for i in ids) + flush()` is `decode(ids)`.
-
-    Text is held back while later ids could still change it, so no half character is ever given out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._context: list[int] = []  # ids given out last: decoders treat the start of a text differently
-        self._pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain after this id: none for a part of a character."""
-        token_id = _checked([token_id])[0]
-        piece = self._tokenizer.backend.id_to_token(token_id)
-        if piece is None or (self._skip and token_id in self._tokenizer.special_ids):
-            return ""  # decode passes over it, and it ends no run of bytes
-        self._pending.append(token_id)
-        new = self._new_text()
-        # "�" may be the start of a character; a run of byte tokens is decoded as a whole, once it has ended
-        if not new or new.endswith("�") or _BYTE_TOKEN.fullmatch(piece):
-            return ""
-        self._context, self._pending = self._pending, []
-        return new
-
-    def flush(self) -> str:
-        """What was held back, as `decode` shows it; call it once after the last id."""
-        new = self._new_text()
-        self._context, self._pending = [], []
-        return new
-
-    def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._context, self._skip)
-        return self._tokenizer.decode(self._context + self._pending, self._skip)[len(known) :]
-
-
-def bos_processor(backend: Backend, bos_token_id: int, eos_token_id: int | None = None) -> Any:
-    """A post-processor that writes BOS before every text (and EOS after it where given)."""
-    bos = backend.id_to_token(bos_token_id)
-    specials = [(bos, bos_token_id)]
-    single, pair = [bos, "$A"], [f"{bos}:1", "$B:1"]
-    if eos_token_id is not None:
-        eos = backend.id_to_token(eos_token_id)
-        specials.append((eos, eos_token_id))
-        single, pair = [*single, eos], [*pair, f"{eos}:1"]
+def bos_processor(backend: Backend, bos_token_id: int | None, eos_token_id: int | None = None) -> Any:
+    """A post-processor that writes BOS before every text and EOS after it, where given."""
+    bos, eos = (None if i is None else backend.id_to_token(i) for i in (bos_token_id, eos_token_id))
+    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    pair = [*([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
+    specials = [(text, i) for text, i in ((bos, bos_token_id), (eos, eos_token_id)) if text is not None]
     return processors.TemplateProcessing(single=single, pair=single + pair, special_tokens=specials)
 
 
-def _checked(ids: Iterable[int]) -> list[int]:
-    ids = [int(i) for i in ids]
-    if bad := [i for i in ids if i < 0]:
-        raise ValueError(f"token id {bad[0]} is negative, expected ids from 0 up")
-    return ids
+def _backend(folder: Path, config: dict[str, Any], model: Mapping[str, Any]) -> Backend:
+    """The pipeline of a folder. Special tokens that a tokenizer.model alone names are put into `config`."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return Backend.from_file(str(path))
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise ValueError(f"{path} is not a readable tokenizer: {one_line(error)}") from None
+    if not (folder / "tokenizer.model").is_file():
+        hint = (
+            f"; vocab.json alone is not supported: save it once from transformers with "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            if (folder / "vocab.json").is_file()
+            else ""
+        )
+        raise FileNotFoundError(f"{path} is missing, and the tokenizer is read from it{hint}")
+    pieces = SentencePieceModel.read(folder / "tokenizer.model")
+    name = config.get("tokenizer_class") or model.get("tokenizer_class") or ""
+    llama = name.removesuffix("Fast") == "LlamaTokenizer"
+    own = {"bos_token": "<s>", "eos_token": "</s>"} if llama else {"bos_token": pieces.bos, "eos_token": pieces.eos}
+    for key, piece in {**own, "unk_token": pieces.unk}.items():
+        if piece is not None and _content(config.get(key)) is None:
+            config[key] = piece
+    if not llama and pieces.prefix and (added := config.get("added_tokens_decoder")):
+        # found in the text as it is: each stretch between them gets a space in front
+        config["added_tokens_decoder"] = {i: {**token, "normalized": False} for i, token in added.items()}
+    return pieces.backend(llama, config.get("legacy"), config.get("add_prefix_space"))
 
 
-def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """From the newest place to the oldest: chat_template.jinja, chat_template.json, tokenizer_config.json."""
-    raw = config.get("chat_template")
-    older = read_json(folder / "chat_template.json").get("chat_template")
-    templates: dict[str, str] = {}
-    for value in (raw, older):
-        if isinstance(value, str):
-            templates["default"] = value
-        elif isinstance(value, list):
-            templates |= {entry["name"]: entry["template"] for entry in value}
-        elif isinstance(value, dict):
-            templates |= value
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return templates
+def _add_tokens(backend: Backend, config: Mapping[str, Any], folder: Path) -> None:
+    """Tokens that the files beside tokenizer.json name: their ids must come out as written there.
+
+    Special tokens that `config` names, and that stand nowhere else, come last.
+    """
+    wanted = sorted((int(i), _added(token)) for i, token in (config.get("added_tokens_decoder") or {}).items())
+    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for _, token in wanted if repr(token) not in known])
+    for i, token in wanted:
+        if (got := backend.token_to_id(token.content)) != i:
+            place = "added_tokens.json" if (folder / "added_tokens.json").is_file() else "tokenizer_config.json"
+            raise ValueError(f"{folder}: {place} gives {token.content!r} the id {i}, tokenizer.json {got}")
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([_added(value, special=True) for value in _named(config) if _content(value) not in there])
 
 
-def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], folder: Path) -> None:
-    """Tokens that only tokenizer_config.json names; their ids must come out as written there."""
-    decoder = config.get("added_tokens_decoder") or {}
-    for wanted, token in sorted((int(i), t) for i, t in decoder.items()):
-        if backend.token_to_id(token["content"]) is None:
-            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-            backend.add_tokens([AddedToken(token["content"], **{f: token[f] for f in flags if f in token})])
-        if (got := backend.token_to_id(token["content"])) != wanted:
-            raise ValueError(
-                f"{folder}: tokenizer_config.json gives {token['content']!r} the id {wanted}, tokenizer.json {got}"
-            )
+def _named(config: Mapping[str, Any], lists: bool = True) -> list[Any]:
+    """The special tokens that a configuration names, one by one and (`lists`) in lists."""
+    tokens = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("extra_special_tokens", *(["additional_special_tokens"] if lists else [])):
+        more = config.get(key) or []
+        tokens += more.values() if isinstance(more, Mapping) else more
+    return [token for token in tokens if _content(token) is not None]
+
+
+def _added(token: Any, **flags: bool) -> AddedToken:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    given = {name: token[name] for name in names if name in token} if isinstance(token, Mapping) else {}
+    return AddedToken(_content(token) or "", **{**given, **flags})
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token, which configs write as a string or as an object; None for "" as well."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) and text else None
 
 
 @lru_cache(maxsize=1)
@@ -282,37 +265,3 @@ def _byte_alphabet() -> dict[str, int]:
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(rest)}
-
-
-@lru_cache(maxsize=16)
-def _compile(template: str) -> Any:
-    """A template with the settings and helpers that Hugging Face's templates are written for."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the assistant wrote, for training; here it only shows its content."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # jinja2's own escapes <, > and & for HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)

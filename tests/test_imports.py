@@ -12,7 +12,7 @@ FOLDER = Path(fastweights.__file__).parent
 ORDER = [
     *("files", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
     *("config", "state", "cache", "model"),
-    *("bpe", "stream", "tokenizer", "hub", "gguf", "stored", "weights"),  # checkpoints
+    *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights"),  # checkpoints
     "probes",
     *("episode_state", "passes", "plastic"),
     "engine",
@@ -23,8 +23,9 @@ ORDER = [
 GROUND = ("binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
 NOT_OURS = {
-    *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_fields_", "_C", "_current_level"),
-    *("_global_forward_hooks", "_global_forward_pre_hooks", "_are_functorch_transforms_active", "_exit", "_replace"),
+    *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_C", "_current_level"),
+    *("_global_forward_hooks", "_global_forward_pre_hooks", "_are_functorch_transforms_active"),
+    *("_fields_", "_replace", "_exit", "_getframe"),
 }
 
 
@@ -44,7 +45,10 @@ def imported(file):
     known = {name_of(other) for other in files()}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            path = [*package[: len(package) - node.level + 1], *(part for part in (node.module or "").split(".") if part)]
+            path = [
+                *package[: len(package) - node.level + 1],
+                *(part for part in (node.module or "").split(".") if part),
+            ]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastweights":
             path = node.module.split(".")[1:]
         elif isinstance(node, (ast.Import, ast.ImportFrom)):

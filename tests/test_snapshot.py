@@ -136,7 +136,7 @@ def test_broken_and_missing_files_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="none does not exist"):
         fw.Episode.load(model, tmp_path / "none")
     fw.save(tiny(), tmp_path / "model")
-    with pytest.raises(ValueError, match="has format None, expected 'fastweights episode 1'"):
+    with pytest.raises(ValueError, match="has format None, expected 'fastweights episode 2'"):
         fw.Episode.load(model, tmp_path / "model" / "model.safetensors")
 
 

@@ -291,10 +291,11 @@ def test_added_tokens_that_only_the_config_names_get_their_ids(tmp_path):
 def test_missing_and_broken_files_are_named_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, and the tokenizer is read from it$"):
         Tokenizer.from_folder(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json alone is not supported: save it once from transformers"):
+        Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
-    with pytest.raises(
-        FileNotFoundError, match=r"tokenizer\.model alone is not supported: save it once from transformers"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer\.model is not a whole SentencePiece model$"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer: EOF") as error:
