@@ -31,7 +31,7 @@ def notebook(page: str) -> nbformat.NotebookNode:
 def run(book: nbformat.NotebookNode, folder: Path) -> None:
     """Runs every cell in `folder`; the outputs are in the cells afterwards."""
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(book, timeout=300, record_timing=False, resources=resources).execute()
+    NotebookClient(book, timeout=300, record_timing=False, coalesce_streams=True, resources=resources).execute()
 
 
 if __name__ == "__main__":
