@@ -30,22 +30,6 @@ DEMO: dict[str, Any] = {
 TEXT = "text, or @file, whose last newline and byte order mark are not part of the text"
 
 
-class Version(argparse.Action):
-    """--version: the name and the version of the installed package."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version")
-
-    def __call__(self, parser, *_) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print("fastweights", version("fastweights"))
-        except PackageNotFoundError:
-            print("fastweights, of a folder that is not installed")
-        parser.exit()
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # one line, not the usage as well
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -347,8 +331,10 @@ def _update(value: str):
 
 def _parser() -> argparse.ArgumentParser:
     """The flags and their defaults, which are those of the Python calls behind them."""
+    from . import __version__
+
     parser = Parser(prog="fastweights", description="A Llama whose MLP weights change while it reads and writes.")
-    parser.add_argument("--version", action=Version)
+    parser.add_argument("--version", action="version", version=f"fastweights {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
     common = Parser(add_help=False)
