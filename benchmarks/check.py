@@ -28,7 +28,7 @@ import torch
 
 import fastweights as fw
 
-from . import bench, decode
+from . import decode, record
 from .bed import Bed
 from .cases import CASES, Case
 from .measure import Ceiling, Patience
@@ -226,7 +226,7 @@ class Check:
                 assert self.ceiling is not None
                 entry |= self.run_facts
                 rounds = self.rounds or item.rounds
-                entry |= bench.run_case(item.case, bed, self.ceiling, rounds, self.seconds, self.patience)
+                entry |= record.run_case(item.case, bed, self.ceiling, rounds, self.seconds, self.patience)
         except (Exception, TooLong) as error:
             lines = traceback.format_exception(error)
             entry["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -255,13 +255,13 @@ class Check:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.say(f"{shape}: making random weights")
-        bed = bench.make_bed(None, shape, self.dtype, self.device)
+        bed = record.make_bed(None, shape, self.dtype, self.device)
         if self.ceiling is None:
             self.say("measuring the ceilings")
             self.ceiling = Ceiling(self.device, self.dtype)
             self.found = self.ceiling.measure(3, Patience(0.0))
             self.say(ceilings({"ceiling": self.found}))
-        self.run_facts = {"ceiling": self.found, **bench.where(bed)}
+        self.run_facts = {"ceiling": self.found, **record.where(bed)}
         self.bed = bed
         return bed
 
@@ -351,7 +351,7 @@ def main(options: Any, arguments: Sequence[str]) -> int:
     torch.set_grad_enabled(False)
     if options.threads:
         torch.set_num_threads(options.threads)
-    dtype = bench.DTYPES[options.dtype] if options.dtype else DTYPES[device.type]
+    dtype = record.DTYPES[options.dtype] if options.dtype else DTYPES[device.type]
     given = {name: getattr(options, name) for name in ("seconds", "patience") if getattr(options, name) is not None}
     check = Check(device, dtype, folder, options.minutes, again, options.resume, options.repeats, **given)
     tests = Path(fw.__file__).resolve().parent.parent / "tests"
@@ -359,7 +359,7 @@ def main(options: Any, arguments: Sequence[str]) -> int:
         check.say(f"tests: those of a GPU are left out on {device}")
     elif not options.no_tests:
         check.tests(0.35 * check.budget, tests)
-    chosen = {case.name for case in bench.select(options.case)}
+    chosen = {case.name for case in record.select(options.case)}
     items = plan([options.shape] if options.shape else ["8b", "1b"])
     check.items([item for item in items if item.case.name in chosen])
     lines, whole = report(check)

@@ -17,7 +17,7 @@ from .episode import Episode
 from .episode_state import Address
 from .model import Llama
 from .plastic import ACTIVATIONS, PlasticLinear, plastic_linears, weight_norm
-from .rules import Rule, check_rule, has_twin
+from .rules import Rule, check_rule, twin_of
 from .state import OVERFLOW, EventLog
 from .state.budget import OVER_BUDGET, Budget
 
@@ -190,7 +190,7 @@ def _budget(model: Llama, address: Address, share: float | None, over: str) -> B
 
 
 def _backend(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) -> str:
-    known, cuda = has_twin(rule), model.device.type == "cuda"
+    known, cuda = twin_of(rule) is not None, model.device.type == "cuda"
     match backend:
         case "torch":
             return "torch"

@@ -107,11 +107,9 @@ class KVCache:
             ValueError: it is more than `limit`; nothing changes then.
         """
         if length > self.limit:
-            advice = (
-                f"make the episode with max_length={length} or more, up to {self.longest}"
-                if length <= self.longest
-                else f"this model has {self.longest} positions, so the text must be shorter"
-            )
+            advice = f"make the episode with max_length={length} or more, up to {self.longest}"
+            if length > self.longest:
+                advice = f"this model has {self.longest} positions, so the text must be shorter"
             raise ValueError(
                 f"{length} tokens do not fit: the KV cache holds {self.limit} per row ({self.length} are in use); "
                 f"{advice}"

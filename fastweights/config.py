@@ -127,7 +127,8 @@ class LlamaConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if unread:
-            warn(f"{path}: {', '.join(sorted(unread))} ignored, as transformers' Llama does (strict=True refuses)")
+            names = ", ".join(sorted(unread))
+            warn(f"{path}: ignoring {names}, which transformers' Llama does not read (strict=True refuses)")
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Episode:
 
     @property
     def generator(self) -> RowGenerator:
+        """The random numbers of each row."""
         return self.state.generator
 
     @property

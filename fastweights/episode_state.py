@@ -43,6 +43,7 @@ class Before:
     tokens: list[int]  # read so far, per row
     logits_BV: Tensor | None
     generator: Tensor
+    texts: Texts | None
     event_counts: dict[Address, list[int]]
     scaled: dict[Address, list[list[int]]]  # of each log and its archive
     kept: dict[Address, EventLog] = field(default_factory=dict)  # copies of logs that could not be rolled back
@@ -146,6 +147,7 @@ class EpisodeState:
             tokens=[len(ids) for ids in self.token_ids],
             logits_BV=self.logits_BV,
             generator=self.generator.get_state(),
+            texts=self.texts,
             event_counts=self.event_counts,
             scaled={address: [list(part.scaled) for part in log.parts] for address, log in self.logs.items()},
         )
@@ -174,6 +176,7 @@ class EpisodeState:
         for ids, tokens in zip(self.token_ids, before.tokens, strict=True):
             del ids[tokens:]
         self.generator.set_state(before.generator)
+        self.texts = before.texts
 
     def keep(self, address: Address, counts: Sequence[int]) -> None:
         """Copies a log before a write that cannot be rolled back: a fold, or a ring that wraps. Inside an attempt."""
@@ -312,7 +315,8 @@ class EpisodeState:
             log.load_state_dict(own, meta["logs"][key_of(address)])
         self.logits_BV = tensors.get("logits")
         self.token_ids = [list(ids) for ids in meta["seen"]]
-        self.generator.set_state(tensors["generator"].cpu())
+        if "generator" in tensors:
+            self.generator.set_state(tensors["generator"].cpu())
 
 
 def key_of(address: Address) -> str:

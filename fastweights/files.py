@@ -37,14 +37,11 @@ def one_line(error: BaseException) -> str:
 
 def cache_folder() -> Path | None:
     """FASTWEIGHTS_CACHE, else fastweights in XDG_CACHE_HOME or ~/.cache; None where nobody has a home folder."""
-    if root := os.environ.get("FASTWEIGHTS_CACHE"):
-        return Path(root)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "fastweights"
-    if os.environ.get("HOME") == "":  # Path.home() would be the root folder
+    root, caches = os.environ.get("FASTWEIGHTS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if not (root or caches) and os.environ.get("HOME") == "":  # ~ would be the root folder
         return None
     try:
-        return Path.home() / ".cache" / "fastweights"
+        return Path(root or Path(caches or "~/.cache", "fastweights")).expanduser()
     except RuntimeError:  # no HOME, and a user without an entry in the password file
         return None
 

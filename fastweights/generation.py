@@ -77,11 +77,12 @@ def generate(
 ) -> Iterator[Step]:
     """See `Episode.generate`; what it refuses is refused here and now, before the first step is asked for."""
     state = reader.state
-    if prompt is None and state.logits_BV is None:
-        raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
-    count = _room(state, prompt, max_new_tokens)
-    if seed is not None:
-        state.generator.manual_seed(seed)
+    with state.alone():
+        if prompt is None and state.logits_BV is None:
+            raise ValueError("generate() without input_ids goes on from what was read, but nothing was: give a prompt")
+        count = _room(state, prompt, max_new_tokens)
+        if seed is not None:
+            state.generator.manual_seed(seed)
     return _steps(reader, prompt, count, update, sampling, stops, tokenizer)
 
 
@@ -129,29 +130,31 @@ def _steps(
         with state.alone():
             reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
     texts = None if tokenizer is None else Texts.of(state.texts, tokenizer, state.token_ids)
-    for text in texts.texts if texts else ():
-        text.begin(stops.strings, stops.include)
+    if texts is not None:
+        texts = texts.begun(stops.strings, stops.include)
     reasons: list[str | None] = [None] * state.batch_size
     for number in range(1, count + 1):
-        logits_BV = state.logits_BV
-        assert logits_BV is not None
         running = [row for row, reason in enumerate(reasons) if reason is None]
-        with state.alone(), state.attempt():
-            chosen = [ids[-1] for ids in state.token_ids]
+        mask_B1 = None if len(running) == len(reasons) else torch.tensor([[r is None] for r in reasons])
+        with state.alone(), state.attempt():  # a number that is drawn for a token which is not read is drawn again
+            logits_BV, chosen = state.logits_BV, [ids[-1] for ids in state.token_ids]
+            assert logits_BV is not None
             for row, token in zip(running, _choose(state, logits_BV, running, sampling), strict=True):
                 chosen[row] = token
             ids_B1 = torch.tensor(chosen)[:, None]
-            mask_B1 = None if len(running) == len(chosen) else torch.tensor([[r is None] for r in reasons])
             reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
-        pieces = [""] * len(chosen) if texts else []
+            pieces, found = [""] * len(chosen) if texts else [], [False] * len(chosen)
+            if texts is not None:
+                texts = texts.rows(range(len(chosen)))  # a copy: the attempt goes back to what stood before it
+                for row in running:
+                    stop_token = chosen[row] in stops.token_ids
+                    pieces[row], found[row] = texts.texts[row].add(chosen[row], number == count, stop_token)
+                state.texts = Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
         for row in running:
-            found, last, stop_token = False, number == count, chosen[row] in stops.token_ids
-            if texts:
-                pieces[row], found = texts.texts[row].add(chosen[row], last, stop_token)
-            if stop_token or found or last:
-                reasons[row] = "stop_token" if stop_token else "stop_string" if found else "length"
-        if texts:
-            state.texts = Texts(texts.tokenizer, texts.texts, Texts.ends(state.token_ids))
+            if chosen[row] in stops.token_ids:
+                reasons[row] = "stop_token"
+            elif found[row] or number == count:
+                reasons[row] = "stop_string" if found[row] else "length"
         ended = [reason in ("stop_token", "stop_string") for reason in reasons]
         yield Step(ids_B1[:, 0], logits_BV, pieces, ended, list(reasons))
         if None not in reasons:

@@ -169,8 +169,11 @@ class GgufFile:
         key = f"tokenizer.ggml.{name}_token_id"
         sentencepiece = self._get("tokenizer.ggml.model", None) == "llama"
         value = self._get(key, {"bos": 1, "eos": 2, "unknown": 0}.get(name) if sentencepiece else None)
-        size = len(self._get("tokenizer.ggml.tokens", range(self._shapes["token_embd.weight"][0])))
-        if value is None or value < size:
+        tokens = self._reader.get_field("tokenizer.ggml.tokens")
+        size = len(tokens.data) if tokens else self._shapes["token_embd.weight"][0]
+        if value is None or value < 0:  # -1 says none
+            return None
+        if value < size:
             return value
         if name in ("unknown", "padding"):  # nothing is computed with them
             warn(f"{self.path}: {key} is {value}, which the vocabulary of {size} does not hold: ignored")

@@ -11,6 +11,7 @@ from torch import Tensor
 from .cache import Positions
 from .episode_state import Address
 from .kernels.scan import Gram
+from .kernels.step import StepInputs
 from .state import EventLog
 from .state.events import Events
 
@@ -49,20 +50,6 @@ class SharedKeys:
     bias_BT: Tensor | None
     norm_BT: Tensor | None  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a single token's event needs at one linear on a GPU: the same tensors at every token."""
-
-    event_B: Tensor  # its number, int64
-    slot_B: Tensor  # where it goes
-    w_BR: Tensor  # weights of the events before it
-    write_B: Tensor  # bool
-    rate: Tensor  # with p0, of the rule's compiled form: []
-    p0: Tensor
-    target: Tensor | None
-    bad_B: Tensor  # int32, becomes 1 where the event is not finite
 
 
 @dataclass

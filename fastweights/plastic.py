@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,10 @@ from .binding import Binding
 from .episode_state import Address
 from .kernels.linear import linear
 from .kernels.read import read
-from .kernels.scan import Gram, before, scan
-from .kernels.step import step_, step_gated_
-from .kernels.values import IN_C, RULES, Value
+from .kernels.scan import Gram, Known, before, scan
+from .kernels.step import Factors, Frozen, StepInputs, StepLinear, StepRule, step_, step_gated_
 from .model import Llama
-from .passes import Pass, SharedKeys, StepInputs
+from .passes import Pass, SharedKeys
 from .rules import (
     IDENTITY,
     SILU,
@@ -21,9 +22,10 @@ from .rules import (
     Local,
     Rule,
     event_value,
-    has_twin,
     key_scale,
     target_at,
+    twin_event,
+    twin_of,
     value_of,
 )
 from .state import EventLog
@@ -59,16 +61,27 @@ class PlasticLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
-        self.address, self.rule, self.rank, self.overflow = address, rule, rank, overflow
+        self.address, self.rank, self.overflow = address, rank, overflow
         self.backend, self.archive = backend, archive
         self.budget, self.factor_dtype = budget, factor_dtype
         self.activation: Activation = ACTIVATIONS[address[1]]
+        self.rule = rule
         self.binding = binding
 
     base: nn.Linear
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rule={self.rule}, rank={self.rank}"
+
+    @property
+    def rule(self) -> Rule:
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        self._rule, twin = rule, twin_of(rule)
+        # made here, because a compiled step must not look at the rate: that may change from token to token
+        self._step_rule = twin and StepRule(twin.name, self.activation.name, rule.mu, rule.clip, _event)
 
     @property
     def name(self) -> str:
@@ -196,45 +209,30 @@ class PlasticLinear(nn.Module):
             h_BTI = keys.h_BTI if now.rows_per_column == 1 else side_by_side(keys.h_BTI)
             own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
             keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.rows_per_column)
-        if not self._known(a_BCO, now.rows_per_column):
-            return scan(a_BCO, keys.grams[t0, t1], value)
         row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
-        twin = self._twin(a_BCO.shape[0], now.position_BT[:, t0:t1], row_BC)
-        norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, t0:t1]
-        known = Value(**twin, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, t0:t1])
-        return scan(a_BCO, keys.grams[t0, t1], known, self.backend)
+        known = self.kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
+        if known is not None:
+            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, t0:t1]
+            known = replace(known, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, t0:t1])
+        return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
 
-    def _known(self, a_BTO: Tensor, width: int) -> bool:
-        """Whether a kernel has this rule: Triton's, or the one in C, which takes a rate per row of the batch alone."""
-        if not has_twin(self.rule):
-            return False
-        if self.backend == "triton":
-            return True
-        one_rate = width == 1 or not isinstance(self.rule.rate, tuple)
-        return a_BTO.is_cpu and a_BTO.dtype == torch.float32 and one_rate and RULES.get(self.twin()["rule"]) in IN_C
+    def kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:
+        """The rule as the scan's kernels know it; None: they do not."""
+        twin, target_BCO = twin_of(self.rule), None
+        # in C a rate belongs to a row of the batch, not to a row of a column
+        if twin is None or (self.backend == "torch" and row_BC is not None and isinstance(self.rule.rate, tuple)):
+            return None
+        target = getattr(self.rule, "target", None)
+        if isinstance(target, Tensor):
+            target_BCO = target_at(target, position_BC, row_BC).to(device=a_BCO.device, dtype=torch.float32)
+            target_BCO = target_BCO.expand(a_BCO.shape)
+        return Known(twin.name, self.activation.name, twin.rate, twin.gamma, self.rule.clip, target=target_BCO)
 
     def _step(self, inputs: StepInputs, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
         """One token by the fused kernels, which write its event into the next slot of the log themselves."""
-        a_BO = step_(
-            h_B1I[:, 0],
-            self.weight,
-            self.bias,
-            *self._factors(log),
-            inputs.w_BR,
-            inputs.slot_B,
-            inputs.event_B,
-            inputs.write_B,
-            inputs.rate,
-            inputs.p0,
-            _target(inputs, position_B1, len(h_B1I)),
-            inputs.bad_B,
-            rule=self.twin()["rule"],
-            activation=self.activation.name,
-            mu=self.rule.mu,
-            clip=self.rule.clip,
-            backend=self.backend,
-        )
-        return a_BO[:, None]
+        assert self._step_rule is not None
+        linear = self.step_linear(inputs, log, position_B1, len(h_B1I))
+        return step_(h_B1I[:, 0], linear, self._step_rule, self.backend)[:, None]
 
     def gate_and_up(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
         """SiLU(this linear) ⊙ up of one token, by one kernel that writes both events; None: call them one by one."""
@@ -247,57 +245,20 @@ class PlasticLinear(nn.Module):
             or touched(up)
         ):
             return None
-        rows, inputs, other = len(h_B1I), now.steps[self.address], now.steps[up.address]
-        U_BRO, K_BRI, bias_BR, birth_BR = self._factors(now.logs[self.address])
-        U_up_BRO, K_up_BRI, bias_up_BR, birth_up_BR = up._factors(now.logs[up.address])
-        act_BO = step_gated_(
-            h_B1I[:, 0],
-            self.weight,
-            up.weight,
-            self.bias,
-            up.bias,
-            U_BRO,
-            U_up_BRO,
-            K_BRI,
-            K_up_BRI,
-            bias_BR,
-            bias_up_BR,
-            birth_BR,
-            birth_up_BR,
-            inputs.w_BR,
-            inputs.slot_B,
-            inputs.event_B,
-            inputs.write_B,
-            inputs.rate,
-            other.rate,
-            inputs.p0,
-            other.p0,
-            _target(inputs, now.position_BT, rows),
-            _target(other, now.position_BT, rows),
-            inputs.bad_B,
-            other.bad_B,
-            rule=self.twin()["rule"],
-            mu=self.rule.mu,
-            clip=self.rule.clip,
-            backend=self.backend,
+        assert self._step_rule is not None
+        gate, other = (
+            linear.step_linear(now.steps[linear.address], now.logs[linear.address], now.position_BT, len(h_B1I))
+            for linear in (self, up)
         )
-        return act_BO[:, None]
+        return step_gated_(h_B1I[:, 0], gate, other, self._step_rule, self.backend)[:, None]
 
-    def _factors(self, log: EventLog) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        return log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR
-
-    def twin(self) -> dict:
-        """The rule in the kernels' words: its name there, rate and p0."""
-        return {"rate": self.rule.rate, "p0": 1.0, **getattr(self.rule, "twin")}  # noqa: B009
-
-    def _twin(self, rows: int, position_BT: Tensor, row_BT: Tensor | None = None) -> dict:
-        """All that `kernels.values.Value` wants to know of the rule."""
-        twin = {**self.twin(), "target": None}
-        target = getattr(self.rule, "target", None)
-        if isinstance(target, Tensor):
-            target_BTO = target_at(target, position_BT, row_BT).to(device=position_BT.device, dtype=torch.float32)
-            twin["target"] = target_BTO.expand(rows, position_BT.shape[1], -1)
-        return {**twin, "activation": self.activation.name, "clip": self.rule.clip}
+    def step_linear(self, inputs: StepInputs, log: EventLog, position_B1: Tensor, rows: int) -> StepLinear:
+        """What a kernel that reads and writes one token must know of this linear."""
+        target = inputs.target
+        if target is not None:
+            target = target_at(target, position_B1).expand(rows, 1, -1)[:, 0]
+        factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR)
+        return StepLinear(Frozen(self.weight, self.bias), factors, inputs._replace(target=target))
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
@@ -317,9 +278,11 @@ class PlasticLinear(nn.Module):
         return now.keys
 
 
-def _target(inputs: StepInputs, position_B1: Tensor, rows: int) -> Tensor | None:
-    """v* [B, O] of one token."""
-    return None if inputs.target is None else target_at(inputs.target, position_B1).expand(rows, 1, -1)[:, 0]
+def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
+    """u of one token by its rule in torch: what a fused step writes."""
+    numbers = (inputs.rate, inputs.gamma, inputs.target)
+    activation = SILU if rule.activation == "silu" else IDENTITY
+    return twin_event(rule.name, activation, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
 
 
 def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:

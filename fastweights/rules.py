@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +63,8 @@ class Rule(Protocol):
 
     `value(a, z, at)` returns [..., O] like a. `neuron_local` promises that entry i of it depends on
     entry i of its arguments alone; such rules run over a whole prompt in one pass. A rule that the kernels know also
-    has `twin`: {"rule": name in `kernels.values.RULES`, and "rate" and "p0" where they differ from rate and 1}; they
-    run it instead of `value`, Triton's wherever they run and the one in C for a prompt in float32 on a CPU.
-    `mu` None means the key is h itself. `rate` is a number, or a tuple of one per row of the episode.
+    has `twin`, a `Twin`; they run it instead of `value`, Triton's wherever they run and the one in C for a prompt in
+    float32 on a CPU. `mu` None means the key is h itself. `rate` is a number, or a tuple of one per row of the episode.
     """
 
     @property
@@ -84,11 +83,22 @@ class Rule(Protocol):
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor: ...
 
 
-def has_twin(rule: Rule) -> bool:
-    """Whether the kernels know this rule; not where a subclass has a `value` of its own and its base's `twin`."""
+class Twin(NamedTuple):
+    """A rule as the kernels know it: u = rate · value, by the value that has this name in `kernels.values.KERNELS`."""
+
+    name: str
+    rate: Rate
+    gamma: float = 1.0
+
+
+def twin_of(rule: Rule) -> Twin | None:
+    """How the kernels know this rule; None: they do not, and it runs on torch.
+
+    None as well for a subclass that overrides `value`: the kernels of its base class would compute something else.
+    """
     places = [getattr(rule, "__dict__", {}), *map(vars, type(rule).__mro__)]
     known = next(("twin" in names for names in places if "twin" in names or "value" in names), False)
-    return known and getattr(rule, "twin") is not None  # noqa: B009
+    return getattr(rule, "twin", None) if known else None
 
 
 def _finite(value: object) -> bool:
@@ -146,6 +156,11 @@ def gated(a: Tensor, z: Tensor, activation: Activation, gate: str) -> Tensor:
     return z
 
 
+def slow_value(a: Tensor, frozen_a: Tensor, gamma: Tensor | float, activation: Activation, gate: str) -> Tensor:
+    """a* − a with a* = a₀ + γ (m₀ ⊙ z₀) of the frozen weights' a₀."""
+    return gamma * gated(frozen_a, activation(frozen_a), activation, gate) - (a - frozen_a)
+
+
 @dataclass(frozen=True)
 class Hebbian:
     """Amplify what just fired: value = m ⊙ z (seed rule A; normalised outer product).
@@ -172,8 +187,8 @@ class Hebbian:
         _choice(self, "gate", GATES)
 
     @property
-    def twin(self) -> dict:
-        return {"rule": self.gate}
+    def twin(self) -> Twin:
+        return Twin(self.gate, self.rate)
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         return gated(a, z, at.activation, self.gate)
@@ -204,16 +219,15 @@ class LocalLeastSquares:
         _choice(self, "target", ("self", "slow"))
 
     @property
-    def twin(self) -> dict:
+    def twin(self) -> Twin:
         if self.target == "self":
-            return {"rule": self.gate, "rate": _times(self.rate, self.gamma)}
-        return {"rule": f"slow_{self.gate}", "p0": self.gamma}
+            return Twin(self.gate, _times(self.rate, self.gamma))
+        return Twin(f"slow_{self.gate}", self.rate, self.gamma)
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         if self.target == "self":
             return self.gamma * gated(a, z, at.activation, self.gate)
-        a0, phi = at.frozen_a, at.activation
-        return self.gamma * gated(a0, phi(a0), phi, self.gate) - (a - a0)
+        return slow_value(a, at.frozen_a, self.gamma, at.activation, self.gate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +253,8 @@ class Delta:
             raise ValueError(f"Delta(target={type(self.target).__name__}): expected a tensor [O], [P, O] or [B, P, O]")
 
     @property
-    def twin(self) -> dict:
-        return {"rule": "delta", "rate": _times(self.rate, self.beta)}
+    def twin(self) -> Twin:
+        return Twin("delta", _times(self.rate, self.beta))
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         target = target_at(self.target, at.position, at.row).to(device=a.device, dtype=a.dtype)
@@ -288,7 +302,7 @@ def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Te
     if target.dim() == 2:
         return target[position]
     if row is None:
-        row = torch.arange(len(target)).view(-1, *[1] * (position.dim() - 1))
+        row = torch.arange(len(target), device=target.device).view(-1, *[1] * (position.dim() - 1))
     return target[row.to(target.device), position]
 
 
@@ -312,9 +326,71 @@ def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor 
     if isinstance(rate, tuple):
         rate_B = torch.tensor(rate, dtype=value.dtype, device=value.device)
         rate = rate_B.view(-1, *[1] * (value.dim() - 1)) if row is None else rate_B[row][..., None]
-    u = cast(Tensor, rate) * value
-    if rule.clip is None:
+    return clipped(cast(Tensor, rate) * value, rule.clip, key_norm)
+
+
+def clipped(u: Tensor, clip: float | None, key_norm: Tensor | None) -> Tensor:
+    """u_i · min(1, clip / (|u_i| ‖k‖))."""
+    if clip is None:
         return u
     assert key_norm is not None
     # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN
-    return u * (rule.clip / (u.abs() * key_norm[..., None])).clamp(max=1)
+    return u * (clip / (u.abs() * key_norm[..., None])).clamp(max=1)
+
+
+class Event(NamedTuple):
+    """One candidate event per token: value [..., O], key [..., I], bias key [...] or None (a rule without bias)."""
+
+    u: Tensor
+    k: Tensor
+    bias: Tensor | None
+
+
+class Key(NamedTuple):
+    """The key k = scale · h of each token, [...]; scale is the bias key as well, and norm is ‖k‖."""
+
+    scale: Tensor
+    norm: Tensor
+
+
+def key_of(rule: Rule, square: Tensor) -> Key:
+    """The key of tokens of which `square` is ‖h‖², [...]."""
+    scale = key_scale(rule, square)
+    return Key(scale, square.sqrt() * scale)
+
+
+def event(rule: Rule, h: Tensor, value: Tensor, row: Tensor | None = None) -> Event:
+    """Key and value put together: what each token with input h [..., I] and the rule's value [..., O] writes.
+
+    `row` as in `Local`. In the dtype of h and value.
+    """
+    key = key_of(rule, h.square().sum(-1))
+    u = event_value(rule, value, key.norm, row)
+    return Event(u, h * key.scale[..., None], key.scale if rule.bias else None)
+
+
+def twin_event(
+    name: str,
+    activation: Activation,
+    clip: float | None,
+    a: Tensor,
+    frozen_a: Tensor,
+    key_norm: Tensor,
+    rate: Tensor,
+    gamma: Tensor,
+    target: Tensor | None,
+) -> Tensor:
+    """u [B, ..., O] of a rule by the name in its `Twin`; rate and gamma are tensors [] or [B], as in a fused step."""
+    rate, gamma = (x.to(a.dtype).reshape(-1, *[1] * (a.dim() - 1)) for x in (rate, gamma))
+    gate = name.removeprefix("slow_")
+    if name == "delta":
+        assert target is not None
+        value = target - a
+    elif gate in GATES:
+        slow = name.startswith("slow_")
+        value = slow_value(a, frozen_a, gamma, activation, gate) if slow else gated(a, activation(a), activation, gate)
+    else:
+        raise ValueError(
+            f"rule {name!r} has no event in torch; there are delta, {', '.join(GATES)}, and slow_ of these"
+        )
+    return clipped(rate * value, clip, key_norm)

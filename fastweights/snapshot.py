@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from .model import Llama
 from .plastic import PlasticLinear
 
 FORMAT = "fastweights episode 2"
+OLDER = "fastweights episode 1"  # whose random numbers were drawn for the batch, not for each row
 
 
 def save(state: EpisodeState, model: Llama, linears: Mapping[Address, PlasticLinear], path: Path) -> None:
@@ -52,7 +54,10 @@ def read(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if meta.get("format") != FORMAT:
+    if meta.get("format") == OLDER:
+        del tensors["generator"]
+        warnings.warn(f"{path} was saved by an older version: its random numbers begin anew", stacklevel=3)
+    elif meta.get("format") != FORMAT:
         raise ValueError(f"{path} has format {meta.get('format')!r}, expected {FORMAT!r}")
     if meta["model"] != fingerprint(model):
         raise ValueError(

@@ -93,6 +93,8 @@ class RowText:
         self.stream = stream
         self._text = ""  # what is certain of it
         self._given = 0  # characters given out
+        self._stops: Sequence[str] = ()
+        self._include, self._reach = True, 0
 
     def begin(self, stop_strings: Sequence[str], include: bool) -> None:
         """A new run goes on from here: a stop string counts once it lies in the text of this run."""
@@ -127,9 +129,9 @@ class RowText:
         return new, False
 
     def copy(self) -> RowText:
-        """For a run that has not begun: how far the text was given out."""
         other = RowText(self.stream.copy())
         other._text, other._given = self._text, self._given
+        other._stops, other._include, other._reach = self._stops, self._include, self._reach
         return other
 
     def _rest(self) -> str:
@@ -165,6 +167,13 @@ class Texts:
     @staticmethod
     def ends(token_ids: list[list[int]]) -> list[tuple[int, list[int]]]:
         return [(len(ids), ids[-8:]) for ids in token_ids]
+
+    def begun(self, stop_strings: Sequence[str], include: bool) -> Texts:
+        """A copy for a new run that goes on from here, see `RowText.begin`."""
+        new = self.rows(range(len(self.texts)))
+        for text in new.texts:
+            text.begin(stop_strings, include)
+        return new
 
     def rows(self, chosen: Sequence[int]) -> Texts:
         """A copy whose row n is row `chosen[n]`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attach import attach, detach
 from .episode import Episode
+from .files import write_text
 from .inputs import Update, written
 from .model import Llama
 from .plastic import plastic_linears
@@ -100,7 +101,7 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(self, name).contiguous() for name in self.ARRAYS}
         save_file(arrays, folder / "arrays.safetensors")
-        (folder / "record.json").write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        write_text(folder / "record.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
 
 def surgery(
@@ -145,6 +146,8 @@ def surgery(
     Raises:
         ValueError: before the model is touched; the model is as it was afterwards, whatever happens.
     """
+    if tokenizer is None:  # what load() returns for a checkpoint without one
+        raise ValueError("surgery() got None for the tokenizer: it turns the texts into ids")
     if plastic_linears(model):
         raise ValueError("surgery() got a model that is already plastic: fw.detach(model) first")
     if isinstance(probe_every, bool) or not isinstance(probe_every, int) or probe_every < 1:

@@ -3,7 +3,7 @@
    S cache slots, V vocabulary, O out, I in, R slots of a log, n slots in use. All row-major. */
 #include "cpu.h"
 
-/* ΔW of one linear: y += Σ_j w_j (k_j·h + bias_j) u_j; what its rule needs of this token; and the event it makes */
+/* ΔW of one linear: y += Σ_j w_j (k_j·h + bias_j) u_j. Also what its rule needs of this token, and the event it makes. */
 typedef struct {
   float *U, *K, *bias, *w;  /* [M, R, O], [M, R, I], [M, R] or NULL, [M, n] or NULL: all 1 */
   long *birth;              /* [M, R] */
@@ -99,8 +99,8 @@ static void remember(const Fast *f, const float *h, long M) {
   }
 }
 
-/* Attention is shared out by positions, so that every key and value is read once, in order. A part is what one thread
-   finds of one head: E sums of s v, the largest score, and the sum of s. */
+/* The threads of attention each take a range of positions, so that every key and value is read once, in order. A part is
+   what one thread finds of one head: E sums of s v, the largest score, and the sum of s. */
 static long parts(long position) {
   long most = 1 + position / 32, T = omp_get_num_threads();
   return most < T ? most : T;

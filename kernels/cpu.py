@@ -92,7 +92,7 @@ def _name(compiler: str) -> str:
     cpu = Path("/proc/cpuinfo")  # -march=native must not meet another processor in a shared home folder
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
-    sources = [source.read_text() for source in SOURCES]
+    sources = [source.read_bytes() for source in SOURCES]
     identity = (sources, compiler, *FLAGS, platform.machine(), platform.processor(), flags)
     return f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
 
@@ -103,6 +103,6 @@ def _build(compiler: str, folder: Path, name: str) -> None:
         built = Path(temporary) / name
         sources = [str(source) for source in SOURCES if source.suffix == ".c"]
         command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), *sources, "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
         built.chmod(0o755)  # whatever the umask: nobody else may write it
         os.replace(built, folder / name)

@@ -1,6 +1,6 @@
 """read: what the fast weights add to a linear's output.
 
-    y = ((x Kᵀ + kb) ⊙ w) U
+    y = ((x Kᵀ + bias) ⊙ w) U
 
 Many rows may share one pair of factors and differ only in `w`: the same model at different moments
 (DESIGN §3.3). A slot of weight 0 is dead: whatever it holds, NaN included, it adds nothing.
@@ -18,7 +18,7 @@ def reference(
     x_BTI: torch.Tensor,
     U_BRO: torch.Tensor,
     K_BRI: torch.Tensor,
-    kb_BR: torch.Tensor | None,
+    bias_BR: torch.Tensor | None,
     w: torch.Tensor | None,
 ) -> torch.Tensor:
     """The definition, in torch: factors of batch 1 (or of stride 0) serve every row of x."""
@@ -29,15 +29,15 @@ def reference(
         return x_BTI.new_zeros(B, T, O, dtype=dtype)
     if w is None:
         c_BTR = _times(x_BTI.to(dtype), K_BRI.mT)
-        return _times(c_BTR if kb_BR is None else c_BTR + kb_BR[:, None], U_BRO)
+        return _times(c_BTR if bias_BR is None else c_BTR + bias_BR[:, None], U_BRO)
     w_BTR = (w if w.dim() == 3 else w[:, None]).to(dtype).expand(B, T, R)
     x_BTI = x_BTI.to(dtype)
     if B > 1 and _shared(U_BRO) and _shared(K_BRI):  # one large product instead of B small ones
-        kb_BR = None if kb_BR is None else kb_BR.expand(B, R)[:, None].expand(B, T, R).reshape(1, B * T, R)
-        y = _masked(x_BTI.reshape(1, B * T, -1), U_BRO[:1], K_BRI[:1], kb_BR, w_BTR.reshape(1, B * T, R))
+        bias_BR = None if bias_BR is None else bias_BR.expand(B, R)[:, None].expand(B, T, R).reshape(1, B * T, R)
+        y = _masked(x_BTI.reshape(1, B * T, -1), U_BRO[:1], K_BRI[:1], bias_BR, w_BTR.reshape(1, B * T, R))
         return y.view(B, T, O)
-    kb_BR = None if kb_BR is None else kb_BR[:, None]
-    return _masked(x_BTI, U_BRO, K_BRI, kb_BR, w_BTR)
+    bias_BR = None if bias_BR is None else bias_BR[:, None]
+    return _masked(x_BTI, U_BRO, K_BRI, bias_BR, w_BTR)
 
 
 def _shared(factor: torch.Tensor) -> bool:
@@ -51,10 +51,10 @@ def _times(x_BTI: torch.Tensor, W_BIO: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x_BTI, W_BIO) if len(x_BTI) == len(W_BIO) else x_BTI @ W_BIO
 
 
-def _masked(x_BTI, U_BRO, K_BRI, kb_BTR, w_BTR):
+def _masked(x_BTI, U_BRO, K_BRI, bias_BTR, w_BTR):
     c_BTR = _times(x_BTI, K_BRI.mT)
-    if kb_BTR is not None:
-        c_BTR = c_BTR + kb_BTR
+    if bias_BTR is not None:
+        c_BTR = c_BTR + bias_BTR
     c_BTR = (c_BTR * w_BTR).masked_fill(w_BTR == 0, 0)
     y_BTO = _times(c_BTR, U_BRO)
     if y_BTO.is_cpu and not torch.compiler.is_compiling() and bool(y_BTO.detach().sum().isfinite()):
@@ -70,10 +70,10 @@ def _masked(x_BTI, U_BRO, K_BRI, kb_BTR, w_BTR):
 
 @jit
 def _coefficients(
-    x_ptr, K_ptr, kb_ptr, w_ptr, c_ptr, T, I, R, K_sb, kb_sb, w_sb, w_st, BIAS: tl.constexpr,
+    x_ptr, K_ptr, bias_ptr, w_ptr, c_ptr, T, I, R, K_sb, bias_sb, w_sb, w_st, BIAS: tl.constexpr,
     BT: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c [B, T, R] = (x Kᵀ + kb) ⊙ w, 0 where w is 0."""
+    """c [B, T, R] = (x Kᵀ + bias) ⊙ w, 0 where w is 0."""
     b = tl.program_id(2).to(tl.int64)  # before any multiply: offsets pass 2**31
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
@@ -85,7 +85,7 @@ def _coefficients(
         K = tl.load(K_ptr + b * K_sb + r[None, :] * I + i[:, None], mask=r_in & (i < I)[:, None], other=0.0)
         c = tl.dot(x.to(tl.float32), K, c, input_precision=PRECISION)
     if BIAS:
-        c += tl.load(kb_ptr + b * kb_sb + r, mask=r < R, other=0.0)[None, :]
+        c += tl.load(bias_ptr + b * bias_sb + r, mask=r < R, other=0.0)[None, :]
     w = tl.load(w_ptr + b * w_sb + t[:, None] * w_st + r[None, :], mask=t_in & r_in, other=0.0)
     c = tl.where(w != 0, c * w, 0.0)
     tl.store(c_ptr + (b * T + t)[:, None] * R + r[None, :], c, mask=t_in & r_in)
@@ -125,7 +125,7 @@ def launch(
     x_BTI: torch.Tensor,
     U_BRO: torch.Tensor,
     K_BRI: torch.Tensor,
-    kb_BR: torch.Tensor | None,
+    bias_BR: torch.Tensor | None,
     w: torch.Tensor,
     precision: str = "ieee",
 ) -> torch.Tensor:
@@ -140,11 +140,11 @@ def launch(
     U_BRO, K_BRI = (f if f.stride()[1:] == (f.shape[2], 1) else f.contiguous() for f in (U_BRO, K_BRI))
     if w_BTR.stride(2) != 1:
         w_BTR = w_BTR.contiguous()
-    kb = K_BRI if kb_BR is None else kb_BR
-    if kb.stride(-1) != 1:
-        kb = kb.contiguous()
+    bias = K_BRI if bias_BR is None else bias_BR
+    if bias.stride(-1) != 1:
+        bias = bias.contiguous()
     rows, tokens = B, T
-    if B > 1 and _shared(U_BRO) and _shared(K_BRI) and (kb_BR is None or _shared(kb)):
+    if B > 1 and _shared(U_BRO) and _shared(K_BRI) and (bias_BR is None or _shared(bias)):
         rows, tokens = 1, B * T  # shared factors: one row of many tokens fills the tiles
         w_BTR = w_BTR.reshape(1, B * T, R)
 
@@ -154,8 +154,8 @@ def launch(
     c = torch.empty(rows, tokens, R, dtype=torch.float32, device=x_BTI.device)
     BT = 16 if tokens <= 16 else 32
     _coefficients[(triton.cdiv(tokens, BT), triton.cdiv(R, 32), rows)](
-        x_BTI, K_BRI, kb, w_BTR, c, tokens, I, R, stride(K_BRI), stride(kb), w_BTR.stride(0), w_BTR.stride(1),
-        BIAS=kb_BR is not None, BT=BT, BR=32, BI=32, PRECISION=precision, num_warps=4, **FUSED,
+        x_BTI, K_BRI, bias, w_BTR, c, tokens, I, R, stride(K_BRI), stride(bias), w_BTR.stride(0), w_BTR.stride(1),
+        BIAS=bias_BR is not None, BT=BT, BR=32, BI=32, PRECISION=precision, num_warps=4, **FUSED,
     )  # fmt: skip
     _combine[(triton.cdiv(tokens, BT), triton.cdiv(O, 64), rows)](
         c, U_BRO, w_BTR, y_BTO, tokens, O, R, stride(U_BRO), w_BTR.stride(0), w_BTR.stride(1),
@@ -168,17 +168,17 @@ def launch(
 
 
 @torch.library.custom_op("fastweights::read", mutates_args=(), device_types="cuda")
-def _op(x: torch.Tensor, U: torch.Tensor, K: torch.Tensor, kb: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor:
-    return launch(x, U, K, kb, w)
+def _op(x: torch.Tensor, U: torch.Tensor, K: torch.Tensor, bias: torch.Tensor | None, w: torch.Tensor) -> torch.Tensor:
+    return launch(x, U, K, bias, w)
 
 
 @_op.register_kernel("cpu")
-def _(x, U, K, kb, w):
-    return reference(x, U, K, kb, w)
+def _(x, U, K, bias, w):
+    return reference(x, U, K, bias, w)
 
 
 @_op.register_fake
-def _(x, U, K, kb, w):
+def _(x, U, K, bias, w):
     return x.new_empty(x.shape[0], x.shape[1], U.shape[2], dtype=U.dtype)
 
 
@@ -201,23 +201,23 @@ def read(
     x_BTI: torch.Tensor,
     U_BRO: torch.Tensor,
     K_BRI: torch.Tensor,
-    kb_BR: torch.Tensor | None,
+    bias_BR: torch.Tensor | None,
     w: torch.Tensor | None,
     backend: str = "torch",
 ) -> torch.Tensor:
-    """What the fast weights add: ((x Kᵀ + kb) ⊙ w) U, shape [B, T, O] in the factors' dtype.
+    """What the fast weights add: ((x Kᵀ + bias) ⊙ w) U, shape [B, T, O] in the factors' dtype.
 
-    x [B, T, I] any float dtype; U [B, R, O], K [B, R, I], kb [B, R] or None (no fast bias), each with batch
+    x [B, T, I] any float dtype; U [B, R, O], K [B, R, I], bias [B, R] or None (no fast bias), each with batch
     B or 1; w [B, R], or [B, T, R] when tokens look at different moments; None: every slot is alive and weighs 1.
     Differentiable in x.
     """
     match backend:
         case "torch":
-            return reference(x_BTI, U_BRO, K_BRI, kb_BR, w)
+            return reference(x_BTI, U_BRO, K_BRI, bias_BR, w)
         case "triton":
             if w is None:
                 w = torch.ones_like(K_BRI[..., 0])
             run = _op if x_BTI.is_cuda else launch  # on the CPU: Triton's interpreter
-            return run(x_BTI, U_BRO, K_BRI, kb_BR, w)
+            return run(x_BTI, U_BRO, K_BRI, bias_BR, w)
         case _:
             raise ValueError(f'read() got backend {backend!r}, expected "torch" or "triton"')

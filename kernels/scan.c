@@ -12,7 +12,7 @@ typedef struct {
   const float *frozen, *target, *norm; /* [T, O], [T, O], [T]; null where neither rule nor clip looks */
   const unsigned char *write;          /* [T] */
   long a_t, u_t, G_t, frozen_t, target_t, T, O; /* strides; each O lies together */
-  float rate, p0, clip;                         /* clip: inf for none */
+  float rate, gamma, clip;                       /* clip: inf for none */
   int rule, silu;
 } ScanArguments;
 
@@ -31,7 +31,7 @@ static void values(const ScanArguments *p, float norm, const float *a, const flo
       u[j] = gate == POSITIVE ? (z > 0) * z : gate == DERIVATIVE ? s * (1 + x[j] * (1 - s)) * z : z;
     }
   if (p->rule >= SLOW && p->rule != DELTA)
-    for (int j = 0; j < ACROSS; j++) u[j] = p->p0 * u[j] - (a[j] - frozen[j]);
+    for (int j = 0; j < ACROSS; j++) u[j] = p->gamma * u[j] - (a[j] - frozen[j]);
   for (int j = 0; j < ACROSS; j++) u[j] *= p->rate;
   if (p->clip < INFINITY)
     for (int j = 0; j < ACROSS; j++) {
@@ -40,7 +40,7 @@ static void values(const ScanArguments *p, float norm, const float *a, const flo
     }
 }
 
-/* Neurons o to o + n, n ≤ ACROSS: TALL tokens at a time, what earlier ones wrote coming in as one tile. */
+/* Neurons o to o + n, n ≤ ACROSS, TALL tokens at a time. What earlier tokens wrote is added as one tile. */
 static void neurons(const ScanArguments *p, long o, long n) {
   lanes u[MOST][WIDE] = {0}, a[WIDE] = {0}, frozen[WIDE] = {0}, target[WIDE] = {0}, sum[TALL][WIDE];
   for (long t0 = 0; t0 < p->T; t0 += TALL) {

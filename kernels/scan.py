@@ -1,6 +1,6 @@
 """scan: all the reads and writes of one prompt at one plastic linear, in parallel (DESIGN §3.2).
 
-    a_t = A_t + Σ_{s<t, s written} (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) u_s        u_t = value(a_t)
+    a_t = A_t + Σ_{s<t, s written} (1 − decay)^{e(s,t)} (h_t·k_s + bias_s) u_s        u_t = value(a_t)
 
 e(s,t) is the number of events after s and before t. Neurons are independent, so the tokens of one neuron are
 a strictly lower triangular system, nonlinear because u is a function of a.
@@ -14,17 +14,48 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .cpu import MOST_TOKENS
 from .linear import add_product_, c_library_for, product
-from .values import FUSED, IN_C, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
-from .values import Value as TwinValue
+from .values import (
+    ACTIVATIONS,
+    FUSED,
+    KERNELS,
+    Number,
+    clipped_triton,
+    jit,
+    kernel_of,
+    per_row,
+    require_triton,
+    tl,
+    triton,
+)
 
 # value(a_BCO, t0, t1) → u_BCO of tokens t0:t1, rate and clip included
 Value = Callable[[torch.Tensor, int, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a kernel needs to compute the same value for a whole prompt.
+
+    rule: a name in `values.KERNELS`. rate, gamma: floats, tuples of B or tensors [] or [B]. frozen, target: broadcast
+    to [B, T, O]. norm_BT: ‖k‖, for clip.
+    """
+
+    rule: str
+    activation: str = "identity"
+    rate: Number = 1.0
+    gamma: Number = 1.0
+    clip: float | None = None
+    norm_BT: torch.Tensor | None = None
+    frozen_BTO: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+
 
 OUTER = MOST_TOKENS  # whose earlier tokens enter as one GEMM
 INNER = 32  # tokens solved together inside
@@ -38,17 +69,17 @@ def before(write_BT: torch.Tensor, width: int = 1) -> torch.Tensor:
 
 
 class Gram:
-    """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + kb_s) where s < t and s is written, else 0; by rows of OUTER.
+    """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + bias_s) where s < t and s is written, else 0; by rows of OUTER.
 
-    h, k [B, T, I] any float dtype, kb [B, T] or None, write [B, T] bool, decay a float or a tensor [] or [B].
-    gate_proj and up_proj share h, k, kb, write and decay, and so one Gram: its rows are kept while they are
+    h, k [B, T, I] any float dtype, bias [B, T] or None, write [B, T] bool, decay a float or a tensor [] or [B].
+    gate_proj and up_proj share h, k, bias, write and decay, and so one Gram: its rows are kept while they are
     small and computed again otherwise, so that memory stays bounded for any T.
     """
 
-    def __init__(self, h_BTI, k_BTI, kb_BT, write_BT, decay=0.0, dtype=None, width=1):
+    def __init__(self, h_BTI, k_BTI, bias_BT, write_BT, decay=0.0, dtype=None, width=1):
         dtype = dtype or (torch.float64 if k_BTI.dtype == torch.float64 else torch.float32)
         self.h, self.k = h_BTI.to(dtype), k_BTI.to(dtype)
-        self.kb = None if kb_BT is None else kb_BT.to(dtype)
+        self.bias = None if bias_BT is None else bias_BT.to(dtype)
         self.write = write_BT.to(torch.bool).expand(h_BTI.shape[:2])
         self.decay, self.width = decay, width
         self.count = before(self.write)  # events before each token
@@ -67,8 +98,8 @@ class Gram:
 
     def _rows(self, t0: int, t1: int) -> torch.Tensor:
         G = torch.stack([product(h, k) for h, k in zip(self.h[:, t0:t1], self.k[:, :t1], strict=True)])
-        if self.kb is not None:
-            G += self.kb[:, None, :t1]
+        if self.bias is not None:
+            G += self.bias[:, None, :t1]
         if isinstance(self.decay, torch.Tensor) or self.decay != 0:
             events = (self.seen[:, t0:t1, None] - self.count[:, None, :t1] - 1).clamp_(min=0)
             keep = 1 - torch.as_tensor(self.decay, dtype=G.dtype, device=G.device)
@@ -91,8 +122,10 @@ def scan_sequential(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torc
     return a_BTO, u_BTO
 
 
-def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in matrix products: earlier tokens enter as a GEMM, INNER tokens are solved together."""
+def scan_chunked(
+    a_BTO: torch.Tensor, gram: Gram, value: Value, known: Known | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in matrix products: earlier tokens enter as a GEMM, INNER tokens are solved together, or in C."""
     whole = bool(gram.write.all())
 
     def event(a: torch.Tensor, t0: int, t1: int) -> torch.Tensor:
@@ -104,7 +137,7 @@ def scan_chunked(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.T
     T = a_BTO.shape[1]
     if T == 1:  # nothing came before: no Gram
         return a_BTO, event(a_BTO, 0, 1)
-    in_c = _in_c(a_BTO, u_BTO, gram, value)
+    in_c = None if known is None else _in_c(a_BTO, u_BTO, gram, known)
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
         G = gram.rows(t0, t1)
@@ -123,26 +156,27 @@ class ScanArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "u", "G", "frozen", "target", "norm", "write")),
         *((name, ctypes.c_long) for name in ("a_t", "u_t", "G_t", "frozen_t", "target_t", "T", "O")),
-        *((name, ctypes.c_float) for name in ("rate", "p0", "clip")),
+        *((name, ctypes.c_float) for name in ("rate", "gamma", "clip")),
         *((name, ctypes.c_int) for name in ("rule", "silu")),
     ]
 
 
-def _in_c(a_BTO, u_BTO, gram: Gram, value: Value) -> Callable[[torch.Tensor, int, int], None] | None:
+def _in_c(a_BTO, u_BTO, gram: Gram, known: Known) -> Callable[[torch.Tensor, int, int], None] | None:
     """Solves tokens t0:t1, given their Gram rows and a with everything before t0; None where C does not do that."""
-    if not isinstance(value, TwinValue) or (rule := twin(value.rule)) not in IN_C or a_BTO.dtype != torch.float32:
+    rule = KERNELS.get(known.rule)
+    if rule is None or rule.in_c is None or known.activation not in ACTIVATIONS or a_BTO.dtype != torch.float32:
         return None
     B, T, O = a_BTO.shape
-    frozen = value.frozen_BTO.expand(B, T, O) if rule.reads_frozen and value.frozen_BTO is not None else None
-    target = value.target.expand(B, T, O) if rule.reads_target and value.target is not None else None
-    norm = None if value.clip is None or value.norm_BT is None else value.norm_BT.expand(B, T).contiguous()
+    frozen = known.frozen_BTO.expand(B, T, O) if rule.reads_frozen and known.frozen_BTO is not None else None
+    target = known.target.expand(B, T, O) if rule.reads_target and known.target is not None else None
+    norm = None if known.clip is None or known.norm_BT is None else known.norm_BT.expand(B, T).contiguous()
     helper = c_library_for(a_BTO, gram.h, frozen, target, norm)
     lie_apart = any(x is not None and x.stride(2) != 1 for x in (frozen, target))
     if helper is None or not hasattr(helper, "scan_block") or lie_apart:
         return None
-    rate_B, p0_B = (per_row(x, B, a_BTO).tolist() for x in (value.rate, value.p0))
+    rate_B, gamma_B = (per_row(x, B, a_BTO).tolist() for x in (known.rate, known.gamma))
     write = gram.write.contiguous()
-    kind = (math.inf if value.clip is None else value.clip, IN_C[rule], value.activation == "silu")
+    kind = (math.inf if known.clip is None else known.clip, rule.in_c, known.activation == "silu")
 
     def solve(G: torch.Tensor, t0: int, t1: int) -> None:
         assert t1 - t0 <= MOST_TOKENS
@@ -152,7 +186,7 @@ def _in_c(a_BTO, u_BTO, gram: Gram, value: Value) -> Callable[[torch.Tensor, int
             where = [0 if x is None else x.data_ptr() for x in large]
             where += [0 if norm is None else norm[b, t0:].data_ptr(), write[b, t0:].data_ptr()]
             strides = [0 if x is None else x.stride(0) for x in large]
-            arguments = ScanArguments(*where, *strides, t1 - t0, O, rate_B[b], p0_B[b], *kind)
+            arguments = ScanArguments(*where, *strides, t1 - t0, O, rate_B[b], gamma_B[b], *kind)
             helper.scan_block(ctypes.byref(arguments), torch.get_num_threads())
 
     return solve
@@ -176,8 +210,11 @@ def _solve(a, u, G, event, g0, t0, t1):
 
 
 def _sweep(start, L, event, t0, t1):
-    """Fixed-point sweeps of a = start + L u(a). L is strictly lower triangular: sweep n leaves the first n
-    tokens exact, so the last one is exact, whatever the rate; usually rounding is reached in a few."""
+    """Fixed-point sweeps of a = start + L u(a), until nothing changes any more.
+
+    L is strictly lower triangular, so after sweep n the first n tokens are exact. The last sweep is therefore exact at
+    any rate; usually a few sweeps reach rounding level.
+    """
     a, u = start, event(start, t0, t1)
     tolerance = 4 * torch.finfo(u.dtype).eps
     for sweep in range(t1 - t0 - 1):
@@ -210,8 +247,8 @@ def _settled(u: torch.Tensor, old: torch.Tensor, tolerance: float) -> bool:
 
 @jit
 def _block(
-    a_ptr, u_ptr, G_ptr, write_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, p0_ptr,
-    t0, t1, O, T_padded, G_rows, write_sb, norm_sb, rate_sb, p0_sb, clip,
+    a_ptr, u_ptr, G_ptr, write_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, gamma_ptr,
+    t0, t1, O, T_padded, G_rows, write_sb, norm_sb, rate_sb, gamma_sb, clip,
     RULE: tl.constexpr, PHI: tl.constexpr, FROZEN: tl.constexpr, TARGET: tl.constexpr, CLIP: tl.constexpr,
     BN: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +262,7 @@ def _block(
     lane = tl.arange(0, C)
     alive = (n < O)[:, None]  # tokens need no mask: everything is padded to whole chunks
     row = (b * O + n)[:, None] * T_padded
-    rate, p0 = tl.load(rate_ptr + b * rate_sb), tl.load(p0_ptr + b * p0_sb)
+    rate, gamma = tl.load(rate_ptr + b * rate_sb), tl.load(gamma_ptr + b * gamma_sb)
     for c0 in range(t0, t1, C):
         t = c0 + lane
         a = tl.load(a_ptr + row + t[None, :], mask=alive, other=0.0)
@@ -247,7 +284,7 @@ def _block(
                 frozen_j = tl.sum(tl.where(here, frozen, 0.0), 1)
             if TARGET:
                 target_j = tl.sum(tl.where(here, target, 0.0), 1)
-            u_j = rate * RULE(a_j, frozen_j, target_j, p0, PHI)
+            u_j = rate * RULE(a_j, frozen_j, target_j, gamma, PHI)
             if CLIP:
                 norm = tl.load(norm_ptr + b * norm_sb + c0 + j)
                 u_j = clipped_triton(u_j, clip, norm)
@@ -265,15 +302,15 @@ BN, C = 32, 16  # neurons of one program, tokens of one chunk
 
 
 def _launch_block(
-    a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, p0_B, t0, rule, activation, clip
+    a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, gamma_B, t0, rule, activation, clip
 ):  # fmt: skip
-    B, O, T_padded = a_BOT.shape
+    rule, (B, O, T_padded) = kernel_of(rule, activation), a_BOT.shape
     G_rows = G_Bst.shape[1]
     _block[(triton.cdiv(O, BN), B)](
-        a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, p0_B,
+        a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, gamma_B,
         t0, t0 + G_rows, O, T_padded, G_rows, write_BT.stride(0), norm_BT.stride(0), rate_B.stride(0),
-        p0_B.stride(0), float(clip or 0),
-        RULE=twin(rule).triton, PHI=activation, FROZEN=twin(rule).reads_frozen, TARGET=twin(rule).reads_target,
+        gamma_B.stride(0), float(clip or 0),
+        RULE=rule.value, PHI=activation, FROZEN=rule.reads_frozen, TARGET=rule.reads_target,
         CLIP=clip is not None, BN=BN, C=C, PRECISION="ieee", num_warps=2, **FUSED,
     )  # fmt: skip
 
@@ -281,41 +318,31 @@ def _launch_block(
 @torch.library.custom_op("fastweights::scan_block", mutates_args=("a", "u"), device_types="cuda")
 def _op(
     a: torch.Tensor, u: torch.Tensor, G: torch.Tensor, write: torch.Tensor, frozen: torch.Tensor,
-    target: torch.Tensor, norm: torch.Tensor, rate: torch.Tensor, p0: torch.Tensor, t0: int,
+    target: torch.Tensor, norm: torch.Tensor, rate: torch.Tensor, gamma: torch.Tensor, t0: int,
     rule: str, activation: str, clip: float | None,
 ) -> None:  # fmt: skip
-    _launch_block(a, u, G, write, frozen, target, norm, rate, p0, t0, rule, activation, clip)
-
-
-@_op.register_kernel("cpu")
-def _(a, u, G, write, frozen, target, norm, rate, p0, t0, rule, activation, clip):
-    for s in range(G.shape[1]):
-        t = t0 + s
-        a[:, :, t] += (u[:, :, t0:t] @ G[:, :s, s, None])[:, :, 0]
-        at = (a[:, :, t], frozen[:, :, t], target[:, :, t])
-        value = rate[:, None] * twin(rule).torch(*at, p0[:, None], activation)
-        u[:, :, t] = clipped(value, clip, norm[:, t, None]).masked_fill(write[:, t, None] == 0, 0)
+    _launch_block(a, u, G, write, frozen, target, norm, rate, gamma, t0, rule, activation, clip)
 
 
 @_op.register_fake
-def _(a, u, G, write, frozen, target, norm, rate, p0, t0, rule, activation, clip):
+def _(a, u, G, write, frozen, target, norm, rate, gamma, t0, rule, activation, clip):
     return None
 
 
-def launch(a_BTO: torch.Tensor, gram: Gram, value: TwinValue) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(a_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan by Triton: blocks of OUTER tokens, earlier blocks as torch GEMMs, one launch per block.
 
     Returns views [B, T, O] of tensors laid out [B, O, T].
     """
     require_triton(a_BTO, gram.h)
-    rule = twin(value.rule)
+    rule = kernel_of(known.rule, known.activation)
     for name, needed in (
         ("frozen_BTO", rule.reads_frozen),
         ("target", rule.reads_target),
-        ("norm_BT", value.clip is not None),
+        ("norm_BT", known.clip is not None),
     ):
-        if needed and getattr(value, name) is None:
-            raise ValueError(f"scan() by rule {value.rule!r} and clip {value.clip} needs {name}, got None")
+        if needed and getattr(known, name) is None:
+            raise ValueError(f"scan() by rule {known.rule!r} and clip {known.clip} needs {name}, got None")
     B, T, O = a_BTO.shape
     padding = -T % C
 
@@ -327,11 +354,11 @@ def launch(a_BTO: torch.Tensor, gram: Gram, value: TwinValue) -> tuple[torch.Ten
 
     a_BOT, u_BOT = neuron_major(a_BTO), neuron_major(None)
     nothing_BOT = a_BOT.new_zeros(1, 1, 1).expand_as(a_BOT)  # in the place of what the rule does not read
-    frozen_BOT = neuron_major(value.frozen_BTO) if rule.reads_frozen else nothing_BOT
-    target_BOT = neuron_major(value.target) if rule.reads_target else nothing_BOT
+    frozen_BOT = neuron_major(known.frozen_BTO) if rule.reads_frozen else nothing_BOT
+    target_BOT = neuron_major(known.target) if rule.reads_target else nothing_BOT
     write_BT = F.pad(gram.write.to(torch.uint8), (0, padding))
-    rate_B, p0_B = per_row(value.rate, B, a_BOT), per_row(value.p0, B, a_BOT)
-    norm_BT = torch.zeros(B, T, device=a_BOT.device) if value.norm_BT is None else value.norm_BT.float()
+    rate_B, gamma_B = per_row(known.rate, B, a_BOT), per_row(known.gamma, B, a_BOT)
+    norm_BT = torch.zeros(B, T, device=a_BOT.device) if known.norm_BT is None else known.norm_BT.float()
     norm_BT = F.pad(norm_BT, (0, padding))
     block = _op if a_BOT.is_cuda else _launch_block  # on the CPU: Triton's interpreter
     for t0 in range(0, T, OUTER):
@@ -342,25 +369,28 @@ def launch(a_BTO: torch.Tensor, gram: Gram, value: TwinValue) -> tuple[torch.Ten
         pad = -(t1 - t0) % C
         G_Bst = F.pad(G_BCT[:, :, t0:].mT, (0, pad, 0, pad)).contiguous()
         block(
-            a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, p0_B,
-            t0, value.rule, value.activation, value.clip,
+            a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, gamma_B,
+            t0, known.rule, known.activation, known.clip,
         )  # fmt: skip
     return a_BOT[:, :, :T].mT, u_BOT[:, :, :T].mT
 
 
-def scan(a_BTO: torch.Tensor, gram: Gram, value: Value, backend: str = "torch") -> tuple[torch.Tensor, torch.Tensor]:
+def scan(
+    a_BTO: torch.Tensor, gram: Gram, value: Value, known: Known | None = None, backend: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pre-activations with every earlier write of this prompt in them, and the values written: (a, u).
 
     a [B, T, O] float32 or float64: frozen product, bias and the read of the factors present before the
-    prompt; `gram` from the same h, k, kb, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate
-    and clip included (the write mask is applied here). u is 0 where nothing is written.
+    prompt; `gram` from the same h, k, bias, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate
+    and clip included (the write mask is applied here). `known`: the same rule as kernels know it; None: it has no
+    kernel, and runs in torch alone. u is 0 where nothing is written.
     """
     match backend:
         case "torch":
-            return scan_chunked(a_BTO, gram, value)
+            return scan_chunked(a_BTO, gram, value, known)
         case "triton":
-            if not isinstance(value, TwinValue):
-                raise ValueError("this rule has no Triton twin (kernels.values.Value): it runs on backend='torch'")
-            return launch(a_BTO, gram, value)
+            if known is None:
+                raise ValueError("this rule has no Triton twin (kernels.scan.Known): it runs on backend='torch'")
+            return launch(a_BTO, gram, known)
         case _:
             raise ValueError(f'scan() got backend {backend!r}, expected "torch" or "triton"')

@@ -1,6 +1,6 @@
 """step: one token at one plastic linear, for a batch of rows, in place and fused.
 
-    a = W h + b + Σ_j w_j (k_j·h + kb_j) u_j                    read, before this token's own write
+    a = W h + b + Σ_j w_j (k_j·h + bias_j) u_j                   read, before this token's own write
     k = h / (‖h‖² + mu),   u = rate · value(a), clipped         write, into slot `slot` where `write`
 
 and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, whose logs have slots, weights and
@@ -11,14 +11,71 @@ finite, so that nobody has to look, and wait for the device, after every linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .read import reference as read_reference
-from .values import FUSED, clipped, clipped_triton, jit, per_row, require_triton, tl, triton, twin
+from .values import FUSED, clipped_triton, jit, kernel_of, per_row, require_triton, tl, triton
 
 GEMV_ROWS = 4  # more rows than this: the frozen product by torch's GEMM, the rest fused behind it
+
+
+class Frozen(NamedTuple):
+    """The linear itself, any float dtype."""
+
+    W_OI: Tensor
+    b_O: Tensor | None
+
+
+class Factors(NamedTuple):
+    """What the event is written into, in place: float32 (float64 on the torch path), birth int64."""
+
+    U_BRO: Tensor
+    K_BRI: Tensor
+    bias_BR: Tensor | None  # None: no fast bias
+    birth_BR: Tensor
+
+
+class StepInputs(NamedTuple):
+    """What one token's event needs; a captured graph has the same tensors at every token."""
+
+    event_B: Tensor  # its number, int64: becomes the slot's birth
+    slot_B: Tensor  # where it goes, int64
+    w_BR: Tensor  # weights of the events before it
+    write_B: Tensor  # bool: whether it is written
+    rate: Tensor  # [] or [B]
+    gamma: Tensor  # [] or [B], of the slow rules
+    target: Tensor | None  # [O] or [B, O]
+    bad_B: Tensor  # int32: becomes 1 in rows whose event is not finite
+
+
+class StepLinear(NamedTuple):
+    """One plastic linear, for one token."""
+
+    frozen: Frozen
+    factors: Factors
+    inputs: StepInputs
+
+
+class StepRule(NamedTuple):
+    """What of a rule is no tensor.
+
+    name: in `values.KERNELS`. activation: "silu" or "identity". mu None: the key is h itself.
+    event: what it writes, in torch: (this rule, a_BO, frozen_BO, norm_B = ‖k‖, inputs) → u_BO. None: "triton" alone.
+    """
+
+    name: str
+    activation: str
+    mu: float | None
+    clip: float | None
+    event: Callable[[StepRule, Tensor, Tensor, Tensor, StepInputs], Tensor] | None = None
+
+
+# ---- torch
 
 
 def _keys(h_BI: Tensor, mu: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,63 +111,77 @@ def _note(bad_B: Tensor, slot_B: Tensor, write_B: Tensor, R: int, *written: Tens
     bad_B.masked_fill_(bad & write_B & (slot_B >= 0) & (slot_B < R), 1)
 
 
-def _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, phi, clip):
-    """a of one linear in the factors' dtype, and the value of its event."""
-    frozen = F.linear(h, weight, bias).to(U.dtype)
-    a = frozen + read_reference(h[:, None], U, K, kb, w)[:, 0]
-    rate, p0 = (per_row(x, len(h), a)[:, None] for x in (rate, p0))
-    return a, clipped(rate * twin(rule).torch(a, frozen, target, p0, phi), clip, norm[:, None])
+def reference(h_BI: Tensor, linear: StepLinear, rule: StepRule) -> Tensor:
+    """The definition, in torch."""
+    assert rule.event is not None
+    (W_OI, b_O), (U_BRO, K_BRI, bias_BR, birth_BR), inputs = linear
+    k_BI, scale_B, norm_B = _keys(h_BI.to(K_BRI.dtype), rule.mu)
+    frozen_BO = F.linear(h_BI, W_OI, b_O).to(U_BRO.dtype)
+    a_BO = frozen_BO + read_reference(h_BI[:, None], U_BRO, K_BRI, bias_BR, inputs.w_BR)[:, 0]
+    u_BO = rule.event(rule, a_BO, frozen_BO, norm_B, inputs)
+    changes = ((U_BRO, u_BO), (K_BRI, k_BI), (bias_BR, scale_B), (birth_BR, inputs.event_B))
+    _put(inputs.slot_B, inputs.write_B, *changes)
+    _note(inputs.bad_B, inputs.slot_B, inputs.write_B, K_BRI.shape[1], u_BO, k_BI)
+    return a_BO.to(h_BI.dtype)
 
 
-def reference(
-    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, bad, rule, activation, mu, clip
-):  # fmt: skip
-    k, scale, norm = _keys(h.to(K.dtype), mu)
-    a, u = _linear(h, weight, bias, U, K, kb, w, rate, p0, target, norm, rule, activation, clip)
-    _put(slot, write, (U, u), (K, k), (kb, scale), (birth, event))
-    _note(bad, slot, write, K.shape[1], u, k)
-    return a.to(h.dtype)
+def reference_gated(h_BI: Tensor, gate: StepLinear, up: StepLinear, rule: StepRule) -> Tensor:
+    a_gate_BO = reference(h_BI, gate, rule._replace(activation="silu"))
+    return F.silu(a_gate_BO) * reference(h_BI, up, rule._replace(activation="identity"))
 
 
-def reference_gated(
-    h, weight, weight_up, bias, bias_up, U, U_up, K, K_up, kb, kb_up, birth, birth_up, w, slot, event, write, rate,
-    rate_up, p0, p0_up, target, target_up, bad, bad_up, rule, mu, clip,
-):  # fmt: skip
-    turn = (w, slot, event, write)
-    gate = reference(h, weight, bias, U, K, kb, birth, *turn, rate, p0, target, bad, rule, "silu", mu, clip)
-    up = reference(
-        h, weight_up, bias_up, U_up, K_up, kb_up, birth_up, *turn, rate_up, p0_up, target_up, bad_up, rule, "identity",
-        mu, clip,
-    )  # fmt: skip
-    return F.silu(gate) * up
+# ---- Triton: the kernels are given these groups as they are; None is known when a kernel is compiled
 
 
-# ---- Triton
+class _Linear(NamedTuple):
+    W: Any
+    b: Any  # or None
+    product: Any  # W h + b [B, O] where torch has made it; None: the kernel reads W
+    U: Any
+    K: Any
+    bias: Any  # or None
+    birth: Any
+    rate: Any
+    gamma: Any
+    target: Any  # or None
+    bad: Any
+    c: Any  # scratch [B, R]: w ⊙ (K h + bias keys)
+    U_sb: Any  # how far rows lie apart
+    K_sb: Any
+    bias_sb: Any
+    birth_sb: Any
+    target_sb: Any
+
+
+class _Token(NamedTuple):
+    event: Any
+    slot: Any
+    w: Any  # [B, R]
+    write: Any
+    norm: Any  # scratch [B]: ‖k‖
 
 
 @jit
-def _coefficients(
-    h_ptr, K_ptr, K2_ptr, kb_ptr, kb2_ptr, birth_ptr, birth2_ptr, w_ptr, slot_ptr, event_ptr, write_ptr, c_ptr,
-    norm_ptr, bad_ptr, bad2_ptr, I, R, K_sb, K2_sb, kb_sb, kb2_sb, birth_sb, birth2_sb, w_sb, mu,
-    PAIR: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, BI: tl.constexpr,
-):  # fmt: skip
-    """c [B, R] = w ⊙ (K h + kb) and norm [B] = ‖k‖; then this token's key into its slot. Of a PAIR, c is [2, B, R].
+def _coefficients(h_ptr, linear, other, token, I, R, mu, BI: tl.constexpr):
+    """c = w ⊙ (K h + bias keys) and norm = ‖k‖; then this token's key into its slot. `other` is None, or up_proj.
 
-    One program per slot: who overwrites a slot is who read it before.
+    One program per slot: the program that writes a slot has itself read the old value, so no barrier between programs
+    is needed.
     """
     b = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64)
-    if PAIR:
-        up = tl.program_id(2) == 1
-        K_ptr, kb_ptr = tl.where(up, K2_ptr, K_ptr), tl.where(up, kb2_ptr, kb_ptr)
-        birth_ptr, bad_ptr = tl.where(up, birth2_ptr, birth_ptr), tl.where(up, bad2_ptr, bad_ptr)
-        K_sb, kb_sb, birth_sb = (
-            tl.where(up, K2_sb, K_sb),
-            tl.where(up, kb2_sb, kb_sb),
-            tl.where(up, birth2_sb, birth_sb),
-        )
-        c_ptr += tl.program_id(2) * tl.num_programs(1).to(tl.int64) * R
-    w = tl.load(w_ptr + b * w_sb + r)
+    K_ptr, K_sb, birth_ptr, birth_sb = linear.K, linear.K_sb, linear.birth, linear.birth_sb
+    c_ptr, bad_ptr = linear.c, linear.bad
+    if linear.bias is not None:
+        bias_ptr, bias_sb = linear.bias, linear.bias_sb
+    if other is not None:
+        second = tl.program_id(2) == 1
+        K_ptr, K_sb = tl.where(second, other.K, K_ptr), tl.where(second, other.K_sb, K_sb)
+        birth_ptr, birth_sb = tl.where(second, other.birth, birth_ptr), tl.where(second, other.birth_sb, birth_sb)
+        c_ptr, bad_ptr = tl.where(second, other.c, c_ptr), tl.where(second, other.bad, bad_ptr)
+        if linear.bias is not None:
+            bias_ptr, bias_sb = tl.where(second, other.bias, bias_ptr), tl.where(second, other.bias_sb, bias_sb)
+    w = tl.load(token.w + b * R + r)
     K_row = K_ptr + b * K_sb + r * I
     live = tl.where(w != 0, I, 0)  # a dead slot may hold anything
     dot = tl.full([BI], 0.0, tl.float32)
@@ -123,135 +194,100 @@ def _coefficients(
         square += h * h
     c = tl.sum(dot, 0)
     norm2 = tl.sum(square, 0)
-    if BIAS:
-        c += tl.load(kb_ptr + b * kb_sb + r, mask=w != 0, other=0.0)
+    if linear.bias is not None:
+        c += tl.load(bias_ptr + b * bias_sb + r, mask=w != 0, other=0.0)
     tl.store(c_ptr + b * R + r, tl.where(w != 0, c * w, 0.0))
     scale = norm2 * 0 + 1
-    if NORMALISE:
+    if mu is not None:
         scale = 1 / (norm2 + mu)
     if r == 0:
-        tl.store(norm_ptr + b, tl.sqrt(norm2) * scale)
-    if (tl.load(write_ptr + b) != 0) & (tl.load(slot_ptr + b) == r):
+        tl.store(token.norm + b, tl.sqrt(norm2) * scale)
+    if (tl.load(token.write + b) != 0) & (tl.load(token.slot + b) == r):
         tl.debug_barrier()  # every thread has read its part of the old key
         for i0 in range(0, I, BI):
             i = i0 + tl.arange(0, BI)
             h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
             tl.store(K_row + i, h * scale, mask=i < I)
             tl.store(bad_ptr + b + i * 0, 1, mask=(i < I) & ~(tl.abs(h * scale) < float("inf")))
-        if BIAS:
-            tl.store(kb_ptr + b * kb_sb + r, scale)
-        tl.store(birth_ptr + b * birth_sb + r, tl.load(event_ptr + b))
+        if linear.bias is not None:
+            tl.store(bias_ptr + b * bias_sb + r, scale)
+        tl.store(birth_ptr + b * birth_sb + r, tl.load(token.event + b))
 
 
 @jit
 def _neurons(
-    b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr, rate_ptr,
-    p0_ptr, target_ptr, bad_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
-    RULE: tl.constexpr, PHI: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
-    CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    b, n, h_ptr, linear, token, O, I, R, clip,
+    RULE: tl.constexpr, PHI: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """a of neurons n [BN] of row b, float32; writes their values."""
     alive = n < O
-    if GEMV:
+    if linear.product is None:
         acc = tl.full([BN, BK], 0.0, tl.float32)
         for k0 in range(0, I, BK):
             k = k0 + tl.arange(0, BK)
             inside = k < I
-            W = tl.load(W_ptr + n[:, None] * I + k[None, :], mask=alive[:, None] & inside[None, :], other=0.0)
+            W = tl.load(linear.W + n[:, None] * I + k[None, :], mask=alive[:, None] & inside[None, :], other=0.0)
             h = tl.load(h_ptr + b * I + k, mask=inside, other=0.0)
             acc += W.to(tl.float32) * h.to(tl.float32)[None, :]
         frozen = tl.sum(acc, 1)
-        if HAS_BIAS:
-            frozen += tl.load(bias_ptr + n, mask=alive, other=0.0).to(tl.float32)
+        if linear.b is not None:
+            frozen += tl.load(linear.b + n, mask=alive, other=0.0).to(tl.float32)
     else:
-        frozen = tl.load(frozen_ptr + b * O + n, mask=alive, other=0.0).to(tl.float32)
+        frozen = tl.load(linear.product + b * O + n, mask=alive, other=0.0).to(tl.float32)
     fast = tl.full([BR, BN], 0.0, tl.float32)
     for r0 in range(0, R, BR):
         r = r0 + tl.arange(0, BR).to(tl.int64)
-        w = tl.load(w_ptr + b * w_sb + r, mask=r < R, other=0.0)
-        c = tl.load(c_ptr + b * R + r, mask=r < R, other=0.0)
+        w = tl.load(token.w + b * R + r, mask=r < R, other=0.0)
+        c = tl.load(linear.c + b * R + r, mask=r < R, other=0.0)
         # the mask keeps out what dead slots hold: 0 · NaN is NaN
-        U = tl.load(U_ptr + b * U_sb + r[:, None] * O + n[None, :], mask=(w != 0)[:, None] & alive[None, :], other=0.0)
+        inside = (w != 0)[:, None] & alive[None, :]
+        U = tl.load(linear.U + b * linear.U_sb + r[:, None] * O + n[None, :], mask=inside, other=0.0)
         fast += c[:, None] * U
     a = frozen + tl.sum(fast, 0)
     target = a
-    if TARGET:
-        target = tl.load(target_ptr + b * target_sb + n, mask=alive, other=0.0).to(tl.float32)
-    u = tl.load(rate_ptr + b * rate_sb) * RULE(a, frozen, target, tl.load(p0_ptr + b * p0_sb), PHI)
-    if CLIP:
-        u = clipped_triton(u, clip, tl.load(norm_ptr + b))
-    slot = tl.load(slot_ptr + b)
-    end = tl.where((tl.load(write_ptr + b) != 0) & (slot >= 0) & (slot < R), O, 0)
+    if linear.target is not None:
+        target = tl.load(linear.target + b * linear.target_sb + n, mask=alive, other=0.0).to(tl.float32)
+    u = tl.load(linear.rate + b) * RULE(a, frozen, target, tl.load(linear.gamma + b), PHI)
+    if clip is not None:
+        u = clipped_triton(u, clip, tl.load(token.norm + b))
+    slot = tl.load(token.slot + b)
+    end = tl.where((tl.load(token.write + b) != 0) & (slot >= 0) & (slot < R), O, 0)
     tl.debug_barrier()  # the slot may be one that was just read
-    tl.store(U_ptr + b * U_sb + slot * O + n, u, mask=n < end)
-    tl.store(bad_ptr + b + n * 0, 1, mask=(n < end) & ~(tl.abs(u) < float("inf")))
+    tl.store(linear.U + b * linear.U_sb + slot * O + n, u, mask=n < end)
+    tl.store(linear.bad + b + n * 0, 1, mask=(n < end) & ~(tl.abs(u) < float("inf")))
     return a
 
 
 @jit
 def _single(
-    h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr, rate_ptr, p0_ptr,
-    target_ptr, bad_ptr, out_ptr, rows, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
-    RULE: tl.constexpr, PHI: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, TARGET: tl.constexpr,
-    CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    h_ptr, linear, token, out_ptr, rows, O, I, R, clip,
+    RULE: tl.constexpr, PHI: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     first = tl.program_id(1).to(tl.int64) * rows
     for b in range(first, first + rows):  # W stays in the L1 cache from row to row
-        a = _neurons(
-            b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate_ptr, p0_ptr, target_ptr, bad_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
-            RULE, PHI, GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
-        )  # fmt: skip
+        a = _neurons(b, n, h_ptr, linear, token, O, I, R, clip, RULE, PHI, BN, BK, BR)
         tl.store(out_ptr + b * O + n, a.to(out_ptr.dtype.element_ty), mask=n < O)
 
 
 @jit
 def _gated(
-    h_ptr, W_ptr, W2_ptr, bias_ptr, bias2_ptr, frozen_ptr, frozen2_ptr, U_ptr, U2_ptr, c_ptr, c2_ptr, w_ptr, norm_ptr,
-    slot_ptr, write_ptr, rate_ptr, rate2_ptr, p0_ptr, p02_ptr, target_ptr, target2_ptr, bad_ptr, bad2_ptr, out_ptr,
-    rows, O, I, R, U_sb, U2_sb, w_sb, rate_sb, rate2_sb, p0_sb, p02_sb, target_sb, target2_sb, clip,
-    RULE: tl.constexpr, GEMV: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIAS2: tl.constexpr, TARGET: tl.constexpr,
-    CLIP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    h_ptr, gate, up, token, out_ptr, rows, O, I, R, clip,
+    RULE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     first = tl.program_id(1).to(tl.int64) * rows
     for b in range(first, first + rows):
-        gate = _neurons(
-            b, n, h_ptr, W_ptr, bias_ptr, frozen_ptr, U_ptr, c_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate_ptr, p0_ptr, target_ptr, bad_ptr, O, I, R, U_sb, w_sb, rate_sb, p0_sb, target_sb, clip,
-            RULE, "silu", GEMV, HAS_BIAS, TARGET, CLIP, BN, BK, BR,
-        )  # fmt: skip
-        up = _neurons(
-            b, n, h_ptr, W2_ptr, bias2_ptr, frozen2_ptr, U2_ptr, c2_ptr, w_ptr, norm_ptr, slot_ptr, write_ptr,
-            rate2_ptr, p02_ptr, target2_ptr, bad2_ptr, O, I, R, U2_sb, w_sb, rate2_sb, p02_sb, target2_sb, clip,
-            RULE, "identity", GEMV, HAS_BIAS2, TARGET, CLIP, BN, BK, BR,
-        )  # fmt: skip
+        a_gate = _neurons(b, n, h_ptr, gate, token, O, I, R, clip, RULE, "silu", BN, BK, BR)
+        a_up = _neurons(b, n, h_ptr, up, token, O, I, R, clip, RULE, "identity", BN, BK, BR)
         # each linear's output has the model's dtype, as when the two run one by one
-        gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
-        up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
-        gate = (gate / (1 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(out_ptr + b * O + n, (gate * up).to(out_ptr.dtype.element_ty), mask=n < O)
+        a_gate = a_gate.to(out_ptr.dtype.element_ty).to(tl.float32)
+        a_up = a_up.to(out_ptr.dtype.element_ty).to(tl.float32)
+        a_gate = (a_gate / (1 + tl.exp(-a_gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(out_ptr + b * O + n, (a_gate * a_up).to(out_ptr.dtype.element_ty), mask=n < O)
 
 
-def _launch_coefficients(h, w, slot, event, write, mu, logs):
-    """c [len(logs), B, R] and norm [B]; logs: one or two of (U, K, kb, birth, bad)."""
-    (U, K, kb, birth, bad), (U2, K2, kb2, birth2, bad2) = logs[0], logs[-1]
-    require_triton(h, U, K, U2, K2)
-    (B, I), R = h.shape, K.shape[1]
-    c = torch.empty(len(logs), B, R, dtype=torch.float32, device=h.device)
-    norm = torch.empty(B, dtype=torch.float32, device=h.device)
-    kb, kb2 = (birth, birth2) if kb is None or kb2 is None else (kb, kb2)
-    _coefficients[(R, B, len(logs))](
-        h, K, K2, kb, kb2, birth, birth2, w, slot, event, write, c, norm, bad, bad2,
-        I, R, K.stride(0), K2.stride(0), kb.stride(0), kb2.stride(0), birth.stride(0), birth2.stride(0), w.stride(0),
-        float(mu or 0), PAIR=len(logs) == 2, NORMALISE=mu is not None, BIAS=logs[0][2] is not None,
-        BI=min(1024, triton.next_power_of_2(I)), num_warps=4, **FUSED,
-    )  # fmt: skip
-    return c, norm
-
-
-def _shape(B: int, O: int, I: int) -> tuple[bool, tuple[int, int], dict]:
+def _tile(B: int, O: int, I: int) -> tuple[bool, tuple[int, int], dict]:
     """Whether the kernel reads W itself, its grid, and its tile."""
     if B <= GEMV_ROWS:
         BK = min(2048, max(128, triton.next_power_of_2(I)))
@@ -259,189 +295,143 @@ def _shape(B: int, O: int, I: int) -> tuple[bool, tuple[int, int], dict]:
     return False, (triton.cdiv(O, 64), B), {"BN": 64, "BK": 16, "num_warps": 2}
 
 
-def _aligned(h, w, slot, event, write, target):
-    h, slot, event, write = (x.contiguous() for x in (h, slot, event, write))
-    target_sb = 0 if target is None or target.dim() == 1 or len(target) == 1 else target.stride(0)
-    return h, w.float().contiguous(), slot.long(), event.long(), write.view(torch.uint8), target_sb
-
-
-def launch(
-    h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, bad, rule, activation, mu, clip
-):  # fmt: skip
-    (B, I), O, R = h.shape, len(weight), K.shape[1]
-    h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
-    rate, p0 = per_row(rate, B, U), per_row(p0, B, U)
-    c, norm = _launch_coefficients(h, w, slot, event, write, mu, [(U, K, kb, birth, bad)])
-    gemv, grid, tile = _shape(B, O, I)
-    frozen = h if gemv else F.linear(h, weight, bias)
-    out = torch.empty(B, O, dtype=h.dtype, device=h.device)
-    _single[grid](
-        h, weight, h if bias is None else bias, frozen, U, c, w, norm, slot, write, rate, p0,
-        h if target is None else target, bad, out, B if gemv else 1, O, I, R, U.stride(0), w.stride(0),
-        rate.stride(0), p0.stride(0), target_sb, float(clip or 0),
-        RULE=twin(rule).triton, PHI=activation, GEMV=gemv, HAS_BIAS=bias is not None,
-        TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
+def _for_kernels(h_BI: Tensor, linear: StepLinear, rule: StepRule, gemv: bool) -> _Linear:
+    (W, b), (U, K, bias, birth), inputs = linear
+    require_triton(h_BI, U, K)
+    rate, gamma = (per_row(x, len(h_BI), U).contiguous() for x in (inputs.rate, inputs.gamma))
+    target = inputs.target if kernel_of(rule.name, rule.activation).reads_target else None
+    return _Linear(
+        W, b, None if gemv else F.linear(h_BI, W, b), U, K, bias, birth, rate, gamma, target, inputs.bad_B,
+        torch.empty(K.shape[:2], dtype=torch.float32, device=h_BI.device), U.stride(0), K.stride(0),
+        0 if bias is None else bias.stride(0), birth.stride(0),
+        0 if target is None or target.dim() == 1 or len(target) == 1 else target.stride(0),
     )  # fmt: skip
+
+
+def launch(h_BI: Tensor, linears: tuple[StepLinear, ...], rule: StepRule) -> Tensor:
+    """The step by Triton, of one linear or of gate and up: two launches."""
+    h, inputs = h_BI.contiguous(), linears[0].inputs
+    (B, I), O, R = h.shape, len(linears[0].frozen.W_OI), inputs.w_BR.shape[1]
+    gemv, grid, tile = _tile(B, O, I)
+    those = [_for_kernels(h, linear, rule, gemv) for linear in linears]
+    event, slot = (x.contiguous().long() for x in (inputs.event_B, inputs.slot_B))
+    write = inputs.write_B.contiguous().view(torch.uint8)
+    norm = torch.empty(B, dtype=torch.float32, device=h.device)
+    token = _Token(event, slot, inputs.w_BR.float().contiguous(), write, norm)
+    mu, clip = (None if x is None else float(x) for x in (rule.mu, rule.clip))
+    BI = min(1024, triton.next_power_of_2(I))
+    other = those[1] if len(those) == 2 else None
+    _coefficients[(R, B, len(those))](h, those[0], other, token, I, R, mu, BI=BI, num_warps=4, **FUSED)
+    out = torch.empty(B, O, dtype=h.dtype, device=h.device)
+    value = {"RULE": kernel_of(rule.name, rule.activation).value, "BR": 32, **tile, **FUSED}
+    sizes = (token, out, B if gemv else 1, O, I, R, clip)
+    if other is None:
+        _single[grid](h, those[0], *sizes, PHI=rule.activation, **value)
+    else:
+        _gated[grid](h, those[0], other, *sizes, **value)
     return out
 
 
-def launch_gated(
-    h, weight, weight_up, bias, bias_up, U, U_up, K, K_up, kb, kb_up, birth, birth_up, w, slot, event, write, rate,
-    rate_up, p0, p0_up, target, target_up, bad, bad_up, rule, mu, clip,
-):  # fmt: skip
-    (B, I), O, R = h.shape, len(weight), K.shape[1]
-    target2_sb = _aligned(h, w, slot, event, write, target_up)[-1]
-    h, w, slot, event, write, target_sb = _aligned(h, w, slot, event, write, target)
-    rate, rate_up, p0, p0_up = (per_row(x, B, U) for x in (rate, rate_up, p0, p0_up))
-    logs = [(U, K, kb, birth, bad), (U_up, K_up, kb_up, birth_up, bad_up)]
-    (c, c_up), norm = _launch_coefficients(h, w, slot, event, write, mu, logs)
-    gemv, grid, tile = _shape(B, O, I)
-    frozen = h if gemv else F.linear(h, weight, bias)
-    frozen_up = h if gemv else F.linear(h, weight_up, bias_up)
-    out = torch.empty(B, O, dtype=h.dtype, device=h.device)
-    _gated[grid](
-        h, weight, weight_up, h if bias is None else bias, h if bias_up is None else bias_up,
-        frozen, frozen_up, U, U_up, c, c_up, w, norm, slot, write, rate, rate_up, p0, p0_up,
-        h if target is None else target, h if target_up is None else target_up, bad, bad_up, out,
-        B if gemv else 1, O, I, R, U.stride(0), U_up.stride(0), w.stride(0), rate.stride(0), rate_up.stride(0),
-        p0.stride(0), p0_up.stride(0), target_sb, target2_sb, float(clip or 0),
-        RULE=twin(rule).triton, GEMV=gemv, HAS_BIAS=bias is not None, HAS_BIAS2=bias_up is not None,
-        TARGET=twin(rule).reads_target, CLIP=clip is not None, BR=32, **tile, **FUSED,
-    )  # fmt: skip
-    return out
+# ---- as operators, which live inside torch.compile and CUDA graphs and take tensors side by side
+
+FIELDS = (*Frozen._fields, *Factors._fields, *StepInputs._fields)
+WRITTEN, OPTIONAL = {*Factors._fields, "bad_B"}, {"b_O", "bias_BR", "target"}
 
 
-# ---- as operators: live inside torch.compile and CUDA graphs
+def flat(h_BI: Tensor, linears: tuple[StepLinear, ...], rule: StepRule) -> tuple:
+    """The arguments of an operator: h, the fields of each linear, and of the rule what is no function."""
+    return (h_BI, *(x for linear in linears for group in linear for x in group), *rule[:4])
 
 
-@torch.library.custom_op(
-    "fastweights::step", mutates_args=("U", "K", "kb", "birth", "bad"), device_types="cuda"
-)  # fmt: skip
-def _op(
-    h: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, K: Tensor, kb: Tensor | None, birth: Tensor,
-    w: Tensor, slot: Tensor, event: Tensor, write: Tensor, rate: Tensor, p0: Tensor, target: Tensor | None,
-    bad: Tensor, rule: str, activation: str, mu: float | None, clip: float | None,
-) -> Tensor:  # fmt: skip
-    return launch(
-        h, weight, bias, U, K, kb, birth, w, slot, event, write, rate, p0, target, bad, rule, activation, mu, clip
-    )  # fmt: skip
+def grouped(*arguments: Any) -> tuple[Tensor, tuple[StepLinear, ...], StepRule]:
+    """The inverse of `flat`."""
+    h_BI, *fields = arguments[:-4]
+    linears = []
+    while fields:
+        (W, b, *factors_and_inputs), fields = fields[: len(FIELDS)], fields[len(FIELDS) :]
+        factors, inputs = factors_and_inputs[:4], factors_and_inputs[4:]
+        linears.append(StepLinear(Frozen(W, b), Factors(*factors), StepInputs(*inputs)))
+    return h_BI, tuple(linears), StepRule(*arguments[-4:])
 
 
-@torch.library.custom_op(
-    "fastweights::step_gated",
-    mutates_args=("U", "U_up", "K", "K_up", "kb", "kb_up", "birth", "birth_up", "bad", "bad_up"),
-    device_types="cuda",
-)
-def _op_gated(
-    h: Tensor, weight: Tensor, weight_up: Tensor, bias: Tensor | None, bias_up: Tensor | None,
-    U: Tensor, U_up: Tensor, K: Tensor, K_up: Tensor, kb: Tensor | None, kb_up: Tensor | None, birth: Tensor,
-    birth_up: Tensor, w: Tensor, slot: Tensor, event: Tensor, write: Tensor, rate: Tensor, rate_up: Tensor,
-    p0: Tensor, p0_up: Tensor, target: Tensor | None, target_up: Tensor | None, bad: Tensor, bad_up: Tensor,
-    rule: str, mu: float | None, clip: float | None,
-) -> Tensor:  # fmt: skip
-    return launch_gated(
-        h, weight, weight_up, bias, bias_up, U, U_up, K, K_up, kb, kb_up, birth, birth_up, w, slot, event, write,
-        rate, rate_up, p0, p0_up, target, target_up, bad, bad_up, rule, mu, clip,
-    )  # fmt: skip
+def _operator(name: str, linears: tuple[str, ...]) -> Any:
+    """An operator over `flat` arguments, with the schema that follows from the groups."""
+    names = [(field, field + suffix) for suffix in linears for field in FIELDS]
+    tensors = ", ".join(
+        f"Tensor{f'(a{n}!)' if field in WRITTEN else ''}{'?' if field in OPTIONAL else ''} {name}"
+        for n, (field, name) in enumerate(names)
+    )
+    schema = f"(Tensor h_BI, {tensors}, str rule, str activation, float? mu, float? clip) -> Tensor"
+    written = [name for field, name in names if field in WRITTEN]
+
+    @torch.library.custom_op(f"fastweights::{name}", mutates_args=written, device_types="cuda", schema=schema)
+    def operator(*arguments: Any) -> Tensor:
+        return launch(*grouped(*arguments))
+
+    operator.register_fake(lambda h, W, *_: h.new_empty(len(h), len(W)))
+    return operator
 
 
-_op.register_kernel("cpu")(reference)
-_op_gated.register_kernel("cpu")(reference_gated)
-
-
-@_op.register_fake
-def _(h, weight, *_):
-    return h.new_empty(len(h), len(weight))
-
-
-@_op_gated.register_fake
-def _(h, weight, *_):
-    return h.new_empty(len(h), len(weight))
+_op, _op_gated = _operator("step", ("",)), _operator("step_gated", ("_gate", "_up"))
 
 
 # ---- the choosers
 
 
-def _check(h, U, K, kb, birth, w, slot, event, write, bad, backend):
-    B, R = len(h), K.shape[1]
+def _check(h_BI: Tensor, linear: StepLinear, rule: StepRule, backend: str) -> None:
+    (U, K, bias, birth), inputs = linear.factors, linear.inputs
+    B, R = len(h_BI), K.shape[1]
     if R == 0:
         raise ValueError("step_() got factors with 0 slots, expected at least 1")
-    found = {"U": U.shape[:2], "K": K.shape[:2], "birth": birth.shape, "w": w.shape}
-    if kb is not None:
-        found["kb"] = kb.shape
+    found = {"U": U.shape[:2], "K": K.shape[:2], "birth": birth.shape, "w": inputs.w_BR.shape}
+    if bias is not None:
+        found["bias"] = bias.shape
     for name, shape in found.items():
         if tuple(shape) != (B, R):
             raise ValueError(f"step_() got {name} for [rows, slots] {list(shape)}, expected {[B, R]}")
-    for name, x in (("slot", slot), ("event", event), ("write", write)):
+    for name, x in (("slot", inputs.slot_B), ("event", inputs.event_B), ("write", inputs.write_B)):
         if tuple(x.shape) != (B,):
             raise ValueError(f"step_() got {name} of shape {list(x.shape)}, expected {[B]}")
-    if bad.shape != slot.shape or bad.dtype != torch.int32:
+    bad = inputs.bad_B
+    if bad.shape != inputs.slot_B.shape or bad.dtype != torch.int32:
         raise ValueError(f"step_() got bad of {bad.dtype} {list(bad.shape)}, expected torch.int32 {[B]}")
-    if write.dtype != torch.bool:
-        raise ValueError(f"step_() got write of {write.dtype}, expected bool")
-    for name, x in (("U", U), ("K", K), ("kb", kb), ("birth", birth)):
-        if x is not None and (x.stride(-1) != 1 or (x.dim() == 3 and x.stride(1) != x.shape[2])):
+    if inputs.write_B.dtype != torch.bool:
+        raise ValueError(f"step_() got write of {inputs.write_B.dtype}, expected bool")
+    for name, buffer in (("U", U), ("K", K), ("bias", bias), ("birth", birth)):
+        if buffer is None:
+            continue
+        if buffer.stride(-1) != 1 or (buffer.dim() == 3 and buffer.stride(1) != buffer.shape[2]):
             raise ValueError(f"step_() writes {name} in place: expected each row's slots to be contiguous")
     if backend not in ("torch", "triton"):
         raise ValueError(f'step_() got backend {backend!r}, expected "torch" or "triton"')
+    if backend == "torch" and rule.event is None:
+        raise ValueError(f'step_() by rule {rule.name!r} on backend "torch" needs its event in torch, got None')
+    if backend == "triton" and kernel_of(rule.name, rule.activation).reads_target and inputs.target is None:
+        raise ValueError(f"step_() by rule {rule.name!r} needs a target, got None")
 
 
-def step_(
-    h_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None,
-    U_BRO: Tensor, K_BRI: Tensor, kb_BR: Tensor | None, birth_BR: Tensor, w_BR: Tensor,
-    slot_B: Tensor, event_B: Tensor, write_B: Tensor, rate: Tensor, p0: Tensor | None = None,
-    target: Tensor | None = None, bad_B: Tensor | None = None, *, rule: str, activation: str, mu: float | None,
-    clip: float | None = None, backend: str = "torch",
-) -> Tensor:  # fmt: skip
+def step_(h_BI: Tensor, linear: StepLinear, rule: StepRule, backend: str = "torch") -> Tensor:
     """One token of one plastic linear: returns a [B, O] in h's dtype, and writes one event where asked.
 
-    h [B, I] and W [O, I] any float dtype. U, K, kb float32 (float64 on the torch path), changed in place with
-    birth (int64), which gets event_B; kb None: no fast bias. w [B, R]: weights of the events before this one.
-    slot, event [B] int64, write [B] bool. rate, p0: tensors [] or [B]; target [O] or [B, O]. `rule` is a
-    name in `values.RULES`, `activation` "silu" or "identity"; mu None: the key is h itself. bad [B] int32 becomes 1
-    in rows whose event is not finite; None: nobody asks.
+    h [B, I] any float dtype; the rest as in the groups' own words.
     """
-    bad_B = torch.zeros_like(slot_B, dtype=torch.int32) if bad_B is None else bad_B
-    _check(h_BI, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, bad_B, backend)
-    arguments = (
-        h_BI, weight_OI, bias_O, U_BRO, K_BRI, kb_BR, birth_BR, w_BR, slot_B, event_B, write_B, rate,
-        rate if p0 is None else p0, target, bad_B, rule, activation, mu, clip,
-    )  # fmt: skip
-    match backend:
-        case "triton":
-            return _op(*arguments) if h_BI.is_cuda else launch(*arguments)
-        case _:
-            return reference(*arguments)
+    _check(h_BI, linear, rule, backend)
+    if backend == "torch":
+        return reference(h_BI, linear, rule)
+    return _op(*flat(h_BI, (linear,), rule)) if h_BI.is_cuda else launch(h_BI, (linear,), rule)
 
 
-def step_gated_(
-    h_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, gate_bias_O: Tensor | None, up_bias_O: Tensor | None,
-    U_gate_BRO: Tensor, U_up_BRO: Tensor, K_gate_BRI: Tensor, K_up_BRI: Tensor, kb_gate_BR: Tensor | None,
-    kb_up_BR: Tensor | None, birth_gate_BR: Tensor, birth_up_BR: Tensor, w_BR: Tensor, slot_B: Tensor, event_B: Tensor,
-    write_B: Tensor, rate_gate: Tensor, rate_up: Tensor, p0_gate: Tensor | None = None, p0_up: Tensor | None = None,
-    gate_target: Tensor | None = None, up_target: Tensor | None = None, bad_gate_B: Tensor | None = None,
-    bad_up_B: Tensor | None = None, *, rule: str, mu: float | None, clip: float | None = None, backend: str = "torch",
-) -> Tensor:  # fmt: skip
+def step_gated_(h_BI: Tensor, gate: StepLinear, up: StepLinear, rule: StepRule, backend: str = "torch") -> Tensor:
     """One token of gate_proj and up_proj: silu(a_gate) ⊙ a_up, [B, O], each a rounded to h's dtype first.
 
-    They have the rule, slots and weights in common; rate, p0, target, factors, birth and bad are each one's own.
+    Event, slot, weights and write mask are those of `gate`; the others are each one's own. The rule's activation is
+    not looked at.
     """
-    bad_gate_B, bad_up_B = (
-        torch.zeros_like(slot_B, dtype=torch.int32) if bad is None else bad for bad in (bad_gate_B, bad_up_B)
-    )
-    common = (w_BR, slot_B, event_B, write_B)
-    _check(h_BI, U_gate_BRO, K_gate_BRI, kb_gate_BR, birth_gate_BR, *common, bad_gate_B, backend)
-    _check(h_BI, U_up_BRO, K_up_BRI, kb_up_BR, birth_up_BR, *common, bad_up_B, backend)
-    if K_gate_BRI is K_up_BRI or (kb_gate_BR is None) != (kb_up_BR is None):
+    rule = rule._replace(activation="silu")
+    for linear in (gate, up):
+        _check(h_BI, linear, rule, backend)
+    if gate.factors.K_BRI is up.factors.K_BRI or (gate.factors.bias_BR is None) != (up.factors.bias_BR is None):
         raise ValueError("step_gated_() expected keys of its own for each linear, and bias keys for both or none")
-    arguments = (
-        h_BI, gate_OI, up_OI, gate_bias_O, up_bias_O, U_gate_BRO, U_up_BRO, K_gate_BRI, K_up_BRI, kb_gate_BR, kb_up_BR,
-        birth_gate_BR, birth_up_BR, *common, rate_gate, rate_up, rate_gate if p0_gate is None else p0_gate,
-        rate_up if p0_up is None else p0_up, gate_target, up_target,
-        bad_gate_B, bad_up_B, rule, mu, clip,
-    )  # fmt: skip
-    match backend:
-        case "triton":
-            return _op_gated(*arguments) if h_BI.is_cuda else launch_gated(*arguments)
-        case _:
-            return reference_gated(*arguments)
+    if backend == "torch":
+        return reference_gated(h_BI, gate, up, rule)
+    return _op_gated(*flat(h_BI, (gate, up), rule)) if h_BI.is_cuda else launch(h_BI, (gate, up), rule)

@@ -63,8 +63,8 @@ void product_columns(const float *W, long ldw, const float *x, long ldx, float *
 }
 
 /* Causal attention of many queries: query t of each row sees keys 0 to start + t. A unit is ACROSS queries of one head,
-   side by side in the lanes; keys pass by KEYS at a time, and what was summed so far is scaled down where a larger score
-   comes (Milakov & Gimelshein 2018; Dao et al. 2022). */
+   side by side in the lanes. Keys are taken KEYS at a time. When a query meets a larger score, its sums so far are scaled
+   down (Milakov & Gimelshein 2018; Dao et al. 2022). */
 enum { KEYS = 64 };
 
 typedef struct {

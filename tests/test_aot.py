@@ -31,14 +31,32 @@ pytestmark = pytest.mark.skipif(
 
 
 def compiled(kernel, constants, target, num_warps, types=None, odd=()):
-    """Machine code as text, and its resources. Pointers and whole numbers divide by 16 unless in `odd`."""
-    names, signature, aligned = kernel.arg_names, {}, {}
-    for i, name in enumerate(names):
-        pointer = "*fp32" if name.endswith("_ptr") else "fp32" if name in ("clip", "mu") else "i32"
-        signature[name] = "constexpr" if name in constants else (types or {}).get(name, pointer)
-        if signature[name] not in ("constexpr", "fp32") and name not in odd:
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    """Machine code as text, and its resources. Pointers and whole numbers divide by 16 unless in `odd`.
+
+    `types` of an argument may be a named tuple of types, None for a field that is None.
+    """
+    constants, aligned = {(kernel.arg_names.index(k),): v for k, v in constants.items()}, {}
+
+    def signed(name, kind, place):
+        if place in constants:
+            return "constexpr"
+        if hasattr(kind, "_fields"):
+            return type(kind)(
+                *(signed(f, k, (*place, n)) for n, (f, k) in enumerate(zip(kind._fields, kind, strict=True)))
+            )
+        if kind is None:
+            constants[place] = None
+            return "constexpr"
+        if kind != "fp32" and name not in odd:
+            aligned[place] = [["tt.divisibility", 16]]
+        return kind
+
+    def guess(name):
+        return "*fp32" if name.endswith("_ptr") else "fp32" if name in ("clip", "mu") else "i32"
+
+    names = kernel.arg_names
+    signature = {name: signed(name, (types or {}).get(name, guess(name)), (n,)) for n, name in enumerate(names)}
+    source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **values.FUSED})
 
 
@@ -87,12 +105,12 @@ def innermost_loops(listing):
 
 
 def scan_constants(rule, **more):
-    twin = values.RULES[rule]
+    known = values.KERNELS[rule]
     return {
-        "RULE": twin.triton,
+        "RULE": known.value,
         "PHI": "silu",
-        "FROZEN": twin.reads_frozen,
-        "TARGET": twin.reads_target,
+        "FROZEN": known.reads_frozen,
+        "TARGET": known.reads_target,
         "CLIP": True,
         "BN": 32,
         "C": 16,
@@ -100,24 +118,19 @@ def scan_constants(rule, **more):
     } | more
 
 
-STEP_TYPES = {f"{name}_ptr": "*i64" for name in ("slot", "event", "birth", "birth2")}
-STEP_TYPES |= {"write_ptr": "*u8", "bad_ptr": "*i32", "bad2_ptr": "*i32"}
-HALF = {f"{name}_ptr": "*bf16" for name in ("h", "W", "W2", "bias", "bias2", "frozen", "frozen2", "out")}
-ODD = (
-    "T",
-    "R",
-    "rows",
-    "write_sb",
-    "norm_sb",
-    "rate_sb",
-    "p0_sb",
-    "kb_sb",
-    "kb2_sb",
-    "birth_sb",
-    "birth2_sb",
-    "w_sb",
-    "w_st",
-)
+WORD = "*fp32"
+TOKEN = step._Token(event="*i64", slot="*i64", w=WORD, write="*u8", norm=WORD)
+
+
+def step_linear(gemv, bias):
+    """The types of a bfloat16 linear without bias, in a rule without a target."""
+    factors = {"U": WORD, "K": WORD, "bias": WORD if bias else None, "birth": "*i64"}
+    strides = dict.fromkeys(("U_sb", "K_sb", "bias_sb", "birth_sb", "target_sb"), "i32")
+    frozen = {"W": "*bf16", "b": None, "product": None if gemv else "*bf16"}
+    return step._Linear(**frozen, **factors, rate=WORD, gamma=WORD, target=None, bad="*i32", c=WORD, **strides)
+
+
+ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "gamma_sb", "bias_sb", "birth_sb", "w_sb", "w_st")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -136,19 +149,15 @@ def test_scan(rule, target, tmp_path):
 @pytest.mark.parametrize("gemv", [True, False])
 @pytest.mark.parametrize("kernel", ["single", "gated"])
 def test_step(kernel, gemv, target, tmp_path):
-    constants = {
-        "RULE": values.RULES["derivative"].triton,
-        "GEMV": gemv,
-        "HAS_BIAS": False,
-        "TARGET": False,
-        "CLIP": True,
-        "BN": 2 if gemv else 64,
-        "BK": 2048 if gemv else 16,
-        "BR": 32,
-    }
-    constants |= {"PHI": "silu"} if kernel == "single" else {"HAS_BIAS2": False}
-    jitted = step._single if kernel == "single" else step._gated
-    binary = compiled(jitted, constants, target, 4 if gemv else 2, STEP_TYPES | HALF, ODD)
+    constants = {"RULE": values.KERNELS["derivative"].value, "BR": 32}
+    constants |= {"BN": 2, "BK": 2048} if gemv else {"BN": 64, "BK": 16}
+    linear = step_linear(gemv, bias=False)
+    types = {"h_ptr": "*bf16", "token": TOKEN, "out_ptr": "*bf16"}
+    if kernel == "single":
+        jitted, constants, types = step._single, constants | {"PHI": "silu"}, types | {"linear": linear}
+    else:
+        jitted, types = step._gated, types | {"gate": linear, "up": linear}
+    binary = compiled(jitted, constants, target, 4 if gemv else 2, types, ODD)
     listing = check_resources(binary, target, tmp_path)
     if gemv:
         wide = r"global_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
@@ -159,8 +168,10 @@ def test_step(kernel, gemv, target, tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("pair", [False, True])
 def test_step_coefficients(pair, target, tmp_path):
-    constants = {"PAIR": pair, "NORMALISE": True, "BIAS": True, "BI": 1024}
-    binary = compiled(step._coefficients, constants, target, 4, STEP_TYPES | {"h_ptr": "*bf16"}, ODD)
+    linear = step_linear(True, bias=True)
+    constants, types = {"BI": 1024}, {"h_ptr": "*bf16", "linear": linear, "token": TOKEN}
+    constants, types = (constants, types | {"other": linear}) if pair else (constants | {"other": None}, types)
+    binary = compiled(step._coefficients, constants, target, 4, types, ODD)
     listing = check_resources(binary, target, tmp_path)
     assert re.search(r"dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128", listing)
 

@@ -179,7 +179,7 @@ def test_keys_that_transformers_does_not_read_leave_its_logits_and_are_named_onc
         warnings.simplefilter("always")
         model, _ = fw.load(saved)
     texts = [str(w.message) for w in caught]
-    says = f"{path}: {named} ignored, as transformers' Llama does (strict=True refuses)"
+    says = f"{path}: ignoring {named}, which transformers' Llama does not read (strict=True refuses)"
     assert texts == ([] if named is None else [says])
     assert all(w.filename == __file__ for w in caught)  # it points here, not into the library
     ids = torch.arange(40)[None]

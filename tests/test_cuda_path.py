@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import replace
 
+import operators_on_cpu  # noqa: F401  the operators are for CUDA
 import pytest
 import torch
 from test_memory import Allocated
@@ -379,11 +380,10 @@ def test_the_operators_live_inside_torch_compile(backend):
     birth, w = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE), torch.ones(2, 4, device=DEVICE)
     slot, write = torch.tensor([1, 3], device=DEVICE), torch.tensor([True, False], device=DEVICE)
     bad, rate = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.tensor(0.1, device=DEVICE)
-    ops = torch.ops.fastweights
+    ops, rule = torch.ops.fastweights, ("ones", "silu", 0.1, None)
 
     def twice(h, U, K, birth, bad):
-        rest = (slot, slot, write, rate, rate, None, bad, "ones", "silu", 0.1, None)
-        a = ops.step(h, W, None, U, K, None, birth, w, *rest)
+        a = ops.step(h, W, None, U, K, None, birth, slot, slot, w, write, rate, rate, None, bad, *rule)
         return a + ops.read(h[:, None], U, K, None, w)[:, 0]
 
     results = []

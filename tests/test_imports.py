@@ -23,17 +23,9 @@ ORDER = [
 GROUND = ("binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
 NOT_OURS = {
-    *(
-        "_modules",
-        "_parameters",
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_version",
-        "_fields_",
-        "_C",
-        "_current_level",
-    ),
-    *("_global_forward_hooks", "_global_forward_pre_hooks", "_are_functorch_transforms_active", "_exit", "_replace"),
+    *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_C", "_current_level"),
+    *("_global_forward_hooks", "_global_forward_pre_hooks", "_are_functorch_transforms_active"),
+    *("_fields_", "_replace", "_exit", "_getframe"),
 }
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
+from operators_on_cpu import PHI, step_rule
 
+from fastweights import rules
 from fastweights.kernels import cpu, read, scan, step, values
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -230,6 +232,20 @@ def test_read_operator():
 # ---- scan
 
 
+def both_forms(rule, activation="identity", rate=1.0, gamma=1.0, clip=None, norm=None, frozen=None, target=None):
+    """A rule as a torch function, and as kernels know it."""
+
+    def value(a, t0, t1):
+        part = slice(t0, t1)
+        numbers = (torch.as_tensor(x, dtype=a.dtype, device=a.device) for x in (rate, gamma))
+        at = target if target is None or target.dim() < 2 else target[..., part, :]
+        norm_BT = torch.zeros(()) if norm is None else norm[:, part]
+        frozen_BTO = None if frozen is None else frozen[:, part]
+        return rules.twin_event(rule, PHI[activation], clip, a, frozen_BTO, norm_BT, *numbers, at)
+
+    return value, scan.Known(rule, activation, rate, gamma, clip, norm, frozen, target)
+
+
 def scan_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance):
     decay, clip, mu, fast_bias, activation = variant(number)
     rate, p0 = 0.3, 0.2
@@ -268,13 +284,11 @@ def scan_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance):
     a = frozen + read.read(h, U0, K0, kb0 if fast_bias else None, w, backend)
     k = h.to(work) * scale[..., None]
     gram = scan.Gram(h, k, scale if fast_bias else None, write, decay)
-    value = values.Value(
-        rule, activation, rate, p0, clip, k.norm(dim=-1), frozen, target.to(work)
-    )  # fmt: skip
-    if backend == "torch":  # as a function that nobody knows: in sweeps, where C would do the rules that it knows
-        for found, one in zip(scan.scan(a, gram, lambda *at: value(*at)), (0, 1), strict=True):
+    value, known = both_forms(rule, activation, rate, p0, clip, k.norm(dim=-1), frozen, target.to(work))
+    if backend == "torch":  # as a function that no kernel knows: in sweeps, where C would do the rules that it knows
+        for found, one in zip(scan.scan(a, gram, value), (0, 1), strict=True):
             close(found, torch.stack([r[one] for r in rows]), tolerance)
-    a, u = scan.scan(a, gram, value, backend)
+    a, u = scan.scan(a, gram, value, known, backend)
     close(a, torch.stack([r[0] for r in rows]), tolerance)
     close(u, torch.stack([r[1] for r in rows]), tolerance)
     return a, u
@@ -335,9 +349,9 @@ def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, bl
             frozen.to(dtype),
             target.to(dtype),
         )
-        return scan.Gram(h.to(dtype), k.to(dtype), None, write, 0.01), values.Value(*options)
+        return scan.Gram(h.to(dtype), k.to(dtype), None, write, 0.01), *both_forms(*options)
 
-    gram, value = by(torch.float64)
+    gram, value, _ = by(torch.float64)
     wanted = scan.scan_sequential(start.double(), gram, value)
     found = scan.scan(start, *by(torch.float32))
     assert len(blocks) == 2 * -(-T // scan.OUTER) * (hasattr(cpu.library(), "scan_block"))
@@ -350,13 +364,15 @@ def test_scan_takes_what_broadcasts_and_a_rule_that_was_replaced(blocks, monkeyp
     gram = scan.Gram(h, k, None, torch.ones(2, 20, dtype=torch.bool))
     start, options = torch.randn(2, 20, 50), ("slow_ones", "silu", 0.3, 0.2, 0.05)
     for frozen in (torch.randn(2, 20, 1), torch.randn(1, 20, 50), torch.randn(2, 1, 50)):
-        value = values.Value(*options, k.norm(dim=-1)[:1], frozen)
-        wanted = scan.scan_sequential(start, gram, values.Value(*options, k.norm(dim=-1)[:1], frozen.expand(2, 20, 50)))
-        for found, exact in zip(scan.scan(start, gram, value), wanted, strict=True):
+        forms = both_forms(*options, k.norm(dim=-1)[:1], frozen)
+        value, _ = both_forms(*options, k.norm(dim=-1)[:1], frozen.expand(2, 20, 50))
+        wanted = scan.scan_sequential(start, gram, value)
+        for found, exact in zip(scan.scan(start, gram, *forms), wanted, strict=True):
             close(found, exact, 2e-6)
     blocks.clear()
-    monkeypatch.setitem(values.RULES, "ones", values.Twin(lambda a, frozen, target, p0, phi: a * 0 + 2, None))
-    assert torch.equal(scan.scan(start, gram, values.Value("ones"))[1], torch.full_like(start, 2.0))
+    monkeypatch.setitem(values.KERNELS, "ones", values.Kernel(None))
+    two = scan.scan(start, gram, lambda a, t0, t1: a * 0 + 2, scan.Known("ones"))[1]
+    assert torch.equal(two, torch.full_like(start, 2.0))
     assert not blocks
 
 
@@ -380,10 +396,10 @@ def test_scan_padding_holds_anything(backend):
     a = torch.randn(2, 20, 6, device=DEVICE)
     write = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
     write[1, 9:] = False
-    value = values.Value("ones", "silu", 0.3)
-    wanted = scan.scan(a, scan.Gram(h, k, None, write), value, backend)
+    forms = both_forms("ones", "silu", 0.3)
+    wanted = scan.scan(a, scan.Gram(h, k, None, write), *forms, backend)
     h[1, 9:], k[1, 9:], a[1, 9:] = NAN, NAN, NAN
-    found = scan.scan(a, scan.Gram(h, k, None, write), value, backend)
+    found = scan.scan(a, scan.Gram(h, k, None, write), *forms, backend)
     for f, w in zip(found, wanted, strict=True):
         close(f[0], w[0], 0)
         close(f[1, :9], w[1, :9], 0)
@@ -395,12 +411,12 @@ def test_scan_nan_goes_forward_in_its_own_neuron_only(backend):
     h, k = keys(1, 40, 12, torch.float32)
     a = torch.randn(1, 40, 6, device=DEVICE)
     gram = scan.Gram(h, k, None, torch.ones(1, 40, dtype=torch.bool, device=DEVICE))
-    value = values.Value("ones", "silu", 0.3)
-    clean = scan.scan(a, gram, value, backend)
+    forms = both_forms("ones", "silu", 0.3)
+    clean = scan.scan(a, gram, *forms, backend)
     a[0, 21, 3] = NAN
     wanted = torch.zeros(1, 40, 6, dtype=torch.bool)
     wanted[0, 21:, 3] = True
-    for found, before in zip(scan.scan(a, gram, value, backend), clean, strict=True):
+    for found, before in zip(scan.scan(a, gram, *forms, backend), clean, strict=True):
         assert torch.equal(found.isnan().cpu(), wanted)
         close(found.cpu()[~wanted], before.cpu()[~wanted], 1e-6)
 
@@ -450,11 +466,11 @@ def test_scan_operator():
     h, k = keys(2, 32, 12, torch.float32)
     gram = scan.Gram(h, k, None, torch.rand(2, 32, device=DEVICE) > 0.3, 0.1)
     a, frozen, target = (torch.randn(2, 6, 32, device=DEVICE) for _ in range(3))
-    value = values.Value("slow_ones", "silu", 0.3, 0.2, 0.5, torch.rand(2, 32, device=DEVICE), frozen.mT)
-    wanted = scan.scan(a.mT, gram, value)
+    norm = torch.rand(2, 32, device=DEVICE)
+    wanted = scan.scan(a.mT, gram, *both_forms("slow_ones", "silu", 0.3, 0.2, 0.5, norm, frozen.mT))
     u, G = torch.zeros_like(a), gram.rows(0, 32).mT.contiguous()
     rate, p0 = (torch.tensor(x, device=DEVICE).expand(2) for x in (0.3, 0.2))
-    rest = (G, gram.write.to(torch.uint8), frozen, target, value.norm_BT, rate, p0, 0, "slow_ones", "silu", 0.5)
+    rest = (G, gram.write.to(torch.uint8), frozen, target, norm, rate, p0, 0, "slow_ones", "silu", 0.5)
     torch.library.opcheck(torch.ops.fastweights.scan_block.default, (a.clone(), u.clone(), *rest))
     torch.ops.fastweights.scan_block(a, u, *rest)
     close(a.mT, wanted[0], 1e-6)
@@ -465,7 +481,7 @@ def test_triton_refuses_float64():
     h, k = keys(1, 4, 3)
     gram = scan.Gram(h, k, None, torch.ones(1, 4, dtype=torch.bool, device=DEVICE))
     with pytest.raises(ValueError, match="computes in float32, but got float64"):
-        scan.scan(torch.ones(1, 4, 2, device=DEVICE), gram, values.Value("ones"), "triton")
+        scan.scan(torch.ones(1, 4, 2, device=DEVICE), gram, *both_forms("ones"), "triton")
     with pytest.raises(ValueError, match="computes in float32, but got float64"):
         read.read(h, *factors(1, 2, 3, 2, torch.float64), torch.ones(1, 2, device=DEVICE), "triton")
 
@@ -474,9 +490,11 @@ def test_scan_of_a_rule_without_twin_says_so():
     h, k = keys(1, 4, 3)
     gram = scan.Gram(h, k, None, torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="no Triton twin"):
-        scan.scan(torch.ones(1, 4, 2), gram, lambda a, t0, t1: a, "triton")
+        scan.scan(torch.ones(1, 4, 2), gram, lambda a, t0, t1: a, backend="triton")
     with pytest.raises(ValueError, match=r"rule 'mine' has no Triton twin; there are ones"):
-        values.twin("mine")
+        values.kernel_of("mine", "silu")
+    with pytest.raises(ValueError, match=r"no kernel knows the activation 'gelu'; there are silu, identity"):
+        values.kernel_of("ones", "gelu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -489,6 +507,12 @@ def test_scan_drift_over_512_tokens(backend, dtype):
 
 
 # ---- step
+
+
+def step_linear(W, bias, factors, w, slot, event, write, rate, gamma=None, target=None, bad=None):
+    bad = torch.zeros_like(slot, dtype=torch.int32) if bad is None else bad
+    inputs = step.StepInputs(event, slot, w, write, rate, rate if gamma is None else gamma, target, bad)
+    return step.StepLinear(step.Frozen(W, bias), step.Factors(*factors), inputs)
 
 
 def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gated=False, last=None):
@@ -508,15 +532,14 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, gat
     for t in range(T):
         age = n[:, None] - 1 - birth
         w = torch.where(birth >= 0, (1 - decay) ** age.to(work), 0)
-        common = dict(rule=rule, mu=mu, clip=clip, backend=backend)
+        known = step_rule(rule, activation, mu, clip)
         turn, numbers = (w, n % R, n, write[:, t].to(DEVICE)), [x.to(work) for x in (rate, rate / 2, p0, p0 * 2)]
+        linear = step_linear(W, bias, (U, K, kb, birth), *turn, *numbers[::2], target[:, t])
         if gated:
-            logs = (U, U2, K, K2, kb, kb2, birth, birth2)
-            targets = target[:, t], target2[:, t]
-            y = step.step_gated_(h[:, t], W, W2, bias, None, *logs, *turn, *numbers, *targets, **common)
+            up = step_linear(W2, None, (U2, K2, kb2, birth2), *turn, *numbers[1::2], target2[:, t])
+            y = step.step_gated_(h[:, t], linear, up, known, backend)
         else:
-            rest = (*turn, *numbers[::2], target[:, t])
-            y = step.step_(h[:, t], W, bias, U, K, kb, birth, *rest, activation=activation, **common)
+            y = step.step_(h[:, t], linear, known, backend)
         assert y.dtype == dtype
         out.append(y)
         n += write[:, t].to(DEVICE)
@@ -601,11 +624,14 @@ def test_step_refuses_what_does_not_fit():
     birth, w = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
     slot, write = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
     rate = torch.tensor(0.1)
-    common = dict(rule="ones", activation="silu", mu=0.0)
+    known, log = step_rule("ones", "silu", 0.0), (U, K, None, birth)
     with pytest.raises(ValueError, match=r"got w for \[rows, slots\] \[2, 2\], expected \[2, 3\]"):
-        step.step_(h[:, 0], W, None, U, K, None, birth, w[:, :2], slot, slot, write, rate, **common)
+        step.step_(h[:, 0], step_linear(W, None, log, w[:, :2], slot, slot, write, rate), known)
     with pytest.raises(ValueError, match=r"write of torch.int64, expected bool"):
-        step.step_(h[:, 0], W, None, U, K, None, birth, w, slot, slot, slot, rate, **common)
+        step.step_(h[:, 0], step_linear(W, None, log, w, slot, slot, slot, rate), known)
+    linear = step_linear(W, None, log, w, slot, slot, write, rate)
+    with pytest.raises(ValueError, match=r"by rule 'delta' needs a target, got None"):
+        step.step_(h[:, 0], linear, step_rule("delta", "silu", 0.0), "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -622,19 +648,21 @@ def test_step_notes_rows_whose_event_is_not_finite(backend, gated):
     slot, write = torch.tensor([0, 1, 2, 1, R], device=DEVICE), torch.tensor([True, True, True, False, True]).to(DEVICE)
     bad = torch.zeros(B, dtype=torch.int32, device=DEVICE)
     turn = (w, slot, slot, write, rate)
-    common = dict(rule="ones", mu=0.1, backend=backend)
+    known = step_rule("ones", "identity", 0.1)
+    linear = step_linear(W, None, (U, K, kb, birth), *turn, bad=bad)
     if gated:
-        bad_up, logs = bad.clone(), (U, U_up, K, K_up, kb, kb_up, birth, birth.clone())
-        step.step_gated_(h[:, 0], W, W, None, None, *logs, *turn, rate, bad_gate_B=bad, bad_up_B=bad_up, **common)
+        bad_up = bad.clone()
+        up = step_linear(W, None, (U_up, K_up, kb_up, birth.clone()), *turn, bad=bad_up)
+        step.step_gated_(h[:, 0], linear, up, known, backend)
         assert bad_up.tolist() == [0, 1, 1, 0, 0]
         with pytest.raises(ValueError, match="expected keys of its own for each linear"):
-            step.step_gated_(h[:, 0], W, W, None, None, U, U_up, K, K, kb, kb, birth, birth, *turn, rate, **common)
+            step.step_gated_(h[:, 0], linear, linear, known, backend)
     else:
-        step.step_(h[:, 0], W, None, U, K, kb, birth, *turn, bad_B=bad, activation="identity", **common)
+        step.step_(h[:, 0], linear, known, backend)
     assert bad.tolist() == [0, 1, 1, 0, 0]
     assert K[2].isfinite().all()
     with pytest.raises(ValueError, match=r"got bad of torch.int64 \[5\], expected torch.int32 \[5\]"):
-        step.step_(h[:, 0], W, None, U, K, kb, birth, *turn, bad_B=slot, rule="ones", mu=0.1, activation="identity")
+        step.step_(h[:, 0], step_linear(W, None, (U, K, kb, birth), *turn, bad=slot), known)
 
 
 def test_step_operators():
@@ -644,35 +672,39 @@ def test_step_operators():
     slot, write = torch.tensor([1, 3], device=DEVICE), torch.tensor([True, False], device=DEVICE)
     birth, w = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE), torch.rand(2, 4, device=DEVICE)
     rate = torch.tensor(0.1, device=DEVICE)
-    rest = (K, kb, birth, w, slot, slot, write, rate, rate, target[:, 0])
-    bad = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    op, gated = torch.ops.fastweights.step.default, torch.ops.fastweights.step_gated.default
-    torch.library.opcheck(op, (h[:, 0], W, bias, U, *rest, bad, "delta", "silu", 0.1, 0.5))
-    torch.library.opcheck(op, (h[:, 0], W, None, U, K, None, *rest[2:-1], None, bad, "ones", "silu", None, None))
-    logs = (U, U + 1, K, K + 1, kb, kb + 1, birth, birth + 1)
-    state = (*rest[3:8], rate + 1, rate, rate, *rest[9:], target[:, 0] + 1, bad, bad + 1)
-    torch.library.opcheck(gated, (h[:, 0], W, W + 1, bias, None, *logs, *state, "delta", 0.1, 0.5))
+    turn, log = (w, slot, slot, write, rate), (U, K, kb, birth)
+    full = step_linear(W, bias, log, *turn, rate, target[:, 0])
+    bare = step_linear(W, None, (U, K, None, birth), *turn)
+    up = step_linear(W + 1, None, [x + 1 for x in log], *turn[:4], rate + 1, rate, target[:, 0] + 1)
+    operators, delta = torch.ops.fastweights, step_rule("delta", "silu", 0.1, 0.5)
+    for operator, linears, rule in (
+        (operators.step, (full,), delta),
+        (operators.step, (bare,), step_rule("ones", "silu", None)),
+        (operators.step_gated, (full, up), delta),
+    ):
+        torch.library.opcheck(operator.default, step.flat(h[:, 0], linears, rule))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rule_of_ones_own(backend, monkeypatch):
-    twin = values.Twin(lambda a, frozen, target, p0, phi: p0 - a * a, _square_triton)
-    monkeypatch.setitem(values.RULES, "square", twin)
+    monkeypatch.setitem(values.KERNELS, "square", values.Kernel(_square_triton))
     h, k = keys(1, 20, 12, torch.float32)
     gram = scan.Gram(h, k, None, torch.ones(1, 20, dtype=torch.bool, device=DEVICE))
     a = torch.randn(1, 20, 6, device=DEVICE)
-    value = values.Value("square", "silu", 0.1, 0.7)
+
+    def value(a, t0, t1):
+        return 0.1 * (0.7 - a * a)
+
+    known = scan.Known("square", "silu", 0.1, 0.7)
     for found, wanted in zip(
-        scan.scan(a, gram, value, backend),
-        scan.scan_sequential(a, gram, lambda a, t0, t1: 0.1 * (0.7 - a * a)),
-        strict=True,
+        scan.scan(a, gram, value, known, backend), scan.scan_sequential(a, gram, value), strict=True
     ):
         close(found, wanted, 1e-6)
 
 
 @values.jit
-def _square_triton(a, frozen_a, target, p0, PHI):
-    return p0 - a * a
+def _square_triton(a, frozen_a, target, gamma, PHI):
+    return gamma - a * a
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")

@@ -9,7 +9,7 @@ from tiny import described, oracle_of, prompt, tiny
 
 import fastweights as fw
 from fastweights.plastic import PlasticLinear, plastic_linears
-from fastweights.rules import has_twin
+from fastweights.rules import Twin, twin_of
 
 ALL = ("gate_proj", "up_proj", "down_proj")
 GAPS = [True, True, False, True, False, False, True, True, True, False, True, True, True]
@@ -175,7 +175,7 @@ class Half(fw.Hebbian):
 class HalfWithTwin(Half):
     @property
     def twin(self):
-        return {"rule": "ones", "rate": self.rate / 2}
+        return Twin("ones", self.rate / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -190,8 +190,8 @@ def test_a_value_of_a_subclass_is_not_its_bases_twin(dtype):
     torch.testing.assert_close(found[1], found[2])
     with pytest.raises(ValueError, match="Half has no Triton twin"):
         fw.attach(tiny(dtype=torch.float32), [1], Half(), backend="triton")
-    assert not has_twin(Half())
-    assert has_twin(HalfWithTwin())
+    assert twin_of(Half()) is None
+    assert twin_of(HalfWithTwin(rate=0.1)) == ("ones", 0.05, 1.0)
     none = type("None_", (fw.Hebbian,), {"twin": None})(rate=0.05)
     model = tiny(dtype=dtype)
     fw.attach(model, [1, 3], none)

@@ -331,6 +331,31 @@ def test_a_folder_without_a_tokenizer_gives_the_model_and_none_and_says_so(tmp_p
         fw.load(tmp_path)
 
 
+def test_the_command_line_says_what_it_cannot_read(tmp_path, capsys):
+    from fastweights.__main__ import main
+
+    checkpoint(tmp_path)
+    configured(logit_scale=2)(tmp_path)
+    with pytest.warns(UserWarning, match=r"config\.json: ignoring logit_scale"):
+        assert main(["info", "--model", str(tmp_path)]) == 0
+    assert main(["info", "--model", str(tmp_path), "--strict"]) == 2
+    assert "config.json: asks for logit_scale, which fastweights does not implement" in capsys.readouterr().err
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.warns(UserWarning, match="the tokenizer is None"):
+        assert main(["info", "--model", str(tmp_path)]) == 0
+    with pytest.warns(UserWarning, match="the tokenizer is None"):
+        assert main(["generate", "--model", str(tmp_path), "w1 w2"]) == 2
+    assert f"{tmp_path} has no tokenizer, and this command turns text into ids with it" in capsys.readouterr().err
+
+
+def test_surgery_without_a_tokenizer_is_refused_in_one_sentence(tmp_path):
+    checkpoint(tmp_path)
+    model, _ = fw.load(tmp_path)
+    rule = fw.Hebbian(rate=0.01)
+    with pytest.raises(ValueError, match=r"surgery\(\) got None for the tokenizer"):
+        fw.surgery(model, None, context="w1", question="w2", answers=["w3", "w4"], layers=[0], rule=rule)
+
+
 def test_stop_ids_are_saved_and_the_other_generation_settings_stay(tmp_path):
     checkpoint(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7], "temperature": 0.6}')

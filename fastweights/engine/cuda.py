@@ -19,7 +19,7 @@ from ..episode_state import Address, EpisodeState
 from ..model import Llama
 from ..passes import Pass, StepInputs, Tokens
 from ..plastic import PlasticLinear
-from ..rules import Rule, has_twin
+from ..rules import Rule, twin_of
 from ..state import EventLog
 from ..watch import Watch
 
@@ -72,8 +72,8 @@ class Cuda:
         self.alike: list[list[EventLog]] = []  # logs whose events fall together
         self.moved: list[Tensor] = []  # targets that were copied to the device
         dtype = next((log.dtype for log in self.logs.values()), model.dtype)
-        # rate of each linear and row, then p0
-        self.rate_LB, self.p0_LB = (
+        # rate of each linear and row, then gamma
+        self.rate_LB, self.gamma_LB = (
             _rows(len(self.logs), len(self.cache.lengths), dtype, model.device) for _ in range(2)
         )
         self.replay: Run | None = None
@@ -96,7 +96,7 @@ class Cuda:
         if not tokens.single:
             return "the pass has more than one token of each row"
         rules = self._rules()
-        if not _same(rules, self.rules) and not all(rule.neuron_local and has_twin(rule) for rule in rules):
+        if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
             return "a rule is not neuron-local, or has no Triton kernel"
         return None
 
@@ -189,12 +189,12 @@ class Cuda:
     def _read_rules(self, rules: list[Rule]) -> None:
         """What of the rules is a number goes into a tensor; the rest is part of the form."""
         self.rules = rules
-        twins = [linear.twin() for linear in self.linears.values()]
-        for numbers_LB, name in ((self.rate_LB, "rate"), (self.p0_LB, "p0")):
+        twins = [twin for rule in rules if (twin := twin_of(rule)) is not None]
+        for numbers_LB, name in ((self.rate_LB, "rate"), (self.gamma_LB, "gamma")):
             for numbers_B, twin in zip(numbers_LB, twins, strict=True):
-                numbers_B.copy_(torch.tensor(twin[name], dtype=torch.float64))
+                numbers_B.copy_(torch.tensor(getattr(twin, name), dtype=torch.float64))
         self.kernels = [
-            (twin["rule"], rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
+            (twin.name, rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
             for twin, rule in zip(twins, rules, strict=True)
         ]
 
@@ -227,7 +227,7 @@ class Cuda:
                 w_BR=self.w_GBR[group],
                 write_B=self.write_B,
                 rate=self.rate_LB[number],
-                p0=self.p0_LB[number],
+                gamma=self.gamma_LB[number],
                 target=here,
                 bad_B=self.bad_LB[number],
             )
