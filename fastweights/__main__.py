@@ -212,7 +212,11 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
+    from . import Episode
+
     model, tokenizer = _load(options)
+    episode = Episode(model)
+    episode.feed([0], update="none", logits="last")  # a token that is read says what such a pass runs on
     weights = {id(p): p for p in model.parameters()}.values()
     facts: dict[str, Any] = {
         "model": _name(options),
@@ -220,6 +224,8 @@ def info(options: argparse.Namespace) -> None:
         "bytes": sum(p.numel() * p.element_size() for p in weights),
         "dtype": str(model.dtype)[6:],
         "device": str(model.device),
+        "path": episode.path,
+        "why": episode.why,
         **model.config.to_dict(),
     }
     if options.text is not None:

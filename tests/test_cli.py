@@ -132,6 +132,9 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
     assert facts["ids"] == [9, 60]
     assert facts["parameters"] == sum(p.numel() for p in tiny().parameters())
     assert facts["num_hidden_layers"] == 4
+    episode = fw.Episode(fw.load(folder)[0])
+    episode.feed([0])
+    assert (facts["path"], facts["why"]) == (episode.path, episode.why)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_the_advice_for_a_text_that_is_too_long_works(max_length, length):
         ({"stop_strings": [5]}, "5 is no text to stop at"),
         ({"stop_strings": ["x"]}, "needs tokenizer="),
         ({"stop_token_ids": "eos"}, "stop_token_ids='eos': expected whole numbers"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids holds -1: expected token ids from 0 up"),
+        ({"stop_token_ids": [-1]}, "token id -1 is negative: expected stop_token_ids from 0 up"),
         ({"tokenizer": object()}, r"is a object: expected a fastweights Tokenizer, as fw\.load returns it"),
         ({"seed": "x"}, "seed='x': expected a whole number from 0 to"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0 to"),

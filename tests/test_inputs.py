@@ -189,5 +189,5 @@ def test_an_update_that_says_nothing_is_refused_by_name(update, message):
 def test_token_ids_are_whole_numbers(ids):
     with pytest.raises(ValueError, match=r"fw\.token_ids=.*: expected whole numbers, one or a list of them"):
         fw.token_ids(ids)
-    with pytest.raises(ValueError, match=r"fw\.token_ids holds -1: expected token ids from 0 up"):
+    with pytest.raises(ValueError, match=r"token id -1 is negative: expected fw\.token_ids from 0 up"):
         fw.token_ids([-1])
