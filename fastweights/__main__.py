@@ -66,15 +66,17 @@ def _main(arguments: list[str]) -> int:
 
 def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs a command; what the user got wrong becomes one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as an escape
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller; what is written to stderr must not go to stdout then
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the end)
+        elif isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as an escape
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return command(arguments)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a closed pipe is dealt with
+            sys.stdout.flush()  # here, where a closed pipe is dealt with
     except BrokenPipeError:  # the reader went away: nobody is left to tell, now or at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
