@@ -256,6 +256,24 @@ def test_nothing_is_chosen_from_logits_that_are_not_finite():
         assert torch.equal(episode.generator.get_state(), before)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_row_of_a_padded_batch_generates_what_it_generates_alone(tokenizer, side, temperature):
+    rows = [tokenizer.encode(text) for text in ("the quick brown fox", "日本語", "a")]
+    width = max(map(len, rows))
+    pads = [[400] * (width - len(row)) for row in rows]  # an id that the model does not even have
+    ids, mask = [], []
+    for row, pad in zip(rows, pads, strict=True):
+        ids.append(pad + row if side == "left" else row + pad)
+        mask.append([0] * len(pad) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(pad))
+    options = {"tokenizer": tokenizer, "temperature": temperature, "repetition_penalty": 1.3, "stop_token_ids": ()}
+    batch = list(fw.Episode(MODEL, 3).generate(ids, 12, attention_mask=mask, seed=2, **options))
+    for n, row in enumerate(rows):
+        alone = list(fw.Episode(MODEL).generate(row, 12, seed=2 + n, **options))
+        assert [int(step.token_ids[n]) for step in batch] == [int(step.token_ids) for step in alone]
+        assert "".join(step.text[n] for step in batch) == text_of(alone)
+
+
 # ---- drawing
 
 
