@@ -9,9 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-LINEARS = "gate_proj,up_proj,down_proj"
+from .flags import Parser, parser_of
+
 PLASTIC = ("linears", "rule", "rate", "mu", "decay", "clip", "gate", "target", "bias", "rank", "overflow", "budget")
 
 DEMO: dict[str, Any] = {
@@ -25,14 +26,6 @@ DEMO: dict[str, Any] = {
     "answers": ["A", "B"],
     "layers": [11, 12, 13],
 }
-
-
-TEXT = "text, or @file, whose last newline and byte order mark are not part of the text"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, not the usage as well
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +43,17 @@ def _main(arguments: list[str]) -> int:
 
 def _guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs a command; what the user got wrong becomes one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as an escape
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller; what is written to stderr must not go to stdout then
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the end)
+        elif isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as an escape
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return command(arguments)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a closed pipe is dealt with
+            sys.stdout.flush()  # here, where a closed pipe is dealt with
     except BrokenPipeError:  # the reader went away: nobody is left to tell, now or at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -196,7 +191,11 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
+    from . import Episode
+
     model, tokenizer = _load(options)
+    episode = Episode(model)
+    episode.feed([0], update="none", logits="last")  # a token that is read says what such a pass runs on
     weights = {id(p): p for p in model.parameters()}.values()
     facts: dict[str, Any] = {
         "model": _name(options),
@@ -204,6 +203,8 @@ def info(options: argparse.Namespace) -> None:
         "bytes": sum(p.numel() * p.element_size() for p in weights),
         "dtype": str(model.dtype)[6:],
         "device": str(model.device),
+        "path": episode.path,
+        "why": episode.why,
         **model.config.to_dict(),
     }
     if options.text is not None:
@@ -292,31 +293,6 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 100)
 
 
-def _text(value: str) -> str:
-    """A text, or @file: without a byte order mark and without the newline that an editor puts at the end."""
-    try:
-        if not value.startswith("@"):
-            return os.fsencode(value).decode("utf-8")  # where the locale knew no UTF-8, Python kept the bytes
-        return Path(value[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {value.removeprefix('@')}: {error}") from None
-
-
-def _names(value: str) -> list[str]:
-    return [name for name in value.split(",") if name]
-
-
-def _numbers(value: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(value)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r}: expected whole numbers like 11,12,13") from None
-
-
-def _some_layers(value: str) -> list[int] | str:
-    return value if value == "all" else _numbers(value)
-
-
 def _layers(given: list[int] | str, model) -> list[int]:
     """Layer numbers; a negative one counts from the last layer."""
     depth = model.config.num_hidden_layers
@@ -325,94 +301,10 @@ def _layers(given: list[int] | str, model) -> list[int]:
     return [layer + depth if -depth <= layer < 0 else layer for layer in given]
 
 
-def _update(value: str):
-    return value if value in ("all", "none", "prompt", "generated") else _numbers(value)
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The flags and their defaults, which are those of the Python calls behind them."""
+def _parser() -> Parser:
     from . import __version__
 
-    parser = Parser(prog="fastweights", description="A Llama whose MLP weights change while it reads and writes.")
-    parser.add_argument("--version", action="version", version=f"fastweights {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
-
-    common = Parser(add_help=False)
-    common.add_argument("--model", help="folder, Hub name or .gguf file; left out: SmolLM2-135M-Instruct")
-    common.add_argument("--dtype", help="float32, bfloat16, …; left out: the checkpoint's own")
-    common.add_argument("--device", help="cpu (left out), cuda, …")
-    common.add_argument("--strict", action="store_true", help="refuse a config.json with keys that no Llama reads")
-    common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-    command = commands.add_parser("demo", parents=[common], help="the founding experiment, no further argument")
-    command.add_argument("--layers", type=_some_layers, help=f"all, or left out: {DEMO['layers']}")
-    command.add_argument("--out", metavar="FOLDER", help="save the records here")
-    command.set_defaults(command=demo)
-
-    run_options = [common, _plastic_options(overflow="grow")]
-    command = commands.add_parser("run", parents=run_options, help="the experiment on your own texts")
-    command.add_argument("--context", type=_text, required=True, help=TEXT)
-    command.add_argument("--question", type=_text, required=True, help=TEXT)
-    command.add_argument("--answers", type=_names, required=True, help="A,B: the first is the one the context says")
-    command.add_argument(
-        "--layers", type=_some_layers, required=True, help="11,12,13, or all; -1 is the last (--layers=-1)"
-    )
-    command.add_argument("--update", type=_update, default="all", help="all, prompt, generated, or positions 10,12,13")
-    command.add_argument("--max-new-tokens", type=int, default=0, help="tokens to generate after the context")
-    command.add_argument("--probe-every", type=int, default=1, help="ask after every this many events")
-    command.add_argument("--out", metavar="FOLDER", help="save record.json and arrays.safetensors here")
-    command.set_defaults(command=run)
-
-    generate_options = [common, _plastic_options(overflow="compress")]
-    command = commands.add_parser("generate", parents=generate_options, help="continue a text")
-    command.add_argument("prompt", type=_text, help=TEXT)
-    command.add_argument("--layers", type=_some_layers, help="make these layers plastic: 11,12,13, or all")
-    command.add_argument(
-        "--update",
-        type=_update,
-        default="generated",
-        help="which tokens are written: generated (left out), prompt, all, none, or positions 10,12,13",
-    )
-    command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    command.add_argument("--max-new-tokens", type=int, help="left out: 64, or fewer where the context is full before")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (left out) = the likeliest token")
-    command.add_argument("--top-k", type=int)
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--min-p", type=float, default=0.0)
-    command.add_argument("--repetition-penalty", type=float, default=1.0)
-    command.add_argument("--seed", type=int)
-    command.add_argument("--drift", action="store_true", help="say at the end what changed, and where")
-    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
-    command.set_defaults(command=generate)
-
-    command = commands.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
-    command.add_argument("--text", type=_text, help=f"show the ids and tokens of this: {TEXT}")
-    command.set_defaults(command=info)
-
-    commands.add_parser("bench", help="measure: see fastweights bench --help")
-    return parser
-
-
-def _plastic_options(overflow: str) -> Parser:
-    """The flags of `attach` and of the rule."""
-    plastic = Parser(add_help=False)
-    plastic.add_argument("--linears", type=_names, default=_names(LINEARS), help=f"left out: {LINEARS}")
-    rules = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
-    plastic.add_argument("--rule", choices=rules, default="hebbian", help="left out: hebbian")
-    plastic.add_argument("--rate", type=float, default=0.01, help="rate; gamma of local-least-squares, beta of delta")
-    plastic.add_argument("--mu", type=float, help="added to the squared norm of the key's input")
-    plastic.add_argument("--decay", type=float, help="share of the fast weights lost at each event")
-    plastic.add_argument("--clip", type=float, help="largest norm of one row of one event")
-    plastic.add_argument("--gate", choices=("ones", "positive", "derivative"))
-    plastic.add_argument("--target", help="self or slow (local-least-squares), or v* as a safetensors file (delta)")
-    plastic.add_argument("--bias", action="store_true", default=None, help="change the bias too")
-    plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
-    what = f"compress, evict, grow or error: what happens when they are full; left out: {overflow}"
-    plastic.add_argument("--overflow", default=overflow, help=what)
-    plastic.add_argument("--budget", type=float, help="largest ‖ΔW‖ / ‖W‖ of each linear")
-    over = ("scale", "stop")
-    plastic.add_argument("--over-budget", choices=over, default="scale", help="what an event over it does")
-    return plastic
+    return parser_of({"demo": demo, "run": run, "generate": generate, "info": info}, __version__)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def generate(
 
 
 def _room(state: EpisodeState, prompt: Prompt, max_new_tokens: int | None) -> int:
-    """How many tokens to generate at most; refuses a number that the KV cache cannot hold."""
+    """How many tokens to generate at most; refuses a number that the KV cache cannot hold, and an empty row."""
     good = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool) and max_new_tokens >= 0
     if max_new_tokens is not None and not good:
         raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more, or None")
@@ -96,6 +96,8 @@ def _room(state: EpisodeState, prompt: Prompt, max_new_tokens: int | None) -> in
         ids_BT, mask_BT = prompt
         new = [ids_BT.shape[1]] * len(ids_BT) if mask_BT is None else mask_BT.sum(1).tolist()
         ends = [end + more for end, more in zip(ends, new, strict=True)]
+    if 0 in ends:
+        raise ValueError(f"row {ends.index(0)} has read no token: generate() has nothing to go on from there")
     limit, longest = state.cache.limit, state.cache.longest
     room = limit - max(ends)
     wanted = 1 if max_new_tokens is None else max_new_tokens
@@ -127,8 +129,6 @@ def _steps(
     if prompt is not None:
         with state.alone():
             reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
-    if 0 in state.lengths:
-        raise ValueError(f"row {state.lengths.index(0)} has read no token: generate() has nothing to go on from there")
     texts = None if tokenizer is None else Texts.of(state.texts, tokenizer, state.token_ids)
     if texts is not None:
         texts = texts.begun(stops.strings, stops.include)

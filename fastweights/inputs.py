@@ -80,7 +80,7 @@ def whole_numbers(name: str, value: Any) -> list[int]:
     numbers = given.reshape(-1).tolist()
     for number in numbers:
         if number < 0:
-            raise ValueError(f"{name} holds {number}: expected token ids from 0 up")
+            raise ValueError(f"token id {number} is negative: expected {name} from 0 up")
     return numbers
 
 
@@ -170,8 +170,11 @@ def _mask(mask: Any, ids_BT: np.ndarray, there_BT: np.ndarray | None) -> np.ndar
 def _array(name: str, value: Any) -> np.ndarray | None:
     """Numbers in any form as an array on the CPU; None for what holds no numbers."""
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        try:
+            value = value.detach().cpu()
+            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        except (RuntimeError, TypeError):
+            raise ValueError(f"{name} is a tensor of another kind (nested, sparse, meta): expected numbers") from None
     if isinstance(value, str | bytes) or not (isinstance(value, Iterable | int | float) or hasattr(value, "__array__")):
         return None
     if isinstance(value, Iterable) and not hasattr(value, "__array__"):

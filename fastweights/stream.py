@@ -10,6 +10,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer as Backend
 
+from .inputs import whole_numbers
+
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTEXT = 16  # ids: more than the tokens of any one character
 
@@ -45,7 +47,7 @@ class Stream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this id: none for a part of a character."""
-        token_id = checked([token_id])[0]
+        (token_id,) = whole_numbers("ids", token_id)
         piece = self._tokenizer.backend.id_to_token(token_id)
         if piece is None or (self._skip and token_id in self._tokenizer.special_ids):
             return ""  # decode passes over it, and it ends no run of bytes
@@ -178,11 +180,3 @@ class Texts:
     def rows(self, chosen: Sequence[int]) -> Texts:
         """A copy whose row n is row `chosen[n]`."""
         return Texts(self.tokenizer, [self.texts[row].copy() for row in chosen], [self.after[row] for row in chosen])
-
-
-def checked(ids: Iterable[int]) -> list[int]:
-    """Ids as a list of whole numbers from 0 up."""
-    ids = [int(i) for i in ids]
-    if bad := [i for i in ids if i < 0]:
-        raise ValueError(f"token id {bad[0]} is negative, expected ids from 0 up")
-    return ids

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as Backend
 from .chat import render, templates_of
 from .config import eos_ids
 from .files import one_line, read_json, write_text
+from .inputs import whole_numbers
 from .spm import SentencePieceModel
-from .stream import BYTE_TOKEN, Stream, checked
+from .stream import BYTE_TOKEN, Stream
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -117,13 +118,13 @@ class Tokenizer:
             return ids[1:]
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids`, special tokens written out unless skipped; spaces are never "cleaned up"."""
-        return self.backend.decode(checked(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(whole_numbers("ids", ids), skip_special_tokens=skip_special_tokens)
 
-    def tokens(self, ids: Iterable[int]) -> list[str]:
+    def tokens(self, ids: int | Iterable[int]) -> list[str]:
         """One printable piece of text per id; newlines, controls and parts of a character are escaped."""
-        return [self._piece(i) for i in checked(ids)]
+        return [self._piece(i) for i in whole_numbers("ids", ids)]
 
     def stream(self, skip_special_tokens: bool = False, context: Sequence[int] = ()) -> Stream:
         """A decoder for ids that come one at a time, after the ids of `context`."""

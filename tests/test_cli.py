@@ -1,6 +1,9 @@
 """The command line: what it prints, and one line and status 2 for what a user gets wrong."""
 
+import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -12,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import fastweights as fw
-from fastweights.__main__ import main
+from fastweights.__main__ import _parser, main
 from fastweights.tokenizer import Tokenizer
 
 WORDS = ["the", "sky", "is", "blue", "red", "question", ":", "who", "?", "A", "B", "(", ")", "and", "so", "it", "goes"]
@@ -129,6 +132,9 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
     assert facts["ids"] == [9, 60]
     assert facts["parameters"] == sum(p.numel() for p in tiny().parameters())
     assert facts["num_hidden_layers"] == 4
+    episode = fw.Episode(fw.load(folder)[0])
+    episode.feed([0])
+    assert (facts["path"], facts["why"]) == (episode.path, episode.why)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +188,134 @@ def test_a_full_run_never_imports_transformers(folder):
 import sys
 import fastweights as fw
 assert "jinja2" not in sys.modules and "rich" not in sys.modules and "matplotlib" not in sys.modules, "heavy import"
-from fastweights.__main__ import main
+from fastweights.__main__ import _parser, main
 assert main({RUN!r} + ["--model", {folder!r}]) == 0
 assert main(["generate", "the sky", "--layers", "1", "--max-new-tokens", "3", "--model", {folder!r}]) == 0
 assert "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def default(call, name):
+    value = inspect.signature(call).parameters[name].default
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_every_flag_has_the_default_of_the_python_call_behind_it():
+    shared = {name: fw.load for name in ("dtype", "device", "strict")} | {"model": fw.load}
+    plastic = dict.fromkeys(("linears", "rank", "overflow", "budget", "over_budget"))
+    own = {"command", "json", "out", "layers", "chat", "drift"}
+    rules = {"rule", "rate", "mu", "decay", "clip", "gate", "target", "bias"}
+    run = dict.fromkeys([*plastic, "update", "max_new_tokens", "probe_every"], fw.surgery)
+    generate = dict.fromkeys(plastic, fw.attach)
+    sampling = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "update",
+        "max_new_tokens",
+    )
+    generate |= dict.fromkeys(sampling, fw.Episode.generate)
+    for command, calls, given in (
+        (["generate", "x"], generate, {"prompt"}),
+        ([*RUN], run, {"context", "question", "answers"}),
+        (["demo"], {}, set()),
+        (["info"], {}, {"text"}),
+    ):
+        options, calls = vars(_parser().parse_args(command)), {**shared, **calls}
+        names = {"model": "name", "stop": "stop_strings"}
+        for flag in options.keys() - own - rules - given:
+            assert options[flag] == default(calls[flag], names.get(flag, flag)), f"{command[0]} --{flag}"
+    rule = {flag: options for flag, options in vars(_parser().parse_args(RUN)).items() if flag in rules}
+    assert rule == {**dict.fromkeys(rules), "rule": "hebbian", "rate": 0.01}  # None: as the rule has it
+
+
+def test_the_same_run_gives_the_same_numbers_in_python(folder, capsys):
+    command = ["generate", "the sky is", "--model", folder, "--layers", "1", "--rank", "4", "--rate", "0.1", "--json"]
+    assert main(command) == 0
+    whole = json.loads(capsys.readouterr().out.splitlines()[-1])
+    model, tokenizer = fw.load(folder)
+    fw.attach(model, [1], fw.Hebbian(rate=0.1), rank=4)
+    episode = fw.Episode(model)
+    steps = list(episode.generate(tokenizer.encode("the sky is"), tokenizer=tokenizer))
+    assert whole["token_ids"] == [int(step.token_ids) for step in steps]
+    assert whole["text"] == "".join(step.text[0] for step in steps)
+    assert whole["finish_reason"] == steps[-1].finish_reason[0]
+    assert whole["events"] == episode.events == len(steps)
+
+
+@pytest.mark.parametrize("content", [b"the sky is", b"the sky is\n", b"\xef\xbb\xbfthe sky is\r\n"])
+def test_a_text_from_a_file_is_without_the_editors_last_newline_and_byte_order_mark(content, tmp_path):
+    (tmp_path / "text").write_bytes(content)
+    assert _parser().parse_args(["generate", f"@{tmp_path / 'text'}"]).prompt == "the sky is"
+    (tmp_path / "text").write_bytes(b"one\n\n\n")
+    assert _parser().parse_args(["generate", f"@{tmp_path / 'text'}"]).prompt == "one\n\n"
+
+
+def test_layers_may_be_all_or_count_from_the_last(folder, capsys):
+    arguments = [*RUN[:-2], "--model", folder, "--json"]
+    for given, layers in (("all", [0, 1, 2, 3]), ("-1", [3]), ("0,-2", [0, 2])):
+        assert main([*arguments, f"--layers={given}"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["layers"] == layers
+    assert main([*arguments, "--layers=-5"]) == 2
+    assert "layer -5 does not exist: this model has layers 0 to 3" in capsys.readouterr().err
+
+
+def test_generate_goes_on_until_the_context_is_full(folder, capsys):
+    prompt = " ".join(["sky"] * 250)
+    assert main(["generate", prompt, "--model", folder, "--json"]) == 0
+    said = capsys.readouterr()
+    assert "6 tokens, 0 events, finish_reason: length" in said.err
+    assert json.loads(said.out.splitlines()[-1])["finish_reason"] == "length"
+
+
+def fastweights(*arguments, **options):
+    command = [sys.executable, "-m", "fastweights", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_version_help_and_a_closed_pipe_end_quietly(folder):
+    with fastweights("--version") as process:
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        assert out.startswith(b"fastweights")
+    with fastweights("info", "--model", folder) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_a_terminal_without_the_letters_gets_escapes(folder):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = [
+        "generate",
+        "the sky",
+        "--model",
+        folder,
+        "--layers",
+        "1",
+        "--max-new-tokens",
+        "3",
+        "--drift",
+        "--json",
+    ]
+    with fastweights(*arguments, env=environment) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0
+    assert b"\\u2016\\u0394W\\u2016" in err  # ‖ΔW‖
+    assert json.loads(out.splitlines()[-1])["events"] == 3
+
+
+def test_ctrl_c_is_one_line_and_status_130(folder, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(fw.Episode, "generate", interrupted)
+    assert main(["generate", "the sky", "--model", folder]) == 130
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "fastweights: interrupted\n")

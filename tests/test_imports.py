@@ -10,7 +10,7 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # a file or folder may import what stands before it, never what stands behind it
 ORDER = [
-    *("files", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
+    *("files", "flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
     *("config", "state", "cache", "model"),
     *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights"),  # checkpoints
     "probes",
@@ -20,7 +20,7 @@ ORDER = [
     *("generation", "probe", "snapshot", "episode"),
     *("attach", "surgery", "report", "__init__", "benchmarks", "__main__"),
 ]
-GROUND = ("binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours
+GROUND = ("flags", "binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
 NOT_OURS = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_C", "_current_level"),

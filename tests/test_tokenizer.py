@@ -4,7 +4,9 @@
 import json
 import random
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -303,6 +305,21 @@ def test_missing_and_broken_files_are_named_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="token id -1 is negative"):
         byte_level().decode([3, -1])
+
+
+def test_ids_and_texts_are_taken_in_every_form_or_refused_by_name():
+    tokenizer = byte_level()
+    for ids in ([260, 321], torch.tensor([260, 321]), np.array([260, 321], np.uint16), (260, torch.tensor(321))):
+        assert tokenizer.decode(ids) == "the quick"
+        assert tokenizer.tokens(ids) == ["the", " quick"]
+    assert tokenizer.decode(260) == tokenizer.decode(torch.tensor(260)) == "the"
+    for ids in ([[260]], [0.5], "the", None):
+        with pytest.raises(ValueError, match=r"ids=.*: expected whole numbers, one or a list of them"):
+            tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="text is a list: expected one text, a str"):
+        tokenizer.encode(["the"])
+    with pytest.raises(ValueError, match=r"text holds half a character, '\\ud83c', at 1: it is no Unicode text"):
+        tokenizer.encode("a\ud83c")
 
 
 def test_the_default_model_has_the_tokenizer_that_transformers_sees(smollm2, smollm2_folder):
