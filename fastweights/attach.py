@@ -143,7 +143,7 @@ def attach(
 
 
 def _addresses(model: Llama, layers: Any, linears: Any) -> list[Address]:
-    """The linears that `layers` and `linears` name, in the order of the forward pass; or a refusal."""
+    """The linears that `layers` and `linears` name, sorted; or a refusal."""
     for name, given in (("layers", layers), ("linears", linears)):
         if given is None:
             raise ValueError(f"attach({name}=None) names no linear")
@@ -162,8 +162,7 @@ def _addresses(model: Llama, layers: Any, linears: Any) -> list[Address]:
     for name in linears:
         if name not in ACTIVATIONS:
             raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(ACTIVATIONS)}")
-    chosen = {(int(layer) % depth, name) for layer in layers for name in linears}
-    return sorted(chosen, key=lambda address: (address[0], list(ACTIVATIONS).index(address[1])))
+    return sorted({(int(layer) % depth, name) for layer in layers for name in linears})
 
 
 def _factor_dtype(asked: torch.dtype | None, model: Llama) -> torch.dtype:
