@@ -14,6 +14,8 @@ from .surgery import surgery
 from .tokenizer import Tokenizer
 from .weights import load, save
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Delta",
     "Drift",

@@ -302,7 +302,9 @@ def _layers(given: list[int] | str, model) -> list[int]:
 
 
 def _parser() -> Parser:
-    return parser_of({"demo": demo, "run": run, "generate": generate, "info": info})
+    from . import __version__
+
+    return parser_of({"demo": demo, "run": run, "generate": generate, "info": info}, __version__)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,31 +12,15 @@ LINEARS = "gate_proj,up_proj,down_proj"
 TEXT = "text, or @file, whose last newline and byte order mark are not part of the text"
 
 
-class Version(argparse.Action):
-    """--version: the name and the version of the installed package."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str):
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version")
-
-    def __call__(self, parser, *_) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print("fastweights", version("fastweights"))
-        except PackageNotFoundError:
-            print("fastweights, of a folder that is not installed")
-        parser.exit()
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # one line, not the usage as well
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def parser_of(commands: Mapping[str, Callable]) -> Parser:
+def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     """The parser; `options.command` is then one of `commands`, by its name."""
     parser = Parser(prog="fastweights", description="A Llama whose MLP weights change while it reads and writes.")
-    parser.add_argument("--version", action=Version)
+    parser.add_argument("--version", action="version", version=f"fastweights {version}")
     subparsers = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 
     common = Parser(add_help=False)

@@ -162,8 +162,8 @@ class _Token(NamedTuple):
 
 
 @jit
-def _coefficients(h_ptr, linear, other, token, I, R, mu, BI: tl.constexpr):
-    """c = w ⊙ (K h + bias keys) and norm = ‖k‖; then this token's key into its slot. `other` is None, or up_proj.
+def _coefficients(h_ptr, linear, other, token, I, R, mu, PAIR: tl.constexpr, BI: tl.constexpr):
+    """c = w ⊙ (K h + bias keys) and norm = ‖k‖; then this token's key into its slot. `other` counts if this is a PAIR.
 
     One program per slot: the program that writes a slot has itself read the old value, so no barrier between programs
     is needed.
@@ -174,7 +174,7 @@ def _coefficients(h_ptr, linear, other, token, I, R, mu, BI: tl.constexpr):
     c_ptr, bad_ptr = linear.c, linear.bad
     if linear.bias is not None:
         bias_ptr, bias_sb = linear.bias, linear.bias_sb
-    if other is not None:
+    if PAIR:  # Triton 3.6 cannot compare a group with None
         second = tl.program_id(2) == 1
         K_ptr, K_sb = tl.where(second, other.K, K_ptr), tl.where(second, other.K_sb, K_sb)
         birth_ptr, birth_sb = tl.where(second, other.birth, birth_ptr), tl.where(second, other.birth_sb, birth_sb)
@@ -320,15 +320,15 @@ def launch(h_BI: Tensor, linears: tuple[StepLinear, ...], rule: StepRule) -> Ten
     token = _Token(event, slot, inputs.w_BR.float().contiguous(), write, norm)
     mu, clip = (None if x is None else float(x) for x in (rule.mu, rule.clip))
     BI = min(1024, triton.next_power_of_2(I))
-    other = those[1] if len(those) == 2 else None
-    _coefficients[(R, B, len(those))](h, those[0], other, token, I, R, mu, BI=BI, num_warps=4, **FUSED)
+    pair = len(those) == 2
+    _coefficients[(R, B, len(those))](h, those[0], those[-1], token, I, R, mu, PAIR=pair, BI=BI, num_warps=4, **FUSED)
     out = torch.empty(B, O, dtype=h.dtype, device=h.device)
     value = {"RULE": kernel_of(rule.name, rule.activation).value, "BR": 32, **tile, **FUSED}
     sizes = (token, out, B if gemv else 1, O, I, R, clip)
-    if other is None:
-        _single[grid](h, those[0], *sizes, PHI=rule.activation, **value)
+    if pair:
+        _gated[grid](h, *those, *sizes, **value)
     else:
-        _gated[grid](h, those[0], other, *sizes, **value)
+        _single[grid](h, *those, *sizes, PHI=rule.activation, **value)
     return out
 
 

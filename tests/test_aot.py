@@ -169,8 +169,7 @@ def test_step(kernel, gemv, target, tmp_path):
 @pytest.mark.parametrize("pair", [False, True])
 def test_step_coefficients(pair, target, tmp_path):
     linear = step_linear(True, bias=True)
-    constants, types = {"BI": 1024}, {"h_ptr": "*bf16", "linear": linear, "token": TOKEN}
-    constants, types = (constants, types | {"other": linear}) if pair else (constants | {"other": None}, types)
+    constants, types = {"BI": 1024, "PAIR": pair}, {"h_ptr": "*bf16", "linear": linear, "other": linear, "token": TOKEN}
     binary = compiled(step._coefficients, constants, target, 4, types, ODD)
     listing = check_resources(binary, target, tmp_path)
     assert re.search(r"dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128", listing)

@@ -250,7 +250,7 @@ def test_outside_an_episode_a_plastic_model_is_the_frozen_one():
     ("arguments", "message"),
     [
         ({"layers": [4]}, "layer 4 does not exist: this model has layers 0 to 3"),
-        ({"layers": [-1]}, "layer -1 does not exist"),
+        ({"layers": [-5]}, "layer -5 does not exist"),
         ({"layers": ["1"]}, "layer '1' does not exist"),
         ({"layers": []}, "names no linear"),
         ({"linears": ["q_proj"]}, "linear 'q_proj' does not exist: an MLP has gate_proj, up_proj, down_proj"),
