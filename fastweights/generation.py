@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def generate(
 
 def _room(state: EpisodeState, prompt: Prompt, max_new_tokens: int | None) -> int:
     """How many tokens to generate at most; refuses a number that the KV cache cannot hold, and an empty row."""
-    good = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool) and max_new_tokens >= 0
+    good = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool) and max_new_tokens >= 0
     if max_new_tokens is not None and not good:
         raise ValueError(f"generate(max_new_tokens={max_new_tokens!r}): expected a whole number, 0 or more, or None")
     ends = state.lengths

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +29,21 @@ class RowGenerator:
         Raises:
             ValueError: not one number, or not one per row; a number below 0 or above 2**63 - 1.
         """
-        one = isinstance(seed, int) and not isinstance(seed, bool)
-        if not one and (isinstance(seed, str) or not isinstance(seed, Iterable)):
+        if isinstance(seed, Integral) and not isinstance(seed, bool):
+            seeds = [int(seed) + row for row in range(len(self._rows))]
+        elif isinstance(seed, Iterable) and not isinstance(seed, str):
+            seeds = [each.item() if isinstance(each, Tensor) else each for each in seed]
+        else:
             raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1, or one per row")
-        seeds = [seed + row for row in range(len(self._rows))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(self._rows):
             raise ValueError(
                 f"seed holds {len(seeds)} numbers: expected one, or one for each of {len(self._rows)} rows"
             )
         for number in seeds:
-            if not _is(number, lambda n: 0 <= n < 1 << 63, int):
+            if not _is(number, lambda n: 0 <= n < 1 << 63, Integral):
                 raise ValueError(f"seed={number!r}: expected a whole number from 0 to 2**63 - 1, or one per row")
         for state, number in zip(self._rows, seeds, strict=True):
-            state[:] = number, 0
+            state[:] = int(number), 0
         return self
 
     def draw(self) -> Tensor:
@@ -111,7 +115,7 @@ class Sampling:
     def __post_init__(self) -> None:
         wanted = {
             "temperature": (_is(self.temperature, lambda t: 0 <= t < float("inf")), "a number >= 0"),
-            "top_k": (self.top_k is None or _is(self.top_k, lambda k: k >= 1, int), "1 or more, or None"),
+            "top_k": (self.top_k is None or _is(self.top_k, lambda k: k >= 1, Integral), "1 or more, or None"),
             "top_p": (_is(self.top_p, lambda p: 0 < p <= 1), "a number above 0 and up to 1"),
             "min_p": (_is(self.min_p, lambda p: 0 <= p <= 1), "a number from 0 to 1"),
             "repetition_penalty": (_is(self.repetition_penalty, lambda r: 0 < r < float("inf")), "a number > 0"),
@@ -187,6 +191,6 @@ class Sampling:
         return logits_BV
 
 
-def _is(value: object, good, kinds=(int, float)) -> bool:
-    """Whether `value` is a number of these kinds (and no bool) that is `good`."""
-    return isinstance(value, kinds) and not isinstance(value, bool) and good(value)
+def _is(value: object, good: Callable[[Any], bool], kind: type = Real) -> bool:
+    """Whether `value` is a number of this kind, Python's or numpy's and no bool, that is `good`."""
+    return isinstance(value, kind) and not isinstance(value, bool) and good(value)

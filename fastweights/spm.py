@@ -15,8 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces; 5 is unused, 6 a byte
-UNIGRAM, BPE = 1, 2
+from .bpe import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+
+UNIGRAM, BPE = 1, 2  # kinds of models
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from .chat import render, templates_of
 from .config import eos_ids
-from .files import one_line, read_json, write_text
+from .files import one_line, read_json, warn, write_text
 from .inputs import whole_numbers
 from .spm import SentencePieceModel
 from .stream import BYTE_TOKEN, Stream
@@ -217,6 +217,8 @@ def _backend(folder: Path, config: dict[str, Any], model: Mapping[str, Any]) -> 
     for key, piece in {**own, "unk_token": pieces.unk}.items():
         if piece is not None and _content(config.get(key)) is None:
             config[key] = piece
+    if config.get("bos_token") is not None and "add_bos_token" not in config:
+        warn(f"{folder}: tokenizer_config.json says no add_bos_token, so texts begin without BOS, as in transformers")
     if not llama and pieces.prefix and (added := config.get("added_tokens_decoder")):
         # found in the text as it is: each stretch between them gets a space in front
         config["added_tokens_decoder"] = {i: {**token, "normalized": False} for i, token in added.items()}

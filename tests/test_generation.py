@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from test_tokenizer import KINDS
@@ -288,6 +289,7 @@ def test_a_row_of_a_batch_draws_what_it_draws_alone_with_its_seed():
     batch = drawn(rows, 40)
     assert batch == [drawn([row], 40 + n)[0] for n, row in enumerate(rows)]
     assert batch[0] != batch[2]
+    assert drawn(rows, np.int64(40)) == batch == drawn(rows, torch.tensor([40, 41, 42, 43]))
     seeds = [3, 3, 3, 9]
     batch = drawn(rows, seeds)
     assert batch == [drawn([row], seed)[0] for row, seed in zip(rows, seeds, strict=True)]
@@ -335,6 +337,12 @@ def test_continuations_of_one_row_differ_and_the_first_is_the_rows_own():
         list(one.generate(None, 8, **options))
     assert tree.token_ids[0] == episode.token_ids[0]
     assert len({tuple(ids) for ids in tree.token_ids}) == 6
+
+
+def test_settings_may_be_numpys():
+    options = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.9), "seed": np.uint8(3)}
+    steps = fw.Episode(MODEL).generate([5, 6], np.int32(4), stop_token_ids=np.array([], int), **options)
+    assert len(list(steps)) == 4
 
 
 def test_a_loop_of_ones_own_gives_what_generate_gives():

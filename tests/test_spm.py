@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+import warnings
 
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from fastweights.bpe import sentencepiece_bpe
 from fastweights.spm import SentencePieceModel
 from fastweights.tokenizer import Tokenizer
 
@@ -42,6 +44,8 @@ CHARACTERS = [
 SPECIAL = ["<s>", "</s>", "<unk>", "[CTRL]", "[PAD]"]
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CLASS = {**NAMES, "tokenizer_class": "LlamaTokenizer"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*add_bos_token, so texts begin without BOS")
 
 
 @pytest.fixture(scope="session")
@@ -120,11 +124,25 @@ def test_without_a_class_the_ids_are_those_of_sentencepiece_and_transformers(tra
     assert (ours.bos_token, ours.eos_token_ids) == ("<s>", (2,))
 
 
+def test_the_same_pieces_in_a_gguf_give_the_ids_and_the_text_of_sentencepiece(trained):
+    texts, scores, kinds = zip(*SentencePieceModel.read(trained("llama")).pieces, strict=True)
+    backend = sentencepiece_bpe(list(texts), list(kinds), list(scores), unknown=0, space_prefix=True)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(trained("llama")))
+    for text in strings(2000, seed=5):
+        ids = pieces.encode(text)
+        assert backend.encode(text).ids == ids, text
+        assert backend.decode(ids) == pieces.decode(ids), text
+
+
 @pytest.mark.parametrize("bos", [True, False, None])
 @pytest.mark.parametrize("eos", [True, False, None])
 def test_bos_and_eos_are_written_where_the_config_says_so(trained, tmp_path, bos, eos):
     config = {k: v for k, v in {**CLASS, "add_bos_token": bos, "add_eos_token": eos}.items() if v is not None}
-    ours, theirs = both(trained("llama"), tmp_path, config)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ours, theirs = both(trained("llama"), tmp_path, config)
+    ours_said = [str(one.message) for one in said if "add_bos_token, so texts begin without BOS" in str(one.message)]
+    assert len(ours_said) == (bos is None)
     assert ours.encode("hello") == theirs("hello").input_ids
     assert (ours.encode("hello")[0] == 1, ours.encode("hello")[-1] == 2) == (bool(bos), bool(eos))
 
