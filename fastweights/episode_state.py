@@ -196,11 +196,16 @@ class EpisodeState:
         self.keep(address, events.counts)
         self.logs[address].write(events)
 
-    def _redo(self, change: Callable[[], None]) -> None:
-        """Makes a change that may be made again from any point of itself: an interrupt leaves it to be finished."""
-        self.journal = change
-        change()
-        self.journal = None
+    def _finish(self, change: Callable[[], None]) -> None:
+        """Makes a change that may be made again from any point of itself: what cuts it short does not stop it."""
+        try:
+            self.journal = change
+            change()
+        except BaseException:
+            change()
+            raise
+        finally:
+            self.journal = None
 
     # ---- the verbs
 
@@ -214,7 +219,7 @@ class EpisodeState:
             self.waiting, self.logits_BV, self.texts = [], None, None
             self.token_ids = [[] for _ in self.cache.lengths]
 
-        self._redo(change)
+        self._finish(change)
 
     def undo(self, events: int) -> None:
         """Takes back each ΔW's last events; the cache keeps what was read with them."""
@@ -265,7 +270,7 @@ class EpisodeState:
             self.generator.set_state(other.generator.get_state())
             self.texts = None if other.texts is None else other.texts.rows(range(self.batch_size))
 
-        self._redo(change)
+        self._finish(change)
 
     def _check_form(self, other: EpisodeState) -> None:
         if other.batch_size != self.batch_size:

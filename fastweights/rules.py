@@ -34,6 +34,9 @@ class Activation:
     def __call__(self, a: Tensor) -> Tensor:
         return self.function(a)
 
+    def __reduce__(self) -> str:
+        return self.name.upper()  # pickled as the constant of this module that it is
+
 
 def _silu_derivative(a: Tensor) -> Tensor:
     s = torch.sigmoid(a)
