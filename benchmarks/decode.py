@@ -61,7 +61,7 @@ def frozen_decode(bed: Bed, context: int = CONTEXT, steps: int = STEPS, compiled
     cuda = bed.device.type == "cuda"
     if compiled and not cuda:
         raise Unavailable("only on a GPU is transformers' step compiled")
-    peers_ = (
+    against = (
         ["transformers-static"] if compiled else ["transformers"] if cuda else ["transformers", "transformers-static"]
     )
     frozen, episode, _ = frozen_trial(bed, context, steps)
@@ -76,7 +76,7 @@ def frozen_decode(bed: Bed, context: int = CONTEXT, steps: int = STEPS, compiled
         decoder.rewind()
         return decoder.run(episode.token_ids[0][context:])[1]  # our tokens: in half precision the best two may tie
 
-    for name in peers_:
+    for name in against:
         static = name == "transformers-static"
         try:
             decoder = peers.Decoder(bed.peer, bed.ids(context).to(bed.device), steps, static)
