@@ -22,7 +22,7 @@ from .rules import (
     Local,
     Rule,
     event_value,
-    key_scale,
+    key_of,
     target_at,
     twin_event,
     twin_of,
@@ -196,8 +196,7 @@ class PlasticLinear(nn.Module):
             here = slice(t0 + c0, t0 + c1)
             row_BT = None if now.row_BT is None else now.row_BT[:, here]
             at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here], row_BT)
-            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, here]
-            return event_value(self.rule, value_of(self.rule, a, self.activation, at), norm_BC, row_BT)
+            return event_value(self.rule, value_of(self.rule, a, self.activation, at), keys.norm_BT[:, here], row_BT)
 
         if t1 - t0 == now.rows_per_column:
             # the only token that may carry a graph: gradient rules go token by token
@@ -212,8 +211,7 @@ class PlasticLinear(nn.Module):
         row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
         known = self.kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
         if known is not None:
-            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, t0:t1]
-            known = replace(known, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, t0:t1])
+            known = replace(known, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
         return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
 
     def kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:
@@ -271,10 +269,9 @@ class PlasticLinear(nn.Module):
         ):
             return shared
         h = (h_BTI if now.rows_per_column == 1 else side_by_side(h_BTI)).detach().to(dtype)
-        scale_BT = key_scale(rule, h.square().sum(-1))
-        k_BTI, bias_BT = h * scale_BT[..., None], scale_BT if rule.bias else None
-        norm_BT = None if rule.clip is None else k_BTI.norm(dim=-1)
-        now.keys = SharedKeys(h_BTI.detach(), version, form, k_BTI, bias_BT, norm_BT, {})
+        key = key_of(rule, h.square().sum(-1))
+        bias_BT = key.scale if rule.bias else None
+        now.keys = SharedKeys(h_BTI.detach(), version, form, h * key.scale[..., None], bias_BT, key.norm, {})
         return now.keys
 
 

@@ -323,8 +323,8 @@ def value_of(rule: Rule, a: Tensor, activation: Activation, at: Local) -> Tensor
     return value.to(a.dtype)
 
 
-def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor | None = None) -> Tensor:
-    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...] where it clips, row as in `Local`."""
+def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None = None) -> Tensor:
+    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...], row as in `Local`."""
     rate = rule.rate
     if isinstance(rate, tuple):
         rate_B = torch.tensor(rate, dtype=value.dtype, device=value.device)
@@ -332,11 +332,10 @@ def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor 
     return clipped(cast(Tensor, rate) * value, rule.clip, key_norm)
 
 
-def clipped(u: Tensor, clip: float | None, key_norm: Tensor | None) -> Tensor:
+def clipped(u: Tensor, clip: float | None, key_norm: Tensor) -> Tensor:
     """u_i · min(1, clip / (|u_i| ‖k‖))."""
     if clip is None:
         return u
-    assert key_norm is not None
     # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN
     return u * (clip / (u.abs() * key_norm[..., None])).clamp(max=1)
 

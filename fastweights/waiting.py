@@ -12,7 +12,7 @@ from .engine.choose import Engine
 from .episode_state import Address, EpisodeState
 from .passes import Tokens
 from .plastic import PlasticLinear
-from .rules import event_value, key_scale
+from .rules import event
 from .state.events import Events
 
 
@@ -47,11 +47,7 @@ def _events(
     grads = torch.autograd.grad(logprob, [a for a, _ in taped.values()], retain_graph=True)
     events, write_B1 = {}, rows_B[:, None].to(device)
     for (address, (_, h_BTI)), grad_BTO in zip(taped.items(), grads, strict=True):
-        rule = linears[address].rule
-        scale_BT = key_scale(rule, h_BTI.square().sum(-1))
-        k_BTI = h_BTI * scale_BT[..., None]
-        u_BTO = event_value(rule, grad_BTO, k_BTI.norm(dim=-1))
-        events[address] = Events(u_BTO, k_BTI, scale_BT if rule.bias else None, write_B1)
+        events[address] = Events(*event(linears[address].rule, h_BTI, grad_BTO), write_B1)
     return events
 
 

@@ -20,7 +20,7 @@ from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import ACTIVATIONS, PlasticLinear
-from ..rules import Local, event_value, key_scale, value_of
+from ..rules import Key, Local, event_value, key_of, value_of
 from ..state import EventLog
 from ..state.events import Events
 from ..state.factors import BUFFERS
@@ -79,21 +79,19 @@ class LogFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """What C leaves of N linears, float32: their inputs, ‖h‖², W h + b, and that with ΔW h."""
+    """What C leaves of N linears, float32: their inputs, W h + b, and that with ΔW h."""
 
     linears: list[PlasticLinear]
     here: slice  # of all records
     row_NB1: Tensor  # the row of the episode
     h_NB1I: Tensor
-    square_NB1: Tensor
     frozen_NB1O: Tensor
     a_NB1O: Tensor
 
-    def value(self, position_B1: Tensor, scale_NB1: Tensor) -> Tensor:
-        """u [N, B, 1, O] of this token, by the rule; its key is k = scale · h."""
+    def value(self, position_B1: Tensor, norm_NB1: Tensor) -> Tensor:
+        """u [N, B, 1, O] of this token, by the rule; norm is ‖k‖."""
         rule, activation = self.linears[0].rule, self.linears[0].activation
         at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1), self.row_NB1)
-        norm_NB1 = scale_NB1 if rule.clip is None else self.square_NB1.sqrt() * scale_NB1
         u_NB1O = event_value(rule, value_of(rule, self.a_NB1O, activation, at), norm_NB1, self.row_NB1)
         return u_NB1O.contiguous()
 
@@ -136,7 +134,7 @@ class Groups:
         for name, buffer in (("h", h), ("frozen", frozen), ("a", a)):
             self.records[name][here] = addresses(buffer)
         row_NB1 = torch.arange(self.rows)[:, None].expand(len(linears), -1, -1)
-        return Group(linears, here, row_NB1, h, self.square_LB1[here], frozen, a)
+        return Group(linears, here, row_NB1, h, frozen, a)
 
     def stand(self) -> bool:
         """True if every linear still has the rule it was grouped by."""
@@ -181,14 +179,14 @@ class Groups:
 
     def write(self, tokens: Tokens) -> None:
         """Writes this token's events: C puts them into their slots if every log has one free, else Python does."""
-        scales: dict[int, Tensor] = {}  # by rule
+        keys: dict[int, Key] = {}  # by rule
         events = []
         for group in self.groups:
             rule = group.linears[0].rule
-            if id(rule) not in scales:
-                scales[id(rule)] = key_scale(rule, self.square_LB1)
-            scale_NB1 = scales[id(rule)][group.here]
-            events.append((group.value(tokens.positions.position_BT, scale_NB1), scale_NB1))
+            if id(rule) not in keys:
+                keys[id(rule)] = key_of(rule, self.square_LB1)
+            scale_NB1, norm_NB1 = (each[group.here] for each in keys[id(rule)])
+            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_NB1))
         slots = [facts.slot for facts in self.facts]
         if None not in slots and self._put(events, slots):
             for linear in self.linears:
