@@ -22,6 +22,7 @@ from .record import DTYPES, make_bed, run_case, select, where
 from .results import ceilings, notes, table, write_results
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 when a check refused a case."""
     arguments = sys.argv[2:] if argv is None else list(argv)
@@ -41,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     repeats = 10 if options.repeats is None else options.repeats
     seconds = 0.25 if options.seconds is None else options.seconds
     patience = 60.0 if options.patience is None else options.patience
-    torch.set_grad_enabled(False)
     if options.threads:
         torch.set_num_threads(options.threads)
     show = Display()

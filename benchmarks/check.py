@@ -331,6 +331,7 @@ def supervised(arguments: Sequence[str]) -> int:
     return code if code >= 0 else 1
 
 
+@torch.no_grad()
 def main(options: Any, arguments: Sequence[str]) -> int:
     """0; 1 when a test or a check failed or a step crashed."""
     for name in ("model", "json"):
@@ -348,7 +349,6 @@ def main(options: Any, arguments: Sequence[str]) -> int:
         os._exit(AGAIN)
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers: they would fill the output
-    torch.set_grad_enabled(False)
     if options.threads:
         torch.set_num_threads(options.threads)
     dtype = record.DTYPES[options.dtype] if options.dtype else DTYPES[device.type]

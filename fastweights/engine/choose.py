@@ -56,6 +56,8 @@ class Engine:
         Raises:
             ValueError: the plastic linears, the dtype or the device are no longer those that the episode began with.
         """
+        if self.watch is not None and self.watch.stands():  # also where somebody detached and attached the same again
+            return self.watch
         watch = standing(self.model)
         if watch is not self.watch:
             _check_linears(self.linears, self.model)
