@@ -92,6 +92,7 @@ def reader(smollm2, smollm2_folder, monkeypatch, tmp_path):
         return smollm2 if default else real(name, dtype, **options)
 
     monkeypatch.setattr(fw, "load", load)
+    monkeypatch.setenv("COLUMNS", "100")  # the pages show a terminal of this width
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     origin = smollm2_folder / "README.md"
