@@ -58,6 +58,8 @@ class FastWeights:
         return self._log(layer, linear, episode, row).effective_rank(row)
 
     def _log(self, layer: int, linear: str, episode: Episode | None, row: int) -> EventLog:
+        depth = len(self.model.model.layers)
+        layer = layer + depth if -depth <= layer < 0 else layer
         if (layer, linear) not in self.linears:
             raise ValueError(
                 f"layer {layer} {linear!r} is not plastic here; plastic are "

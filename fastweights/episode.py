@@ -39,15 +39,6 @@ class Episode:
             input_ids reads ΔW as it was before that column; then its written tokens make one event each, in the
             order of the rows. So a prompt may be split between columns and gives the same.
 
-    Attributes:
-        logits: [B, V] after the last token of each row, a copy; None before the first token.
-        token_ids: the tokens that each row has read.
-        generator: where sampled tokens are drawn from, for each row by itself: see `fw.Sampling.choose`.
-        length, lengths: tokens so far, of the longest row and of each.
-        events, event_counts: events so far, of the row and linear with the most, and of each linear and row.
-        path: what the last pass ran on, "modules", "cpu" or "cuda"; None before the first.
-        why: why that pass did not run on the faster ones, {path: reason}.
-
     Example:
         fw.attach(model, layers=[11, 12, 13], rule=fw.Hebbian(rate=0.01))
         episode = fw.Episode(model)
@@ -81,14 +72,17 @@ class Episode:
 
     @property
     def batch_size(self) -> int:
+        """Rows."""
         return self.state.batch_size
 
     @property
     def shared(self) -> bool:
+        """Whether the rows read and write one ΔW."""
         return self.state.shared
 
     @property
     def cache(self) -> KVCache:
+        """Keys and values of every layer."""
         return self.state.cache
 
     @property
@@ -103,35 +97,43 @@ class Episode:
 
     @property
     def logits(self) -> Tensor | None:
+        """[B, V] after the last token of each row, a copy; None before the first token."""
         logits_BV = self.state.logits_BV
         return None if logits_BV is None else logits_BV.clone()
 
     @property
     def token_ids(self) -> list[list[int]]:
+        """The tokens that each row has read, a copy."""
         return [list(ids) for ids in self.state.token_ids]
 
     @property
     def length(self) -> int:
+        """Tokens so far, of the longest row."""
         return self.cache.length
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens so far, of each row."""
         return self.state.lengths
 
     @property
     def events(self) -> int:
+        """Events so far, of the row and linear with the most."""
         return max((max(log.event_counts) for log in self.logs.values()), default=0)
 
     @property
     def event_counts(self) -> dict[Address, list[int]]:
+        """Events so far of each plastic linear, a number per row; one number where the rows share ΔW."""
         return self.state.event_counts
 
     @property
     def path(self) -> str | None:
+        """What the last pass ran on: "modules", "cpu" or "cuda"; None before the first."""
         return self.engine.path
 
     @property
     def why(self) -> dict[str, str]:
+        """Why the last pass did not run on the paths before it: {path: reason}."""
         return dict(self.engine.why)
 
     # ---- reading and writing
@@ -240,7 +242,7 @@ class Episode:
         Raises:
             ValueError: tokens, sites, columns or events that do not exist.
         """
-        with self.state.alone():
+        with self.state.alone(changes=False):
             self.engine.check()
             return probe(
                 self.model, self.state, input_ids, sites, at, attention_mask, logits, positions, budget_bytes, progress
@@ -253,12 +255,12 @@ class Episode:
             print(episode.drift())                     # a table, what moved most first
             episode.drift().rows[0].relative           # ‖ΔW‖_F / ‖W‖_F of the first plastic linear
         """
-        with self.state.alone():
+        with self.state.alone(changes=False):
             return drift(self.logs, {address: weight_norm(linear) for address, linear in self.engine.linears.items()})
 
     def delta_weight(self, layer: int, linear: str, row: int = 0) -> Tensor:
         """ΔW of one linear in one row, dense [O, I]."""
-        with self.state.alone():
+        with self.state.alone(changes=False):
             return self.logs[layer, linear].delta_weight(row)
 
     # ---- moving through time
@@ -270,7 +272,7 @@ class Episode:
 
     def snapshot(self) -> EpisodeState:
         """A copy of everything that moves."""
-        with self.state.alone():
+        with self.state.alone(changes=False):
             return self.state.clone()
 
     def restore(self, snapshot: EpisodeState) -> None:
@@ -300,7 +302,7 @@ class Episode:
         chosen = list(range(self.batch_size)) if rows is None else list(rows)
         if not chosen or any(not isinstance(r, int) or not 0 <= r < self.batch_size for r in chosen):
             raise ValueError(f"fork(rows={chosen}): this episode has rows 0 to {self.batch_size - 1}")
-        with self.state.alone():
+        with self.state.alone(changes=False):
             child = Episode(self.model, len(chosen), self.max_length, self.shared)
             if rows is None:
                 child.state.copy_from(self.state)
@@ -347,7 +349,7 @@ class Episode:
         Raises:
             ValueError: a gradient event waits that could not be differentiated again after loading.
         """
-        with self.state.alone():
+        with self.state.alone(changes=False):
             check_waiting(self.state, self.engine.linears)
             files.save(self.state, self.model, self.engine.linears, Path(path))
 

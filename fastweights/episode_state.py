@@ -106,13 +106,13 @@ class EpisodeState:
     # ---- one thread at a time, and all of a change or nothing
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, changes: bool = True) -> Iterator[None]:
         """Runs a verb of this life, once whatever was cut short before is put right.
 
         Raises:
-            ValueError: another thread runs one.
+            ValueError: another thread runs one, or this thread does and the new one changes something.
         """
-        held = False
+        held = counted = False
         try:
             held = self.lock.acquire(blocking=False)
             if not held:
@@ -122,11 +122,16 @@ class EpisodeState:
                 )
             if self.depth == 0:
                 self.recover()
-            self.depth += 1
+            elif changes:
+                raise ValueError(
+                    "this episode is in the middle of a call: a hook or callback may look at it, not change it"
+                )
+            self.depth, counted = self.depth + 1, True
             yield
         finally:
-            if held:
+            if counted:
                 self.depth -= 1
+            if held:
                 self.lock.release()
 
     def recover(self) -> None:

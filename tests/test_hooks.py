@@ -105,3 +105,16 @@ def test_a_hook_that_looks_at_the_episode_during_a_pass_sees_it_whole_again_afte
     handle.remove()
     assert seen == [(5, 10)]
     assert (episode.length, episode.events) == (5, 5)
+
+
+def test_a_hook_that_would_change_its_own_episode_is_refused_and_nothing_is_half_done():
+    model, ids = tiny(), prompt(1, 5)
+    fw.attach(model, [1], fw.Hebbian(rate=0.1))
+    episode = fw.Episode(model)
+    handle = model.model.layers[2].register_forward_hook(lambda *_: episode.feed(ids) and None)
+    with pytest.raises(ValueError, match="this episode is in the middle of a call"):
+        episode.feed(ids)
+    handle.remove()
+    assert (episode.length, episode.events) == (0, 0)
+    episode.feed(ids)
+    assert (episode.length, episode.events) == (5, 5)
