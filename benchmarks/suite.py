@@ -42,20 +42,8 @@ def run_tests(folder: Path, log: Path, seconds: float, say: Callable[[str], None
         summary = f"no tests that use a GPU in {folder}"
         return {"summary": summary, "counts": {}, "failures": [], "finished": False, "seconds": 0}
     workers = min(8, (os.cpu_count() or 1) // 2) if importlib.util.find_spec("xdist") else 0
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-v",
-        "-rfE",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-    ]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-n", str(workers)] if workers > 1 else []
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(folder.parent), *filter(None, [environment.get("PYTHONPATH")])]
