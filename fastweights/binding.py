@@ -4,9 +4,56 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
+
+
+class Call:
+    """A `with` block, which runs for as long as its generator does: an interrupt cannot leave it standing."""
+
+    def __init__(self, manager: Any):
+        self.generator, self.thread = weakref.ref(manager.gen), threading.get_ident()
+
+    @property
+    def runs(self) -> bool:
+        generator = self.generator()
+        return generator is not None and generator.gi_frame is not None
+
+
+class Calls:
+    """The `with` blocks of one kind that run now, in the order in which they began. It needs no lock.
+
+    A block enters itself first and looks for others then. So of two that begin at once, at least one sees the other.
+    """
+
+    def __init__(self) -> None:
+        self.entered: list[Call] = []
+
+    def enter(self, manager: AbstractContextManager) -> AbstractContextManager:
+        """Enters a block, made by a function under `contextlib.contextmanager`, that is about to begin."""
+        self.entered.append(Call(manager))
+        return manager
+
+    def running(self) -> list[Call]:
+        """Those that run."""
+        for call in list(self.entered):
+            if not call.runs:
+                with contextlib.suppress(ValueError):  # another thread has removed it
+                    self.entered.remove(call)
+        return list(self.entered)
+
+    def here(self) -> int:
+        """How many run in this thread."""
+        thread = threading.get_ident()
+        return sum(call.thread == thread for call in self.running())
+
+    def elsewhere(self) -> bool:
+        """Whether one runs in another thread that began before those of this thread."""
+        running, thread = self.running(), threading.get_ident()
+        return bool(running) and running[0].thread != thread
 
 
 class _Mine(threading.local):
@@ -24,8 +71,7 @@ class Binding:
 
     def __init__(self) -> None:
         self.mine = _Mine()
-        self.lock = threading.Lock()
-        self.running: list[int] = []  # a thread for each pass that runs now
+        self.passes, self.changes = Calls(), Calls()
         self.last_of_all: weakref.ref | None = None
         self.made: weakref.ref | None = None  # the life that was made last, which may not have run
         self.watch: Any = None  # see `watch.standing`
@@ -41,12 +87,15 @@ class Binding:
         lives = (ref() for ref in (self.mine.last, self.last_of_all, self.made) if ref is not None)
         return next((life for life in lives if life is not None), None)
 
-    @contextlib.contextmanager
-    def bound(self, now: Any, life: Any) -> Iterator[None]:
+    def bound(self, now: Any, life: Any) -> AbstractContextManager:
         """Runs a pass of one life: the linears see `now` in this thread, and nothing afterwards, whatever happens."""
-        before, thread = self.mine.now, threading.get_ident()
-        with self.lock:
-            self.running.append(thread)
+        return self.passes.enter(self._bound(now, life))
+
+    @contextlib.contextmanager
+    def _bound(self, now: Any, life: Any) -> Iterator[None]:
+        before = self.mine.now if self.passes.here() > 1 else None
+        while self.changes.running() and not self.changes.here():
+            time.sleep(0)  # modules are being swapped: that is over at once
         try:
             self.mine.now = now
             if self.mine.last is None or self.mine.last() is not life:
@@ -55,21 +104,21 @@ class Binding:
             yield
         finally:
             self.mine.now = before
-            with self.lock:
-                self.running.remove(thread)
 
-    @contextlib.contextmanager
-    def changed(self, what: str) -> Iterator[None]:
+    def changed(self, what: str) -> AbstractContextManager:
         """Changes the model's modules while no pass runs on it.
 
         Raises:
             ValueError: a pass runs, in this thread or another; nothing has changed then.
         """
-        with self.lock:
-            if self.running:
-                here = "this thread" if threading.get_ident() in self.running else "another thread"
-                raise ValueError(f"{what} while a pass of this model runs in {here}: expected none")
-            yield
+        return self.changes.enter(self._changed(what))
+
+    @contextlib.contextmanager
+    def _changed(self, what: str) -> Iterator[None]:
+        if self.passes.running():
+            here = "this thread" if self.passes.here() else "another thread"
+            raise ValueError(f"{what} while a pass of this model runs in {here}: expected none")
+        yield
 
     def __deepcopy__(self, memo: dict) -> Binding:
         return Binding()

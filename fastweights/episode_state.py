@@ -7,14 +7,15 @@ is undone by `attempt`. Each part has the same verbs.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .binding import Calls
 from .cache import KVCache
 from .sampling import RowGenerator
 from .state import EventLog
@@ -72,8 +73,7 @@ class EpisodeState:
         # what puts a change that was cut short right: set before the change begins, None once it is whole
         self.journal: Callable[[], None] | None = None
         self.before: Before | None = None  # what the attempt that runs now goes back to
-        self.lock = threading.RLock()
-        self.depth = 0  # calls of this life's verbs that are running, one inside the other
+        self.calls = Calls()  # of this life's verbs
 
     @property
     def lengths(self) -> list[int]:
@@ -105,34 +105,28 @@ class EpisodeState:
 
     # ---- one thread at a time, and all of a change or nothing
 
-    @contextlib.contextmanager
-    def alone(self, changes: bool = True) -> Iterator[None]:
+    def alone(self, changes: bool = True) -> AbstractContextManager:
         """Runs a verb of this life, once whatever was cut short before is put right.
 
         Raises:
             ValueError: another thread runs one, or this thread does and the new one changes something.
         """
-        held = counted = False
-        try:
-            held = self.lock.acquire(blocking=False)
-            if not held:
-                raise ValueError(
-                    "this episode is running in another thread: expected one thread at a time (make an episode per "
-                    "thread, or fork() it)"
-                )
-            if self.depth == 0:
-                self.recover()
-            elif changes:
-                raise ValueError(
-                    "this episode is in the middle of a call: a hook or callback may look at it, not change it"
-                )
-            self.depth, counted = self.depth + 1, True
-            yield
-        finally:
-            if counted:
-                self.depth -= 1
-            if held:
-                self.lock.release()
+        return self.calls.enter(self._alone(changes))
+
+    @contextlib.contextmanager
+    def _alone(self, changes: bool) -> Iterator[None]:
+        if self.calls.elsewhere():
+            raise ValueError(
+                "this episode is running in another thread: expected one thread at a time (make an episode per "
+                "thread, or fork() it)"
+            )
+        if self.calls.here() == 1:
+            self.recover()
+        elif changes:
+            raise ValueError(
+                "this episode is in the middle of a call: a hook or callback may look at it, not change it"
+            )
+        yield
 
     def recover(self) -> None:
         """Puts right what an interrupt cut short: goes back to before an attempt, or finishes a change."""
