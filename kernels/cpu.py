@@ -27,6 +27,13 @@ MOST_TOKENS = 128  # of scan.c: a block
 
 
 @functools.cache
+def mkl_uses_avx512() -> bool:
+    """Whether torch's own products of many rows are the faster ones: MKL uses AVX-512 on Intel's processors alone."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "GenuineIntel" in cpu.read_text()
+
+
+@functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None with a warning that says why. FASTWEIGHTS_CC="" asks for None."""
     compiler = os.environ.get("FASTWEIGHTS_CC", "cc")

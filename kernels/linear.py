@@ -1,7 +1,7 @@
 """linear: W h + b, and the products of the scan and the read.
 
-On a CPU a few rows of float32 or bfloat16 go to a product in C that reads W once at memory speed, and more rows of
-float32 to another where there is AVX-512, which MKL leaves unused on processors that are not Intel's: less than half of
+On a CPU a few rows of float32 or bfloat16 go to a product in C that reads W once at memory speed. More rows of float32
+go to another where there is AVX-512 and MKL leaves it unused, on processors that are not Intel's: less than half of
 torch's time on Zen 5. Everything else, and whatever is differentiated or traced, is torch's.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .cpu import ACROSS, MOST_ROWS, TALL, library
+from .cpu import ACROSS, MOST_ROWS, TALL, library, mkl_uses_avx512
 
 LEAST_WEIGHTS = 1 << 16  # of a few rows: below this a product costs less than waking the threads
 LEAST_TERMS = 1 << 19  # of more rows
@@ -80,7 +80,7 @@ def _columns(helper: ctypes.CDLL, y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor,
 def _many(helper: ctypes.CDLL, x: Tensor, rows: int, O: int, I: int) -> bool:
     """Whether the product of many rows is there, takes this one, and is worth it."""
     fits = rows >= TALL and O >= TALL and rows * O * I >= LEAST_TERMS
-    return fits and x.dtype == torch.float32 and hasattr(helper, "product_rows")
+    return fits and x.dtype == torch.float32 and hasattr(helper, "product_rows") and not mkl_uses_avx512()
 
 
 def c_library_for(h: Tensor, *others: Tensor | None) -> ctypes.CDLL | None:
