@@ -64,10 +64,13 @@ Rate = float | Sequence[float] | Tensor  # a rule keeps a float, or a tuple of o
 class Rule(Protocol):
     """The protocol of a rule; any object with these attributes is one.
 
-    `value(a, z, at)` returns [..., O] like a. `neuron_local` promises that entry i of it depends on
-    entry i of its arguments alone; such rules run over a whole prompt in one pass. A rule that the kernels know also
-    has `twin`, a `Twin`; they run it instead of `value`, Triton's wherever they run and the one in C for a prompt in
-    float32 on a CPU. `mu` None means the key is h itself. `rate` is a number, or a tuple of one per row of the episode.
+    `value(a, z, at)` returns a tensor [..., O] like a. It is pure: the same arguments give the same values, nothing
+    else changes, and it is called any number of times, with any number of tokens and linears in the leading
+    dimensions. `neuron_local` promises that entry i of it depends on entry i of its arguments alone; such rules run
+    over a whole prompt in one pass, which calls `value` again until nothing changes. Neither can be checked: a rule
+    that breaks them gives wrong numbers. `mu` None means the key is h itself. `rate` is a number, or a tuple of one per
+    row of the episode. A rule that the kernels know also has `twin`, a `Twin`; they run it instead of `value`, Triton's
+    wherever they run and the one in C for a prompt in float32 on a CPU.
     """
 
     @property

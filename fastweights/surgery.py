@@ -111,7 +111,7 @@ def surgery(
     context: str,
     question: str,
     answers: Sequence[str],
-    layers: Sequence[int],
+    layers: int | Sequence[int] | str,
     rule: Rule,
     linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
     rank: int = 64,
@@ -165,14 +165,19 @@ def surgery(
     positions = torch.arange(len(ids))[None]
     if not max_new_tokens and not written(update, torch.tensor([ids]), positions, generated=False).any():
         raise ValueError(f"update={update!r} writes none of the context's {len(ids)} tokens")
-    attach(model, layers, rule, linears, rank, overflow, budget=budget, over_budget=over_budget)
+    fast = attach(model, layers, rule, linears, rank, overflow, budget=budget, over_budget=over_budget)
     try:
         exam = Exam(model, tokenizer, context, question, answers)
         record = _run(Episode(model), tokenizer, exam, ids, update, max_new_tokens, probe_every, on_event, progress)
     finally:
         detach(model)
-    settings: dict = {"context": context, "question": question, "rule": repr(rule), "layers": [*layers]}
-    settings |= {"linears": [*linears], "rank": rank, "overflow": overflow, "dtype": str(model.dtype)[6:]}
+    settings: dict = {
+        "context": context,
+        "question": question,
+        "rule": repr(rule),
+        "layers": sorted({layer for layer, _ in fast.linears}),
+    }
+    settings |= {"linears": [linears] if isinstance(linears, str) else [*linears], "rank": rank, "overflow": overflow, "dtype": str(model.dtype)[6:]}
     settings |= {"budget": budget, "over_budget": over_budget}
     said = update if isinstance(update, (str, list)) else repr(update)
     settings |= {"device": str(model.device), "update": said}

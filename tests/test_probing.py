@@ -159,3 +159,14 @@ def test_a_moment_of_layers_that_are_not_plastic_is_refused(moment, message):
     episode.feed(prompt(1, 4))
     with pytest.raises(ValueError, match=message):
         episode.probe(prompt(1, 3), at=[moment])
+
+
+def test_one_moment_and_moments_in_a_tensor_are_taken():
+    model, ids = tiny(), prompt(1, 5)
+    fw.attach(model, [1], fw.Hebbian(rate=0.2))
+    episode = fw.Episode(model)
+    episode.feed(ids)
+    exact = episode.probe(ids, at=[2, 3]).logits
+    assert torch.equal(episode.probe(ids, at=torch.tensor([2, 3])).logits, exact)
+    for at in (3, torch.tensor(3), fw.Moment(3)):
+        torch.testing.assert_close(episode.probe(ids, at=at).logits, exact[1:])

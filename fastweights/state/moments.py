@@ -36,13 +36,15 @@ class Moment:
     layers: Sequence[int] | None = None
     linears: Sequence[str] | None = None
 
-    def slot_weights(self, log: EventLog, site: tuple[int, str], row: int) -> Tensor:
+    def slot_weights(self, log: EventLog, address: tuple[int, str], row: int) -> Tensor:
         """w of every slot of one linear and row, [slots]."""
         latest = log.event_counts[row]
         w_R = log.weights_at([latest if self.events is None else min(self.events, latest)], row)[0]
         if self.minus is not None:
             w_R = w_R - log.weights_at([min(self.minus, latest)], row)[0]
-        here = (self.layers is None or site[0] in self.layers) and (self.linears is None or site[1] in self.linears)
+        here = (self.layers is None or address[0] in self.layers) and (
+            self.linears is None or address[1] in self.linears
+        )
         if not here:
             return torch.zeros_like(w_R)
         named = [*self.without, *self.scale]
@@ -56,10 +58,10 @@ class Moment:
             w_R = torch.where(number_R == event, w_R * factor, w_R)
         return w_R
 
-    def check(self, latest: int, sites: Collection[tuple[int, str]]) -> None:
+    def check(self, latest: int, addresses: Collection[tuple[int, str]]) -> None:
         """Refuses events that have not happened (`latest` events have), and layers and linears that are not plastic."""
         for name, wanted, n in (("layer", self.layers, 0), ("linear", self.linears, 1)):
-            plastic = sorted({site[n] for site in sites}, key=str)
+            plastic = sorted({address[n] for address in addresses}, key=str)
             for one in () if wanted is None else wanted:
                 if one not in plastic:
                     raise ValueError(f"probe(at=...) names {name} {one!r}, but plastic are {plastic}")
@@ -72,19 +74,23 @@ class Moment:
             raise ValueError("probe(at=...) leaves out or scales event 0: events are numbered from 1")
 
 
-At = str | Sequence[int | Moment]
+At = str | int | Moment | Sequence[int | Moment] | Tensor
 
 
-def moments(at: At, latest: int, sites: Collection[tuple[int, str]]) -> list[Moment]:
-    """The moments that `at` names: "every", or a list of event numbers and Moments."""
+def moments(at: At, latest: int, addresses: Collection[tuple[int, str]]) -> list[Moment]:
+    """The moments that `at` names: "every", an event number or Moment, or a list of them."""
     if isinstance(at, str) and at == "every":
         return [Moment(events=n) for n in range(latest + 1)]
+    if hasattr(at, "tolist"):  # a tensor, an array or a number of either
+        at = at.tolist()
+    if isinstance(at, (int, Moment)) and not isinstance(at, bool):
+        at = [at]
     if isinstance(at, str) or not isinstance(at, Sequence) or not len(at):
-        raise ValueError(f"probe(at={at!r}): expected 'now', 'every', or a list of event numbers and fw.Moment")
+        raise ValueError(f"probe(at={at!r}): expected 'now', 'every', or a list of event numbers and fw.Moment, or one")
     named = cast(Sequence[int | Moment], at)
     wanted = [moment if isinstance(moment, Moment) else Moment(events=moment) for moment in named]
     for moment in wanted:
-        moment.check(latest, sites)
+        moment.check(latest, addresses)
     return wanted
 
 
@@ -94,8 +100,8 @@ def delta_norms(logs: Mapping[tuple[int, str], EventLog], events: Sequence[int],
     ‖Σ_j w_j u_j k_jᵀ‖² = Σ_ij w_i w_j (u_i·u_j)(k_i·k_j).
     """
     square_M = torch.zeros(len(events), dtype=torch.float64)
-    for site, log in logs.items():
+    for address, log in logs.items():
         U_RO, K_RI = (factor[row].double() for factor in log.moment_factors()[:2])
-        w_MR = torch.stack([Moment(n).slot_weights(log, site, row) for n in events]).double()
+        w_MR = torch.stack([Moment(n).slot_weights(log, address, row) for n in events]).double()
         square_M += (w_MR @ ((U_RO @ U_RO.T) * (K_RI @ K_RI.T)) * w_MR).sum(1).cpu()
     return square_M.clamp(min=0).sqrt()
