@@ -177,7 +177,8 @@ def surgery(
         "rule": repr(rule),
         "layers": sorted({layer for layer, _ in fast.linears}),
     }
-    settings |= {"linears": [linears] if isinstance(linears, str) else [*linears], "rank": rank, "overflow": overflow, "dtype": str(model.dtype)[6:]}
+    names = [linears] if isinstance(linears, str) else [*linears]
+    settings |= {"linears": names, "rank": rank, "overflow": overflow, "dtype": str(model.dtype)[6:]}
     settings |= {"budget": budget, "over_budget": over_budget}
     said = update if isinstance(update, (str, list)) else repr(update)
     settings |= {"device": str(model.device), "update": said}
