@@ -46,7 +46,7 @@ class Before:
     generator: Tensor
     texts: Texts | None
     event_counts: dict[Address, list[int]]
-    scaled: dict[Address, list[list[int]]]  # of each log and its archive
+    scaled: dict[Address, list[list[int]]]  # of each log with a budget, and of its archive
     kept: dict[Address, EventLog] = field(default_factory=dict)  # copies of logs that could not be rolled back
 
 
@@ -148,7 +148,7 @@ class EpisodeState:
             generator=self.generator.get_state(),
             texts=self.texts,
             event_counts=self.event_counts,
-            scaled={address: [list(part.scaled) for part in log.parts] for address, log in self.logs.items()},
+            scaled={a: [list(part.scaled) for part in log.parts] for a, log in self.logs.items() if log.budget},
         )
         self.journal = self._go_back
         try:
@@ -169,7 +169,7 @@ class EpisodeState:
             if address in before.kept:
                 log.copy_from(before.kept[address])
             log.roll_back(before.event_counts[address])
-            for part, scaled in zip(log.parts, before.scaled[address], strict=True):
+            for part, scaled in zip(log.parts, before.scaled.get(address, ()), strict=False):
                 part.scaled = list(scaled)  # a roll-back that was cut short may have counted them twice
         self.waiting, self.logits_BV = list(before.waiting), before.logits_BV
         for ids, tokens in zip(self.token_ids, before.tokens, strict=True):

@@ -19,6 +19,7 @@ from .passes import Tokens
 from .plastic import PlasticLinear
 from .state.budget import OneByOne
 from .waiting import settle
+from .watch import Watch
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ class Reader:
             ValueError: the tokens, the update or an event is refused; nothing has changed then.
         """
         state = self.state
-        self.engine.check()
+        watch = self.engine.check()
         positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
         write_BT = written(update, ids_BT, positions.position_BT, generated)
         if positions.real_BT is not None:
@@ -49,19 +50,19 @@ class Reader:
         state.cache.reserve(positions.end)
         try:
             with state.attempt():
-                return self._columns(tokens) if by_column else self._whole(tokens)
+                return self._columns(tokens) if by_column else self._whole(tokens, watch)
         except OneByOne:
             with state.attempt():
                 return self._columns(tokens)
 
-    def _whole(self, tokens: Tokens) -> Tensor:
+    def _whole(self, tokens: Tokens, watch: Watch) -> Tensor:
         """All tokens in one pass."""
         positions = tokens.positions
         if self.state.waiting:
             real_BT = positions.real_or_all_BT
             first_B1 = real_BT.int().argmax(1, keepdim=True)
             settle(self.state, self.linears, tokens.ids_BT.gather(1, first_B1)[:, 0], real_BT.any(1))
-        out_BTV = self.engine.run(tokens)
+        out_BTV = self.engine.run(tokens, watch)
         self._remember(tokens, out_BTV if out_BTV.shape[1] == 1 else positions.last(out_BTV))
         return out_BTV
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -167,12 +168,11 @@ def _choose(state: EpisodeState, logits_BV: Tensor, rows: list[int], sampling: S
     seen, generator = state.token_ids, state.generator
     if len(rows) < len(seen):
         logits_BV, seen, generator = logits_BV[rows], [seen[row] for row in rows], generator.of(rows)
-    best_B, chosen_B = logits_BV.amax(-1), sampling.choose(logits_BV, seen, generator)
-    both_2B = torch.stack((best_B.double(), chosen_B.to(best_B.device).double())).cpu()  # one wait for the device
-    for row, finite in zip(rows, both_2B[0].isfinite().tolist(), strict=True):
-        if not finite:
+    best, chosen = logits_BV.amax(-1).tolist(), sampling.choose(logits_BV, seen, generator).tolist()
+    for row, value in zip(rows, best, strict=True):
+        if not math.isfinite(value):
             raise ValueError(
                 f"the logits of row {row} are not finite after {state.lengths[row]} tokens: no token was chosen; "
                 "restore a snapshot, or begin again with a smaller rate or a budget"
             )
-    return both_2B[1].long().tolist()
+    return chosen

@@ -48,7 +48,7 @@ class SharedKeys:
     form: tuple  # (mu, bias, decay, clip) of the rule
     k_BTI: Tensor
     bias_BT: Tensor | None
-    norm_BT: Tensor  # ‖k‖
+    norm_BT: Tensor | None  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
 
 

@@ -196,7 +196,8 @@ class PlasticLinear(nn.Module):
             here = slice(t0 + c0, t0 + c1)
             row_BT = None if now.row_BT is None else now.row_BT[:, here]
             at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here], row_BT)
-            return event_value(self.rule, value_of(self.rule, a, self.activation, at), keys.norm_BT[:, here], row_BT)
+            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, here]
+            return event_value(self.rule, value_of(self.rule, a, self.activation, at), norm_BC, row_BT)
 
         if t1 - t0 == now.rows_per_column:
             # the only token that may carry a graph: gradient rules go token by token
@@ -211,7 +212,8 @@ class PlasticLinear(nn.Module):
         row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
         known = self.kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
         if known is not None:
-            known = replace(known, norm_BT=keys.norm_BT[:, t0:t1], frozen_BTO=frozen_BTO[:, t0:t1])
+            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, t0:t1]
+            known = replace(known, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, t0:t1])
         return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
 
     def kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:

@@ -326,8 +326,8 @@ def value_of(rule: Rule, a: Tensor, activation: Activation, at: Local) -> Tensor
     return value.to(a.dtype)
 
 
-def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None = None) -> Tensor:
-    """u = rate · value with the rule's clip; value [..., O], key_norm = ‖k‖ [...], row as in `Local`."""
+def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor | None = None) -> Tensor:
+    """u = rate · value with the rule's clip, which needs key_norm = ‖k‖ [...]; value [..., O], row as in `Local`."""
     rate = rule.rate
     if isinstance(rate, tuple):
         rate_B = torch.tensor(rate, dtype=value.dtype, device=value.device)
@@ -335,9 +335,9 @@ def event_value(rule: Rule, value: Tensor, key_norm: Tensor, row: Tensor | None 
     return clipped(cast(Tensor, rate) * value, rule.clip, key_norm)
 
 
-def clipped(u: Tensor, clip: float | None, key_norm: Tensor) -> Tensor:
+def clipped(u: Tensor, clip: float | None, key_norm: Tensor | None) -> Tensor:
     """u_i · min(1, clip / (|u_i| ‖k‖))."""
-    if clip is None:
+    if clip is None or key_norm is None:
         return u
     # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN
     return u * (clip / (u.abs() * key_norm[..., None])).clamp(max=1)
@@ -352,16 +352,16 @@ class Event(NamedTuple):
 
 
 class Key(NamedTuple):
-    """The key k = scale · h of each token, [...]; scale is the bias key as well, and norm is ‖k‖."""
+    """The key k = scale · h of each token, [...]; scale is the bias key as well. norm is ‖k‖, None without a clip."""
 
     scale: Tensor
-    norm: Tensor
+    norm: Tensor | None
 
 
 def key_of(rule: Rule, square: Tensor) -> Key:
     """The key of tokens of which `square` is ‖h‖², [...]."""
     scale = key_scale(rule, square)
-    return Key(scale, square.sqrt() * scale)
+    return Key(scale, None if rule.clip is None else square.sqrt() * scale)
 
 
 def event(rule: Rule, h: Tensor, value: Tensor, row: Tensor | None = None) -> Event:

@@ -107,7 +107,9 @@ def test_rows_of_a_ragged_batch_are_scaled_alone(rule):
 
 def passes(monkeypatch):
     widths, run = [], Engine.run
-    monkeypatch.setattr(Engine, "run", lambda self, tokens: widths.append(tokens.ids_BT.shape[1]) or run(self, tokens))
+    monkeypatch.setattr(
+        Engine, "run", lambda self, tokens, *rest: widths.append(tokens.ids_BT.shape[1]) or run(self, tokens, *rest)
+    )
     return widths
 
 

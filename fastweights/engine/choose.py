@@ -70,9 +70,12 @@ class Engine:
             self.watch = watch
         return watch
 
-    def run(self, tokens: Tokens) -> Tensor:
-        """The logits of one pass, [B, T, V] or, if only the last are wanted, [B, 1, V]."""
-        watch, why = self.check(), dict[str, str]()
+    def run(self, tokens: Tokens, watch: Watch | None = None) -> Tensor:
+        """The logits of one pass, [B, T, V] or, if only the last are wanted, [B, 1, V].
+
+        watch: what `check` gave just now; None: it is asked here.
+        """
+        watch, why = watch or self.check(), dict[str, str]()
         for path in self.paths:
             reason = path.refuses(tokens, watch)
             if reason is None:

@@ -88,8 +88,8 @@ class Group:
     frozen_NB1O: Tensor
     a_NB1O: Tensor
 
-    def value(self, position_B1: Tensor, norm_NB1: Tensor) -> Tensor:
-        """u [N, B, 1, O] of this token, by the rule; norm is ‖k‖."""
+    def value(self, position_B1: Tensor, norm_NB1: Tensor | None) -> Tensor:
+        """u [N, B, 1, O] of this token, by the rule; norm is ‖k‖, where it clips."""
         rule, activation = self.linears[0].rule, self.linears[0].activation
         at = Local(self.frozen_NB1O, activation, position_B1.expand(len(self.linears), -1, -1), self.row_NB1)
         u_NB1O = event_value(rule, value_of(rule, self.a_NB1O, activation, at), norm_NB1, self.row_NB1)
@@ -185,8 +185,9 @@ class Groups:
             rule = group.linears[0].rule
             if id(rule) not in keys:
                 keys[id(rule)] = key_of(rule, self.square_LB1)
-            scale_NB1, norm_NB1 = (each[group.here] for each in keys[id(rule)])
-            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_NB1))
+            scale_LB1, norm_LB1 = keys[id(rule)]
+            norm_NB1 = None if norm_LB1 is None else norm_LB1[group.here]
+            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_LB1[group.here]))
         slots = [facts.slot for facts in self.facts]
         if None not in slots and self._put(events, slots):
             for linear in self.linears:

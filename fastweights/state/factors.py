@@ -192,6 +192,8 @@ class Factors:
 
     def fold_full_rows(self, before: Sequence[int]) -> None:
         """Folds the rows that were filled since they had `before` events."""
+        if self.overflow != "compress":
+            return
         for row, (n, was) in enumerate(zip(self.event_counts, before, strict=True)):
             if n != was and self.slots.last_fold(n) == n:
                 self._fold(row)
