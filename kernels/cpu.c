@@ -42,7 +42,7 @@ INLINE float total(lanes s) {
 }
 
 /* How a fetch ahead treats the caches, measured: AMD's processors stream fastest past them; Intel's reach half of their
-   stream that way (a Xeon of 2023: 11 GB/s of 24, and 25 through the caches). */
+   stream that way (a Xeon with AMX: 11 GB/s of 24, and 25 through the caches). */
 #if defined(__znver1__) || defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 enum { CACHES = 0 };
 #else
