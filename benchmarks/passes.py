@@ -143,7 +143,7 @@ def overflow(bed: Bed, tokens: int = 512, rank: int = 64) -> Experiment:
 
 
 def moments(
-    bed: Bed, events: int = 128, tokens: int = 45, counts: Sequence[int] = (8, 32, 128), budget_bytes: int = 1 << 28
+    bed: Bed, events: int = 128, tokens: int = 45, counts: Sequence[int] = (8, 32, 128), max_bytes: int = 4 << 30
 ) -> Experiment:
     """A probe of many moments, spread evenly over the episode, against one probe of the last."""
     layers = bed.layers()
@@ -155,7 +155,7 @@ def moments(
     batches: list[str] = []
 
     def batched(count: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        return episode.probe(question, at=at[count], logits="last", budget_bytes=budget_bytes, progress=progress).logits
+        return episode.probe(question, at=at[count], logits="last", max_bytes=max_bytes, progress=progress).logits
 
     def together() -> Tensor:
         plastic.on()
@@ -198,7 +198,7 @@ def moments(
         ratios,
         {"events": events, "probe tokens": tokens, "layers": layers, "linears": list(ALL)}
         | {"factors": f"{sum(log.bytes for log in episode.logs.values()) / 1e6:.1f} MB, shared by all moments"}
-        | {"budget": f"{budget_bytes / 1e6:.0f} MB a batch", "batches": batches}
+        | {"budget": f"{max_bytes / 16e6:.0f} MB a batch", "batches": batches}
         | {"peak": "above the resting level, of one run"},
         "matmul",
         {f"{counts[-1]} moments share of matmul": "≥ 60 %"} if bed.device.type == "cuda" else {},

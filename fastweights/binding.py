@@ -14,8 +14,8 @@ from typing import Any
 class Call:
     """A `with` block, which runs for as long as its generator does: an interrupt cannot leave it standing."""
 
-    def __init__(self, manager: Any):
-        self.generator, self.thread = weakref.ref(manager.gen), threading.get_ident()
+    def __init__(self, manager: Any, what: Any = None):
+        self.generator, self.thread, self.what = weakref.ref(manager.gen), threading.get_ident(), what
 
     @property
     def runs(self) -> bool:
@@ -32,9 +32,12 @@ class Calls:
     def __init__(self) -> None:
         self.entered: list[Call] = []
 
-    def enter(self, manager: AbstractContextManager) -> AbstractContextManager:
-        """Enters a block, made by a function under `contextlib.contextmanager`, that is about to begin."""
-        self.entered.append(Call(manager))
+    def enter(self, manager: AbstractContextManager, what: Any = None) -> AbstractContextManager:
+        """Enters a block, made by a function under `contextlib.contextmanager`, that is about to begin.
+
+        what: anything that is to be found as long as it runs.
+        """
+        self.entered.append(Call(manager, what))
         return manager
 
     def running(self) -> list[Call]:
@@ -61,6 +64,10 @@ class _Mine(threading.local):
 
     now: Any = None
     last: weakref.ref | None = None
+    tap: Any = None
+
+    def __init__(self) -> None:
+        self.taps = Calls()
 
 
 class Binding:
@@ -86,6 +93,35 @@ class Binding:
         """The life that ran last in this thread, or else in any, or else was made last; None if it is gone."""
         lives = (ref() for ref in (self.mine.last, self.last_of_all, self.made) if ref is not None)
         return next((life for life in lives if life is not None), None)
+
+    # ---- edits and captures, see `probes.taps`
+
+    @property
+    def taps(self) -> list[Call]:
+        """The blocks of this thread whose edits and captures stand, in the order in which they began."""
+        entered = self.mine.taps
+        return entered.running() if entered.entered else []
+
+    def tapped(self, taps: Any) -> AbstractContextManager:
+        """Lets edits and captures stand in this thread for as long as the block runs."""
+        return self.mine.taps.enter(_nothing(), taps)
+
+    @property
+    def tap(self) -> Any:
+        """What is to see the pass that runs in this thread; None as a rule."""
+        return self.mine.tap
+
+    @contextlib.contextmanager
+    def tapping(self, tap: Any) -> Iterator[None]:
+        """Shows a tap to the modules that run inside."""
+        before = self.mine.tap
+        try:
+            self.mine.tap = tap
+            yield
+        finally:
+            self.mine.tap = before
+
+    # ---- passes
 
     def bound(self, now: Any, life: Any) -> AbstractContextManager:
         """Runs a pass of one life: the linears see `now` in this thread, and nothing afterwards, whatever happens."""
@@ -125,3 +161,8 @@ class Binding:
 
     def __reduce__(self) -> tuple:
         return Binding, ()
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[None]:
+    yield

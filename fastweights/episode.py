@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,11 @@ from .generation import Step, generate, stops
 from .inputs import Ids, Mask, Update, tokens
 from .model import Llama
 from .plastic import plastic_linears, weight_norm
-from .probe import Trace, probe
+from .probe import probe
+from .probes.capture import bind
+from .probes.edits import Edit
+from .probes.exam import Exam
+from .probes.trace import Trace
 from .sampling import RowGenerator, Sampling
 from .state import EventLog
 from .state.drift import Drift, drift
@@ -144,6 +148,7 @@ class Episode:
         update: Update = "all",
         attention_mask: Mask = None,
         logits: str = "all",
+        edits: Edit | Sequence[Edit] = (),
     ) -> Tensor:
         """Reads tokens: one pass over the model when every rule is neuron-local, token by token otherwise.
 
@@ -152,16 +157,19 @@ class Episode:
             update: which tokens are written, see `inputs.written`.
             attention_mask: [B, T], 0 = padding: not read, not written, takes no position, counts nowhere.
             logits: "all": [B, T, V]; "last": [B, 1, V], the last real token of each row.
+            edits: made in this feed, see `fw.Edit`; what they change is cached and written as it was changed. Feeds
+                whose edits name what a plastic linear reads or writes go token by token.
 
         Raises:
-            ValueError: for tokens, masks or updates that do not fit and for events with a non-finite factor;
+            ValueError: for tokens, masks, updates or edits that do not fit and for events with a non-finite factor;
                 the episode is as it was before.
         """
         ids_BT, mask_BT = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
         if logits not in ("all", "last"):
             raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
+        bounds = bind(edits, self.model, self.engine.linears)
         with self.state.alone():
-            return self.reader.read(ids_BT, mask_BT, update, generated=False, logits=logits)
+            return self.reader.read(ids_BT, mask_BT, update, generated=False, logits=logits, edits=bounds)
 
     def generate(
         self,
@@ -180,6 +188,7 @@ class Episode:
         stop_strings: str | Sequence[str] = (),
         include_stop_str_in_output: bool = True,
         tokenizer: Tokenizer | None = None,
+        edits: Edit | Sequence[Edit] = (),
     ) -> Iterator[Step]:
         """Reads a prompt, then chooses, reads and (as `update` says) writes one token after the other.
 
@@ -197,6 +206,8 @@ class Episode:
             stop_strings: texts that end a row at the token that completes one; needs `tokenizer`.
             include_stop_str_in_output: False leaves the stop string, or the stop token, out of `Step.text`.
             tokenizer: fills `Step.text`.
+            edits: made in the prompt and in every generated token, as `feed` makes them; the first token that is chosen
+                comes from the edited prompt.
 
         Raises:
             ValueError: what does not fit, before anything is read; logits that are not finite, before a choice.
@@ -207,45 +218,79 @@ class Episode:
             ids = tokens(input_ids, attention_mask, self.batch_size, vocabulary)
         ends = self.model.config.eos_token_ids if stop_token_ids is None else stop_token_ids
         stop = stops(ends, stop_strings, include_stop_str_in_output, tokenizer)
-        return generate(self.reader, ids, max_new_tokens, update, sampling, seed, stop, tokenizer)
+        bounds = bind(edits, self.model, self.engine.linears)
+        return generate(self.reader, ids, max_new_tokens, update, sampling, seed, stop, tokenizer, bounds)
 
     # ---- looking
 
     @torch.no_grad()
     def probe(
         self,
-        input_ids: Ids,
-        sites: Sequence[str] = (),
+        input_ids: Ids | Exam,
+        sites: str | Sequence[str] = (),
+        layers: int | Sequence[int] | None = None,
         at: At = "now",
+        edits: Edit | Sequence[Edit] = (),
+        sweep: Sequence[Edit | Sequence[Edit]] | None = None,
+        metric: Callable[[Tensor], Any] | None = None,
+        gradient: bool = False,
         attention_mask: Mask = None,
-        logits: str = "all",
-        positions: Sequence[int] | None = None,
-        budget_bytes: int = 1 << 28,
+        logits: str | None = None,
+        positions: Sequence[int] | str | None = None,
+        max_bytes: int = 4 << 30,
         progress: Callable[[int, int], None] | None = None,
     ) -> Trace:
-        """Reads a prompt by itself, from position 0, under one or many moments of the fast weights; writes nothing.
+        """Reads a prompt by itself, from position 0, under moments of the weights and alternatives; writes nothing.
+
+        What is alike runs once: the layers below the first plastic one for all moments, and the layers below the first
+        that an alternative edits for that alternative.
 
         Args:
-            input_ids: [B, T]; one row is asked of every row of the episode, and any number of rows of an episode
-                with one ΔW: of batch 1, or shared.
-            sites: "resid_pre", "resid_mid", "resid_post".
+            input_ids: [B, T], or an `fw.Exam`. One row is asked of every row of the episode, and any number of rows of
+                an episode with one ΔW: of batch 1, or shared.
+            sites: what to keep, one name or several of `fw.SITES`; with "resid_post" the embedding is kept as well.
+            layers: of the sites inside blocks; None = all.
             at: "now"; "every" (after 0, 1, … events); an event number or `Moment`, or a list of them.
-            logits: "all", or "last": only the last real token of each row.
-            positions: columns of the prompt to keep in logits and sites; None = all.
-            budget_bytes: about how much memory one batch of moments may take; at least one runs at a time.
-            progress: called as (moments done, moments) after every batch.
+            edits: made in all of it, see `fw.Edit`.
+            sweep: alternatives, each an edit or a list of them ([] = none), all in one batch with the moments.
+            metric: (logits [B, T′, V]) → a number or tensor, called for each moment and alternative.
+            gradient: also the gradient of the metric's sum (of an exam: of its differences) at every kept site.
+            logits: "all"; "last": only the last real token of each row. None: all, but none with a metric or an exam.
+            positions: columns of the prompt to keep in logits and sites; "last": the last real token of each row;
+                None = all.
+            max_bytes: for what is kept and computed; a batch takes about a sixteenth of it.
+            progress: called as (done, of) moments × alternatives after every batch.
 
         Returns:
-            A trace: `logits` [B, T, V], `trace[site]` [L, B, T, D], `hidden_states` [L+1, B, T, D]; each with
-            the moments in front, [M, …], unless `at` is "now".
+            A trace. Axes [M, N, L, B, T′, …]: M unless `at` is "now", N with `sweep`, L inside blocks.
 
         Raises:
-            ValueError: tokens, sites, columns or events that do not exist.
+            ValueError: tokens, sites, columns, events or places that do not exist; an edit that selects nothing; more
+                than `max_bytes`.
+
+        Example:
+            trace = episode.probe(exam, sweep=[fw.ablate("z", layers=5, heads=h) for h in range(9)])
+            trace.scores.difference  # [N, P]
         """
         with self.state.alone(changes=False):
             self.engine.check()
             return probe(
-                self.model, self.state, input_ids, sites, at, attention_mask, logits, positions, budget_bytes, progress
+                self.model,
+                self.state,
+                self.engine.linears,
+                input_ids,
+                sites,
+                layers,
+                at,
+                edits,
+                sweep,
+                metric,
+                gradient,
+                attention_mask,
+                logits,
+                positions,
+                max_bytes,
+                progress,
             )
 
     def drift(self) -> Drift:

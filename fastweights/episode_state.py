@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Waiting:
     taped: dict[Address, tuple[Tensor, Tensor]]  # (a, h) of each linear
     rows_B: Tensor  # bool, on the CPU: rows that still wait
     event_counts: dict[Address, list[int]]  # of each log when the token was read
+    edited: bool = False  # the token was read under edits
 
 
 @dataclass
@@ -230,7 +231,7 @@ class EpisodeState:
                 log.rewind([count - events for count in log.event_counts])
             if events:  # waiting events refer to weights that are gone: marked, so that `save` refuses them
                 gone = dict.fromkeys(self.logs, [-1] * self.states)
-                self.waiting = [Waiting(one.logprob_BV, one.taped, one.rows_B, dict(gone)) for one in self.waiting]
+                self.waiting = [replace(one, event_counts=dict(gone)) for one in self.waiting]
 
     def clone(self) -> EpisodeState:
         """A copy of all of it."""

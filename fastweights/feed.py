@@ -6,7 +6,7 @@ budget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .inputs import Update, written
 from .model import Llama
 from .passes import Tokens
 from .plastic import PlasticLinear
+from .probes.places import Reading
+from .probes.taps import Bound, Taps
 from .state.budget import OneByOne
 from .waiting import settle
 from .watch import Watch
@@ -31,14 +33,41 @@ class Reader:
         self.engine, self.state = Engine(model, state), state
         self.linears = self.engine.linears
 
-    @torch.no_grad()
-    def read(self, ids_BT: Tensor, mask_BT: Tensor | None, update: Update, generated: bool, logits: str) -> Tensor:
+    def read(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        update: Update,
+        generated: bool,
+        logits: str,
+        edits: Sequence[Bound] = (),
+    ) -> Tensor:
         """The logits of these tokens; ids and mask are on the CPU, as `inputs.tokens` gives them.
 
+        edits: of this feed, after those that stand in this thread.
+
         Raises:
-            ValueError: the tokens, the update or an event is refused; nothing has changed then.
+            ValueError: the tokens, the update, an edit or an event is refused; nothing has changed then.
         """
-        state = self.state
+        binding = self.engine.model.binding
+        if not edits and not binding.taps:
+            return self._read(ids_BT, mask_BT, update, generated, logits, None)
+        reading = Taps(edits)
+        with binding.tapped(reading):
+            return self._read(ids_BT, mask_BT, update, generated, logits, reading)
+
+    @torch.no_grad()
+    def _read(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        update: Update,
+        generated: bool,
+        logits: str,
+        own: Taps | None,
+    ) -> Tensor:
+        """`read`, with the taps of this feed; None where there are no taps at all."""
+        state, model = self.state, self.engine.model
         watch = self.engine.check()
         positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
         write_BT = written(update, ids_BT, positions.position_BT, generated)
@@ -47,13 +76,18 @@ class Reader:
         check_targets(self.linears, state.batch_size, positions.position_BT, write_BT)
         tokens = Tokens(ids_BT, positions, write_BT, logits)
         by_column = self._check_room(tokens)
+        if own is not None:
+            own.reading = Reading.of(ids_BT, positions, generated)
+            whole = Taps.together([call.what for call in model.binding.taps])
+            whole.begin(own.reading)
+            by_column = by_column or (whole.plastic(model) and any(tokens.counts))
         state.cache.reserve(positions.end)
         try:
             with state.attempt():
-                return self._columns(tokens) if by_column else self._whole(tokens, watch)
+                return self._columns(tokens, own) if by_column else self._whole(tokens, watch)
         except OneByOne:
             with state.attempt():
-                return self._columns(tokens)
+                return self._columns(tokens, own)
 
     def _whole(self, tokens: Tokens, watch: Watch) -> Tensor:
         """All tokens in one pass."""
@@ -66,10 +100,12 @@ class Reader:
         self._remember(tokens, out_BTV if out_BTV.shape[1] == 1 else positions.last(out_BTV))
         return out_BTV
 
-    def _columns(self, tokens: Tokens) -> Tensor:
+    def _columns(self, tokens: Tokens, own: Taps | None) -> Tensor:
         """One pass per column; each sees the gradient events that its tokens made known."""
         state, real_BT, columns = self.state, tokens.positions.real_or_all_BT, []
         for t in range(tokens.ids_BT.shape[1]):
+            if own is not None:
+                own.column = t
             column = slice(t, t + 1)
             settle(state, self.linears, tokens.ids_BT[:, t], real_BT[:, t])
             here = state.cache.positions((state.batch_size, 1), real_BT[:, column], CPU)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .binding import Call
 from .episode_state import EpisodeState
 from .feed import Reader
 from .inputs import Update, whole_numbers
+from .probes.taps import Bound
 from .sampling import Sampling
 from .stream import Texts
 from .tokenizer import Tokenizer
@@ -76,6 +78,7 @@ def generate(
     seed: int | Sequence[int] | None,
     stops: Stops,
     tokenizer: Tokenizer | None,
+    edits: Sequence[Bound],
 ) -> Iterator[Step]:
     """See `Episode.generate`; what it refuses is refused here and now, before the first step is asked for."""
     state = reader.state
@@ -85,7 +88,11 @@ def generate(
         count = _room(state, prompt, max_new_tokens)
         if seed is not None:
             state.generator.manual_seed(seed)
-    return _steps(reader, prompt, count, update, sampling, stops, tokenizer)
+        for bound in edits:
+            if prompt is not None:
+                bound.edit.places.check_rows(state.batch_size)
+    around = [call for call in reader.engine.model.binding.taps if call.what.edits]  # blocks of `edited`
+    return _steps(reader, prompt, count, update, sampling, stops, tokenizer, edits, around)
 
 
 def _room(state: EpisodeState, prompt: Prompt, max_new_tokens: int | None) -> int:
@@ -126,11 +133,14 @@ def _steps(
     sampling: Sampling,
     stops: Stops,
     tokenizer: Tokenizer | None,
+    edits: Sequence[Bound],
+    around: Sequence[Call],
 ) -> Iterator[Step]:
     state = reader.state
     if prompt is not None:
+        _check_around(around)
         with state.alone():
-            reader.read(prompt[0], prompt[1], update, generated=False, logits="last")
+            reader.read(prompt[0], prompt[1], update, generated=False, logits="last", edits=edits)
     texts = None if tokenizer is None else Texts.of(state.texts, tokenizer, state.token_ids)
     if texts is not None:
         texts = texts.begun(stops.strings, stops.include)
@@ -138,13 +148,14 @@ def _steps(
     for number in range(1, count + 1):
         running = [row for row, reason in enumerate(reasons) if reason is None]
         mask_B1 = None if len(running) == len(reasons) else torch.tensor([[r is None] for r in reasons])
+        _check_around(around)
         with state.alone(), state.attempt():  # a number that is drawn for a token which is not read is drawn again
             logits_BV, chosen = state.logits_BV, [ids[-1] for ids in state.token_ids]
             assert logits_BV is not None
             for row, token in zip(running, _choose(state, logits_BV, running, sampling), strict=True):
                 chosen[row] = token
             ids_B1 = torch.tensor(chosen)[:, None]
-            reader.read(ids_B1, mask_B1, update, generated=True, logits="last")
+            reader.read(ids_B1, mask_B1, update, generated=True, logits="last", edits=edits)
             pieces, found = [""] * len(chosen) if texts else [], [False] * len(chosen)
             if texts is not None:
                 texts = texts.rows(range(len(chosen)))  # a copy: the attempt goes back to what stood before it
@@ -161,6 +172,14 @@ def _steps(
         yield Step(ids_B1[:, 0], logits_BV, pieces, ended, list(reasons))
         if None not in reasons:
             return
+
+
+def _check_around(around: Sequence[Call]) -> None:
+    if not all(call.runs for call in around):
+        raise ValueError(
+            "this generation began inside a block of fw.edited that has ended: use it up inside, or pass "
+            "its edits to generate(edits=...)"
+        )
 
 
 def _choose(state: EpisodeState, logits_BV: Tensor, rows: list[int], sampling: Sampling) -> list[int]:

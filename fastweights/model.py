@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from typing import ClassVar
 
@@ -69,9 +70,9 @@ def rotate(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig, layer: int, binding: Binding):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.binding = layer, config.head_dim, binding
         D, E, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=bias)
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
@@ -86,9 +87,15 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, rope), rotate(k, rope)
+        tap, z_BTHE = self.binding.tap, None  # what edits and captures see of attention; None as a rule
+        if tap is not None:
+            q, k = tap.rotated(self.layer, q, k)
         if cache is not None:
             k, v = cache.append(self.layer, k, v, positions)
-        z_BTHE = attention(q, k, v, positions.visible, positions.start)
+        if tap is not None:
+            z_BTHE = tap.attention(self.layer, q, k, v, positions.visible)
+        if z_BTHE is None:
+            z_BTHE = attention(q, k, v, positions.visible, positions.start)
         return self.o_proj(z_BTHE.flatten(2))
 
 
@@ -111,9 +118,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig, layer: int, binding: Binding):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, binding)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -128,11 +135,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Everything between token ids and the last norm; its own angles of rope, so that a hook on it sees all of that."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, binding: Binding):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, layer, binding) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequency: Tensor | None = None  # made on first use: a model may be built on the meta device
 
@@ -186,9 +193,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.binding = Binding()
+        self.model = Decoder(config, self.binding)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.requires_grad_(False)
         self.eval()
@@ -246,8 +253,11 @@ class Llama(nn.Module):
             if shape[1] == 1 and Llama.fast_step is not None:
                 logits_BTV = Llama.fast_step(self, input_ids, positions, cache)
         if logits_BTV is None:
-            x_BTD = self.model(input_ids, positions, cache)
-            logits_BTV = self.lm_head(positions.last(x_BTD) if logits == "last" else x_BTD)
+            taps = [call.what for call in self.binding.taps]  # edits and captures of this thread
+            seen = bool(taps) and self.binding.tap is None  # a probe sees to them itself
+            with taps[0].over(taps, self, input_ids, positions, logits == "last") if seen else nullcontext():
+                x_BTD = self.model(input_ids, positions, cache)
+                logits_BTV = self.lm_head(positions.last(x_BTD) if logits == "last" else x_BTD)
         if cache is not None and own:
             cache.advance(positions)
         return logits_BTV

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,21 +120,36 @@ class PlasticLinear(nn.Module):
             return self._step(now.steps[self.address], log, h_BTI, now.position_BT)
         writes = now.write_BT is not None and self.rule.neuron_local
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
-        if log.used == 0 and now.write_BT is None:
+        if log.used == 0 and now.write_BT is None and self.binding.tap is None:
             return frozen_BTO
         # The fast read is added, and the rule applied, in the log's precision; only the sum is cast back.
         if writes:
             return self._write(now, log, frozen_BTO.to(log.dtype), h_BTI).to(frozen_BTO.dtype)
         a_BTO = frozen_BTO.to(log.dtype)
+        read_BTO = None
         if now.slot_weights is not None:
-            a_BTO = a_BTO + self._read_moments(now.slot_weights[self.address], log, h_BTI.to(log.dtype))
+            read_BTO = self._read_moments(now.slot_weights[self.address], log, h_BTI.to(log.dtype))
         elif log.used:
-            a_BTO = a_BTO + self._read(log, h_BTI.to(log.dtype), None)
+            read_BTO = self._read(log, h_BTI.to(log.dtype), None)
+        if self.binding.tap is not None:
+            read_BTO = self._tapped(now, "read", read_BTO, a_BTO)
+        if read_BTO is not None:
+            a_BTO = a_BTO + read_BTO
         if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.address] = (a_BTO, h_BTI.detach().to(log.dtype))
         return a_BTO.to(frozen_BTO.dtype)
+
+    def _tapped(self, now: Pass, part: str, x: Tensor | None, like: Tensor) -> Any:
+        """ "read", "key" or "value" after edits and captures that name it; x is None where nothing is read yet."""
+        tap, site = self.binding.tap, f"{self.address[1].removesuffix('_proj')}.{part}"
+        if not tap.wants(site, layer=self.address[0]):
+            return x
+        x, width = torch.zeros_like(like) if x is None else x, now.rows_per_column
+        if width == 1:
+            return tap(site, self.address[0], x)
+        return side_by_side(tap(site, self.address[0], as_rows(x, width)))
 
     def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor:
         """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more."""
@@ -176,11 +192,17 @@ class PlasticLinear(nn.Module):
         for t0, t1 in whole if log.fits(now.counts) else log.segments(now.write_BT, now.rows_per_column):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
-            if log.used:
-                a_BCO = a_BCO + self._read(log, h_BTI[:, t0:t1], write_BC, now.rows_per_column)
+            read_BCO = self._read(log, h_BTI[:, t0:t1], write_BC, now.rows_per_column) if log.used else None
+            k_BCI = keys.k_BTI[:, t0:t1]
+            if self.binding.tap is not None:  # a feed whose edits name reading or writing goes token by token
+                read_BCO = self._tapped(now, "read", read_BCO, a_BCO)
+            if read_BCO is not None:
+                a_BCO = a_BCO + read_BCO
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
+            if self.binding.tap is not None:
+                k_BCI, u_BCO = (self._tapped(now, part, x, x) for part, x in (("key", k_BCI), ("value", u_BCO)))
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
-            events = Events(u_BCO, keys.k_BTI[:, t0:t1], bias_BC, write_BC, now.all_written)
+            events = Events(u_BCO, k_BCI, bias_BC, write_BC, now.all_written)
             now.write_events(self.address, events)
             parts.append(a_BCO)
         a_BTO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -1,14 +1,14 @@
-"""The probe: one prompt under many moments of the fast weights, in batches that share W and the factors.
+"""The probe: one prompt under many moments of the fast weights and many alternatives of a sweep; it writes nothing.
 
-Shape suffixes: M moments, E states (ΔW of one linear) of the episode, B rows of the question, T tokens, T′ kept
-columns.
-Rows of a batch are moment-major: row m · B + b is question b at moment m.
+Shape suffixes: M moments, N alternatives, B rows of the question, T tokens, T′ kept columns, C columns of an exam, R
+rows of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,73 +16,199 @@ from torch import Tensor
 from .cache import Positions
 from .episode_state import Address, EpisodeState
 from .inputs import Ids, Mask, tokens
+from .lanes import Alternative, Point, Question, Runner
 from .model import Llama
-from .passes import Pass
-from .probes.capture import capture, check_sites
+from .probes.capture import bind, check_plastic
+from .probes.edits import Edit
+from .probes.exam import Exam, Scores
+from .probes.places import Places, Reading, numbers
+from .probes.sites import site_of
+from .probes.taps import Bound
+from .probes.trace import Trace
 from .state.moments import At, Moment, moments
 from .watch import touched
 
-
-@dataclass
-class Trace:
-    """What a probe saw. All tensors are copies. M is there when the probe named moments, not for "now".
-
-    logits: [M, B, T′, V].
-    sites: name → [M, L, B, T′, D], layer first: "resid_pre" before a block, "resid_mid" between attention
-        and MLP, "resid_post" after the block.
-    """
-
-    logits: Tensor
-    sites: dict[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, site: str) -> Tensor:
-        if site not in self.sites:
-            raise KeyError(f"site {site!r} was not captured; captured are {sorted(self.sites)}")
-        return self.sites[site]
-
-    @property
-    def hidden_states(self) -> Tensor:
-        """Residual stream after ℓ layers, [M, L+1, B, T′, D]: 0 = embedding, L = before the final norm."""
-        return torch.cat([self["embedding"], self["resid_post"]], dim=-4)
+Metric = Callable[[Tensor], Any]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked at every moment.
+class Wanted:
+    """What a probe is to answer with. logits: whether they are kept; width: the kept columns among those computed."""
 
-    ids [B, T] and positions are on the model's device. columns [T′]: which tokens are kept; None: all. last: of the
-    logits, only those of each row's last real token.
-    """
-
-    ids_BT: Tensor
-    positions: Positions
-    sites: list[str]
-    columns: Tensor | None
-    last: bool
-
-    def kept(self, x_BTD: Tensor) -> Tensor:
-        """The tokens whose logits are wanted."""
-        if self.last:
-            return self.positions.repeat(len(x_BTD) // len(self.ids_BT)).last(x_BTD)
-        return x_BTD if self.columns is None else x_BTD[:, self.columns]
+    logits: bool
+    metric: Metric | None
+    exam: Exam | None
+    exam_BC: Tensor | None
+    width: int
+    gradient: bool
 
 
 def probe(
     model: Llama,
     state: EpisodeState,
-    input_ids: Ids,
-    sites: Sequence[str],
+    linears: Mapping[Address, Any],
+    input_ids: Ids | Exam,
+    sites: str | Sequence[str],
+    layers: Any,
     at: At,
+    edits: Edit | Sequence[Edit],
+    sweep: Sequence[Edit | Sequence[Edit]] | None,
+    metric: Metric | None,
+    gradient: bool,
     attention_mask: Mask,
-    logits: str,
-    positions: Sequence[int] | None,
-    memory_bytes: int,
-    progress: Callable[[int, int], None] | None,
+    logits: str | None,
+    positions: Any,
+    max_bytes: int,
+    progress: Progress | None,
 ) -> Trace:
     """See `Episode.probe`."""
-    if logits not in ("all", "last"):
+    exam = input_ids if isinstance(input_ids, Exam) else None
+    if logits not in (None, "all", "last"):
         raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
-    ids_BT, mask_BT = tokens(input_ids, attention_mask, None, model.config.vocab_size)
+    if metric is not None and not callable(metric):
+        raise ValueError(f"metric={metric!r}: expected a function of logits [B, T′, V]")
+    if exam is not None and metric is not None:
+        raise ValueError("probe() got an exam and a metric: expected one of them")
+    if gradient and exam is None and metric is None:
+        raise ValueError("probe(gradient=True) needs a metric or an exam: the gradient is that of its sum")
+    ids_BT, positions_BT = _asked(model, state, input_ids, attention_mask)
+    reading = Reading.of(ids_BT, positions_BT, whole=True)
+    column_BT = _columns(positions, logits, reading)
+    points, names = _points(model, linears, sites, layers)
+    wanted_moments = _moments(state, at)
+    bounds = _checked(bind(edits, model, linears), reading)
+    around = [bound for call in model.binding.taps for bound in call.what.edits]
+    for bound in around:
+        bound.begin(reading)
+    depth = model.config.num_hidden_layers
+    alternatives = [
+        Alternative(number, _alternative(bounds_of, number, reading), depth, linears)
+        for number, bounds_of in enumerate(() if sweep is None else _sweep(sweep, model, linears))
+    ]
+    keep = logits is not None or (exam is None and metric is None and "logits" not in names)
+    wanted, logit_BT = _wanted(keep, metric, exam, gradient, column_BT, reading, names)
+    here = [None if c is None else c.to(model.device) for c in (column_BT, logit_BT)]
+    question = Question(ids_BT.to(model.device), positions_BT, reading, points, *here)
+    whole = touched(model) or touched(model.model)
+    options = (wanted_moments, alternatives, [*around, *bounds], gradient, whole)
+    with torch.set_grad_enabled(gradient):
+        runner = Runner(model, state, question, *options)
+        answer = Answer(runner, wanted)
+        size = _lanes_at_once(runner, wanted, max_bytes)
+        for batch in _batches(len(wanted_moments or [0]), alternatives, size):
+            answer.ask(*batch)
+            if progress is not None:
+                progress(answer.done, runner.kept.moments * max(1, len(alternatives)))
+    return answer.trace(at != "now" if isinstance(at, str) else True, sweep is not None, names, reading)
+
+
+class Answer:
+    """What has been answered so far: per moment and alternative."""
+
+    def __init__(self, runner: Runner, wanted: Wanted):
+        self.runner, self.wanted, self.kept = runner, wanted, runner.kept
+        self.logits: Tensor | None = None
+        self.metric: Tensor | None = None
+        self.logprob: Tensor | None = None
+        self.rank: Tensor | None = None
+        self.gradients: dict[Point, Tensor] = {}
+        self.done = 0
+
+    def ask(self, moments: Sequence[int], chosen: Sequence[Alternative]) -> None:
+        """Runs one batch, and keeps what it answers."""
+        wanted = self.wanted
+        rows = len(self.runner.question.ids_BT)
+        with self.runner.running():
+            logits_RTV = self.runner.batch(moments, chosen)
+        logits = logits_RTV.unflatten(0, (-1, rows))  # [lanes, B, T″, V]
+        total: list[Tensor] = []
+        if wanted.logits:
+            self.logits = self._spread(self.logits, logits[:, :, : wanted.width].detach())
+        if wanted.metric is not None:
+            values = [torch.as_tensor(wanted.metric(lane[:, : wanted.width])) for lane in logits]
+            total.append(sum((value.sum() for value in values), torch.zeros(())))
+            self.metric = self._spread(self.metric, torch.stack([value.detach() for value in values]))
+        if wanted.exam is not None:
+            scores = wanted.exam.score(logits[:, :, -wanted.exam_BC.shape[1] :], wanted.exam_BC)  # type: ignore[union-attr]
+            if wanted.gradient:
+                total.append(scores.difference.sum())
+            self.logprob = self._spread(self.logprob, scores.logprob.detach())
+            self.rank = self._spread(self.rank, scores.rank)
+        if wanted.gradient:
+            self._differentiate(total[0])
+        self.done += len(moments) * max(1, len(chosen))
+
+    def _differentiate(self, total: Tensor) -> None:
+        """The gradient of every kept site."""
+        if not total.requires_grad:
+            raise ValueError("probe(gradient=True): the metric does not depend on the logits it was given")
+        points = list(self.kept.graph)
+        found = torch.autograd.grad(total, [self.kept.graph[p][0] for p in points], allow_unused=True)
+        for point, gradient in zip(points, found, strict=True):
+            x, narrow = self.kept.graph[point]
+            self.kept.put(self.gradients, point, torch.zeros_like(x) if gradient is None else gradient, narrow)
+        self.kept.graph.clear()
+
+    def _spread(self, into: Tensor | None, values: Tensor) -> Tensor:
+        """Copies [lanes, …] to where they belong in [M, N, …]."""
+        kept = self.kept
+        if into is None:
+            into = values.new_zeros(kept.moments, max(1, len(kept.alternatives)), *values.shape[1:])
+        for lane, value in zip(kept.lanes, values, strict=True):
+            kept.spread(into, lane, value)
+        return into
+
+    def trace(self, moments: bool, sweep: bool, names: Sequence[str], reading: Reading) -> Trace:
+        """All of it; without the axes that nobody asked for."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x if sweep else x[:, 0]
+            return x if moments else x[0]
+
+        layers: dict[str, list[int]] = {}
+        for site, layer in self.runner.question.points:
+            if layer is not None:
+                layers.setdefault(site.name, []).append(layer)
+        leading = int(moments) + int(sweep)
+
+        def stacked(found: dict[Point, Tensor]) -> dict[str, Tensor]:
+            whole: dict[str, Tensor] = {}
+            for name in names:
+                parts = [found[point] for point in self.runner.question.points if point[0].name == name]
+                site, _ = site_of(name)
+                whole[name] = cut(torch.stack(parts, 2) if site.layered else parts[0])  # type: ignore[assignment]
+            return whole
+
+        column_BT, position_BT = self.runner.question.kept_BT, reading.position_BT
+        if column_BT is not None:
+            position_BT = position_BT.gather(1, column_BT.cpu())
+        scores = None
+        if self.logprob is not None:
+            logprob, rank = cut(self.logprob), cut(self.rank)
+            assert logprob is not None
+            assert rank is not None
+            scores = Scores(logprob, rank)
+        gradients = stacked(self.gradients) if self.wanted.gradient else {}
+        sites, metric = stacked(self.kept.found), cut(self.metric)
+        logits = cut(self.logits)
+        if logits is not None:
+            sites["logits"] = logits
+        return Trace(sites, layers, reading.ids_BT, position_BT, metric, gradients, scores, leading)
+
+
+# ---- what was asked, understood or refused
+
+
+def _asked(model: Llama, state: EpisodeState, input_ids: Ids | Exam, mask: Mask) -> tuple[Tensor, Positions]:
+    """ids [B, T] on the CPU, and where they stand."""
+    if isinstance(input_ids, Exam):
+        if mask is not None:
+            raise ValueError("probe() got an exam and an attention_mask: an exam knows its own tokens")
+        input_ids = input_ids.rows
+    ids_BT, mask_BT = tokens(input_ids, mask, None, model.config.vocab_size)
     width = ids_BT.shape[1]
     if width > model.config.max_position_embeddings:
         raise ValueError(
@@ -94,87 +220,156 @@ def probe(
         mask_BT = None if mask_BT is None else mask_BT.expand(state.batch_size, -1)
     elif len(ids_BT) != state.batch_size and state.states != 1:
         raise ValueError(f"probe() got batch {len(ids_BT)}, but this episode has batch {state.batch_size}")
-    columns = None if positions is None else torch.as_tensor(positions, dtype=torch.int64).to(model.device)
-    if columns is not None and (not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width):
+    return ids_BT, Positions.alone((len(ids_BT), width), mask_BT, model.device)
+
+
+def _columns(positions: Any, logits: str | None, reading: Reading) -> Tensor | None:
+    """The columns to keep, [B, T′] on the CPU; None: all."""
+    rows, width = reading.ids_BT.shape
+    if isinstance(positions, str):
+        if positions != "last":
+            raise ValueError(f"probe(positions={positions!r}): expected columns, or 'last'")
+        return reading.last_B[:, None]
+    if positions is None:
+        return reading.last_B[:, None] if logits == "last" else None
+    if logits == "last":
+        raise ValueError("probe(logits='last', positions=...): expected one of them")
+    columns = torch.as_tensor(positions, dtype=torch.int64).reshape(-1)
+    if not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width:
         raise ValueError(f"probe(positions={columns.tolist()}): expected columns from 0 to {width - 1}")
+    return columns.cpu().expand(rows, -1)
+
+
+def _points(
+    model: Llama, linears: Mapping[Address, Any], sites: str | Sequence[str], layers: Any
+) -> tuple[list[Point], list[str]]:
+    """The sites to keep, with their layers, and their names."""
+    points: list[Point] = []
+    names: list[str] = []
+    given = [sites] if isinstance(sites, str) else list(sites)
+    wanted = numbers("layer", layers)
+    for name in [*given, *(["embedding"] if "resid_post" in given else [])]:
+        site, named = site_of(name)
+        own = named if named is not None else (wanted if site.layered else None)
+        places = Places(site.name, own, None, None, None, None)
+        places.check(model.config)
+        check_plastic(places, linears)
+        if site.name.endswith((".key", ".value")):
+            raise ValueError(f"a probe writes nothing, so it has no {site.name!r}: fw.capture keeps it in a feed")
+        if site.side == "plastic" and places.layers is None:
+            chosen: Sequence[int | None] = sorted(layer for layer, linear in linears if site.module.endswith(linear))
+        elif site.layered:
+            chosen = range(model.config.num_hidden_layers) if places.layers is None else places.layers
+        else:
+            chosen = [None]
+        points += [(site, layer) for layer in chosen if (site, layer) not in points]
+        names += [site.name] if site.name not in names else []
+    return points, names
+
+
+def _moments(state: EpisodeState, at: At) -> list[Moment] | None:
     latest = max((max(log.event_counts) for log in state.logs.values()), default=0)
-    wanted = None if isinstance(at, str) and at == "now" else moments(at, latest, state.logs)
-    there = Positions.alone((len(ids_BT), width), mask_BT, model.device)
-    question = Question(ids_BT.to(model.device), there, check_sites(sites), columns, logits == "last")
-    if wanted is None:
-        trace = _ask(model, state, question, [None], progress)
-        return Trace(trace.logits[0], {site: x[0] for site, x in trace.sites.items()})
-    return _ask(model, state, question, _batches(model, state, question, wanted, memory_bytes), progress)
+    return None if isinstance(at, str) and at == "now" else moments(at, latest, state.logs)
 
 
-def _ask(
-    model: Llama,
-    state: EpisodeState,
-    question: Question,
-    batches: Sequence[list[Moment] | None],
-    progress: Callable[[int, int], None] | None,
-) -> Trace:
-    """Runs the question batch by batch (None: as it is now); layers below the first plastic one run once.
+def _sweep(sweep: Any, model: Llama, linears: Mapping[Address, Any]) -> list[list[Bound]]:
+    if isinstance(sweep, (str, Edit)) or not isinstance(sweep, Sequence) or not len(sweep):
+        raise ValueError("probe(sweep=...): expected a list of alternatives, each an edit or a list of edits")
+    return [bind(each, model, linears) for each in sweep]
 
-    Somebody's hook on the whole model is to see the whole model: then every batch runs all of it.
+
+def _alternative(bounds: list[Bound], number: int, reading: Reading) -> list[Bound]:
+    for bound in bounds:
+        bound.alternative = number
+    return _checked(bounds, reading)
+
+
+def _checked(bounds: list[Bound], reading: Reading) -> list[Bound]:
+    """Refuses edits that this question has no place for."""
+    for bound in bounds:
+        if bound.site.name.endswith((".key", ".value")):
+            raise ValueError(f"a probe writes nothing, so {bound.edit!r} cannot act: give it to feed or generate")
+        bound.begin(reading)
+        if not bool(bound.chosen_BT.any()):
+            raise ValueError(f"{bound.edit!r} selects no token of this probe")
+    return bounds
+
+
+def _wanted(
+    keep: bool,
+    metric: Metric | None,
+    exam: Exam | None,
+    gradient: bool,
+    column_BT: Tensor | None,
+    reading: Reading,
+    names: Sequence[str],
+) -> tuple[Wanted, Tensor | None]:
+    """What to answer with, and the columns whose logits it takes, [B, T″] on the CPU: those kept, then the exam's."""
+    rows, width = reading.ids_BT.shape
+    exam_BC, kept = None, width if column_BT is None else column_BT.shape[1]
+    if exam is None:
+        return Wanted(keep, metric, None, None, kept, gradient), column_BT
+    columns = [*exam.row_columns]
+    if len(columns) == 1 and rows > 1:
+        columns *= rows
+    if len(columns) != rows:
+        raise ValueError(f"an exam of {len(columns)} rows is asked of a batch of {rows}: expected as many, or one row")
+    most = max(map(len, columns))
+    exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns])
+    logit_BT = exam_BC.clamp(min=0)
+    if keep or {"logits", "final_norm"} & set(names):
+        every_BT = torch.arange(width).expand(rows, -1) if column_BT is None else column_BT
+        logit_BT = torch.cat([every_BT, logit_BT], dim=1)
+    return Wanted(keep, None, exam, exam_BC, kept, gradient), logit_BT
+
+
+# ---- memory
+
+
+def _lanes_at_once(runner: Runner, wanted: Wanted, max_bytes: int) -> int:
+    """How many lanes a batch may have: activations of one block, kept sites, logits.
+
+    Raises:
+        ValueError: what is kept, and one lane, do not fit into `max_bytes`.
     """
-    whole = touched(model) or touched(model.model)
-    first = 0 if whole else min((layer for layer, _ in state.logs), default=0)
-    now, positions = Pass(state.logs, question.positions.position_BT), question.positions
-    parts = []
-    with model.binding.bound(now, state):
-        with capture(model, question.sites, question.columns) as low:
-            x_BTD = None
-            if not whole:
-                x_BTD = model.model.blocks(model.model.embed_tokens(question.ids_BT), positions, stop=first)
-        for batch in batches:
-            times = 1 if batch is None else len(batch)
-            if batch is not None:
-                now.slot_weights = _weights(state, batch, len(question.ids_BT))
-            with capture(model, question.sites, question.columns) as high:
-                there = positions.repeat(times)
-                if x_BTD is None:
-                    out_BTV = model(question.ids_BT.repeat(times, 1), positions=there)
-                    logits_BTV = question.kept(out_BTV)
-                else:
-                    y_BTD = model.model.blocks(x_BTD.repeat(times, 1, 1), there, start=first)
-                    logits_BTV = model.unembed(question.kept(y_BTD))
-            seen = {site: _stacked(low[site], high[site], times) for site in low}
-            parts.append((logits_BTV.unflatten(0, (times, -1)), seen))
-            if progress is not None:
-                progress(sum(len(logits) for logits, _ in parts), sum(len(b or [None]) for b in batches))
-    return Trace(
-        torch.cat([logits for logits, _ in parts]),
-        {site: torch.cat([seen[site] for _, seen in parts]) for site in parts[0][1]},
-    )
-
-
-def _stacked(low: list[Tensor], high: list[Tensor], times: int) -> Tensor:
-    """[M, L, B, T′, D] of one site: what ran once is the same at every moment."""
-    split = [x.unflatten(0, (times, -1)) for x in high]
-    return torch.stack([*(x.expand(times, *x.shape) for x in low), *split], dim=1)
-
-
-def _weights(state: EpisodeState, batch: list[Moment], rows: int) -> dict[Address, Tensor]:
-    """w of every linear: [E, M, slots], or [1, M · B, slots] where one ΔW answers every question."""
-    weights = {}
-    for address, log in state.logs.items():
-        w_EMR = torch.stack(
-            [torch.stack([m.slot_weights(log, address, row) for m in batch]) for row in range(state.states)]
-        )
-        weights[address] = w_EMR.repeat_interleave(rows, dim=1) if state.states == 1 else w_EMR
-    return weights
-
-
-def _batches(
-    model: Llama, state: EpisodeState, question: Question, moments: list[Moment], memory_bytes: int
-) -> list[list[Moment]]:
-    """As many moments at once as the memory holds: activations of one block, kept sites, logits."""
-    config, (rows, tokens) = model.config, question.ids_BT.shape
-    kept = tokens if question.columns is None else len(question.columns)
-    slots = max((log.used for log in state.logs.values()), default=0)
+    model, question, config = runner.model, runner.question, runner.model.config
+    rows, tokens = question.ids_BT.shape
+    slots = max((log.used for log in runner.state.logs.values()), default=0)
+    computed = tokens if question.logit_BT is None else question.logit_BT.shape[1]
+    named = {site.name for site, _ in question.points} | {b.site.name for bs in runner.tap.edits.values() for b in bs}
     per_token = 8 * config.hidden_size + 6 * config.intermediate_size + 2 * slots
-    numbers = tokens * per_token + (1 if question.last else kept) * 2 * config.vocab_size
-    numbers += kept * 2 * len(question.sites) * config.num_hidden_layers * config.hidden_size
-    size = max(1, memory_bytes // (rows * numbers * model.dtype.itemsize))
-    return [moments[n : n + size] for n in range(0, len(moments), size)]
+    if "result" in named:
+        per_token += 3 * config.num_attention_heads * config.hidden_size
+    if named & {"scores", "pattern"}:
+        per_token += 4 * config.num_attention_heads * tokens
+    one = tokens * per_token
+    if runner.kept.gradient:
+        one *= config.num_hidden_layers
+    one = rows * (one + computed * 2 * config.vocab_size) * model.dtype.itemsize
+    sizes = {"S": tokens, "H": config.num_attention_heads}
+    kept = 0
+    for site, _ in question.points:
+        numbers_ = question.width * (2 if runner.kept.gradient else 1)
+        for letter, size in zip(site.axes, site.sizes(config), strict=True):
+            numbers_ *= sizes.get(letter, 0) if size is None else size
+        kept += numbers_
+    kept += question.width * config.vocab_size if wanted.logits else 0
+    kept *= rows * runner.kept.moments * max(1, len(runner.alternatives)) * model.dtype.itemsize
+    if kept + one > max_bytes:
+        raise ValueError(
+            f"this probe needs {kept + one} bytes, {kept} of them for what it keeps, but max_bytes={max_bytes}: "
+            "keep fewer sites, layers, positions, moments or alternatives, or allow more"
+        )
+    # a sixteenth at a time: more lanes make no layer faster, and fall out of the caches
+    return max(1, min(max_bytes - kept, max_bytes // 16) // one)
+
+
+def _batches(moments: int, alternatives: Sequence[Alternative], size: int) -> Iterator[tuple[range, list[Alternative]]]:
+    """Moments and alternatives of each batch; alternatives in the order in which they join."""
+    waiting = sorted(alternatives, key=lambda one: one.joins)
+    many = max(1, min(moments, size // max(1, len(waiting))))
+    few = max(1, size // many)
+    for m in range(0, moments, many):
+        block = range(m, min(m + many, moments))
+        for n in range(0, max(1, len(waiting)), few):
+            yield block, waiting[n : n + few]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .episode_state import Address, EpisodeState, key_of
+from .files import write_tensors
 from .model import Llama
 from .plastic import PlasticLinear
 
@@ -28,13 +27,7 @@ def save(state: EpisodeState, model: Llama, linears: Mapping[Address, PlasticLin
     tensors, meta = state.state_dict()
     rules = {key_of(address): _rule(linear) for address, linear in linears.items()}
     meta |= {"format": FORMAT, "model": fingerprint(model), "rules": rules}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({key: t.contiguous() for key, t in tensors.items()}, temporary, {"episode": json.dumps(meta)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"episode": json.dumps(meta)})
 
 
 def read(

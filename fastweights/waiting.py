@@ -54,6 +54,11 @@ def _events(
 def check_waiting(state: EpisodeState, linears: Mapping[Address, PlasticLinear]) -> None:
     """Refuses where `read_again` would not see the weights that the waiting token was read with."""
     for waiting in state.waiting:
+        if waiting.edited and waiting.rows_B.any():
+            raise ValueError(
+                "a gradient event waits for its next token, and its own token was read under edits, which are not read "
+                "again: feed the next token first"
+            )
         for row, count in enumerate(state.per_delta(waiting.rows_B.long().tolist())):
             for address, log in state.logs.items():
                 then = waiting.event_counts[address][row]

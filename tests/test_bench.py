@@ -93,7 +93,7 @@ def test_a_broken_model_is_refused(ceiling, monkeypatch):
 
 
 def few_moments(bed):
-    return passes.moments(bed, events=12, tokens=5, counts=(3, 6), budget_bytes=1 << 16)
+    return passes.moments(bed, events=12, tokens=5, counts=(3, 6), max_bytes=1 << 20)
 
 
 def small_overflow(bed):

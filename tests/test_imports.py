@@ -17,7 +17,7 @@ ORDER = [
     *("episode_state", "passes", "plastic"),
     "engine",
     *("waiting", "feed"),
-    *("generation", "probe", "snapshot", "episode"),
+    *("generation", "lanes", "probe", "snapshot", "episode"),
     *("attach", "surgery", "report", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ("flags", "binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours

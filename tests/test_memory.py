@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import prompt, tiny
+from tiny import least_bytes, prompt, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -167,14 +167,15 @@ def test_a_probe_of_many_moments_keeps_to_its_budget():
     episode, question = fw.Episode(model), prompt(1, 20)
     episode.feed(prompt(1, 80))
 
-    def needed(budget_bytes):
+    def needed(max_bytes):
         with Allocated() as bytes_:
-            trace = episode.probe(question, at="every", positions=[19], budget_bytes=budget_bytes)
+            trace = episode.probe(question, at="every", positions=[19], max_bytes=max_bytes)
         assert len(trace.logits) == 81
         return bytes_.peak
 
-    small, large = needed(1 << 18), needed(1 << 28)
-    assert small < 2 * (1 << 18)
+    least = least_bytes(episode, question, at="every", positions=[19])
+    small, large = needed(least), needed(1 << 28)
+    assert small < 2 * least
     assert large > 4 * small
 
 

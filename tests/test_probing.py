@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import prompt, tiny
+from tiny import least_bytes, prompt, tiny
 
 import fastweights as fw
 from fastweights.state.moments import Moment
@@ -22,11 +22,15 @@ def fed(rule=RULE, rows=1, tokens=9, layers=(1, 3), **options):
 
 @pytest.mark.parametrize("rule", [RULE, fw.LocalLeastSquares(gamma=0.4, target="slow"), fw.GradientAscent(rate=0.3)])
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("budget_bytes", [1, 1 << 28])
-def test_every_moment_of_one_batch_equals_an_episode_stopped_there(rule, rows, budget_bytes):
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_every_moment_of_one_batch_equals_an_episode_stopped_there(rule, rows, one_by_one):
     model, episode = fed(rule, rows)
-    question = prompt(rows, 6, seed=7)
-    trace = episode.probe(question, sites=SITES, at="every", budget_bytes=budget_bytes)
+    question, batches = prompt(rows, 6, seed=7), []
+    options = {"sites": SITES, "at": "every", "progress": lambda done, _: batches.append(done)}
+    if one_by_one:
+        options["max_bytes"] = least_bytes(episode, question, **options)
+    trace = episode.probe(question, **options)
+    assert len(batches) == (len(trace.logits) if one_by_one else 1)
     assert trace.logits.shape == (episode.events + 1, rows, 6, 61)
     assert trace.hidden_states.shape == (episode.events + 1, 5, rows, 6, 24)
     stopped = fw.Episode(model, rows)
@@ -120,7 +124,7 @@ def test_a_model_without_plastic_linears_has_one_moment():
         ({"at": [Moment(scale={0: 2.0})]}, "events are numbered from 1"),
         ({"positions": [5]}, "expected columns from 0 to 4"),
         ({"positions": []}, "expected columns from 0 to 4"),
-        ({"sites": ["z"]}, "site 'z' does not exist"),
+        ({"sites": ["zz"]}, "site 'zz' does not exist"),
     ],
 )
 def test_probes_refuse_what_does_not_exist(arguments, message):

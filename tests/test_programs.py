@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import LINEARS, FastLinear
-from tiny import CONFIG, oracle_of, prompt, tiny
+from tiny import CONFIG, least_bytes, oracle_of, prompt, tiny
 
 import fastweights as fw
 
@@ -366,11 +366,13 @@ class Machine:
             if not wanted:
                 return
         named = {"now": [], "every": [(n, None) for n in every]}.get(at, wanted)
-        options = {"at": given, "sites": ["resid_post"], "budget_bytes": 1 if small else 1 << 28}
+        options = {"at": given, "sites": ["resid_post"]}
         if any(self.forgotten(*moment) for moment in named):
             with pytest.raises(ValueError, match=r"is not kept, expected a moment from|but the oldest that"):
                 self.episode.probe(questions, **options)
             return
+        if small:
+            options["max_bytes"] = least_bytes(self.episode, questions, **options)
         trace = self.episode.probe(questions, **options)
         if at == "now":
             self.compare(questions, None, trace.logits, trace["resid_post"])

@@ -1,5 +1,6 @@
 """Small random Llamas for tests, and the way from a rule to the oracle's words for it."""
 
+import pytest
 import torch
 from oracle import Oracle, Plastic
 
@@ -45,6 +46,13 @@ def tiny(dtype=torch.float64, seed=0, **changes) -> Llama:
 
 def prompt(rows: int, tokens: int, seed=1, vocabulary=CONFIG["vocab_size"]) -> torch.Tensor:
     return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def least_bytes(episode, *asked, **options) -> int:
+    """The smallest `max_bytes` that a probe takes: batches of one lane."""
+    with pytest.raises(ValueError, match="this probe needs") as refused:
+        episode.probe(*asked, **options, max_bytes=1)
+    return int(str(refused.value).split()[3])
 
 
 def described(rule) -> Plastic:

@@ -95,6 +95,8 @@ class Cuda:
             return self.unable
         if not tokens.single:
             return "the pass has more than one token of each row"
+        if self.model.binding.taps:
+            return "edits or a capture run on the modules"
         rules = self._rules()
         if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
             return "a rule is not neuron-local, or has no Triton kernel"

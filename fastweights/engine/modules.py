@@ -37,7 +37,8 @@ class Modules:
             out_BTV = model(ids_BT, cache=state.cache, logits=tokens.logits, positions=positions)
             if now.taped:
                 logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
-                state.waiting.append(Waiting(logprob_BV, now.taped, tokens.write_BT[:, 0], before))
+                under_edits = any(call.what.edits for call in model.binding.taps)
+                state.waiting.append(Waiting(logprob_BV, now.taped, tokens.write_BT[:, 0], before, under_edits))
         state.cache.advance(tokens.positions)
         return out_BTV.detach()
 

@@ -94,6 +94,8 @@ def refusal(model: Llama, rows: int, watch: Watch) -> str | None:
         return f"the step in C takes up to {MOST_ROWS} rows"
     if model.dtype not in DTYPES:
         return "the step in C takes float32 and bfloat16"
+    if model.binding.taps:
+        return "edits or a capture run on the modules"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):

@@ -1,66 +1,255 @@
-"""capture: what the residual stream holds at named sites while the model runs. Knows nothing of plasticity."""
+"""`edited` and `capture`: what stands for every run inside a `with` block.
+
+Shape suffixes: B rows, T tokens of one pass, T′ tokens kept of all passes, S keys.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from ..files import warn
 from ..model import Llama
-from ..watch import ThreadHook
+from .edits import Edit
+from .places import Places
+from .sites import Site, site_of
+from .taps import Bound, Rows, Taps
+from .trace import Trace
 
-SITES = ("resid_pre", "resid_mid", "resid_post")
+
+class Done(Sequence):
+    """Where edits have acted: `done[i]` is {row: positions} of the i-th."""
+
+    def __init__(self, bounds: Sequence[Bound]):
+        self.bounds = bounds
+
+    def __getitem__(self, number: Any) -> Any:
+        return {row: sorted(positions) for row, positions in sorted(self.bounds[number].fired.items())}
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
-def check_sites(sites: Sequence[str]) -> list[str]:
-    """The sites as a list, or a refusal that says what there is."""
-    sites = [sites] if isinstance(sites, str) else list(sites)
-    for site in sites:
-        if site not in SITES:
-            raise ValueError(f"site {site!r} does not exist: choose from {', '.join(SITES)}")
-    return sites
+def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int, str], Any] | None) -> list[Bound]:
+    """Edits, checked against a model.
+
+    linears: its plastic linears by (layer, name); None: they may come and go.
+
+    Raises:
+        ValueError: no edits, or places that the model does not have.
+    """
+    given = [edits] if isinstance(edits, Edit) else list(edits)
+    for edit in given:
+        if not isinstance(edit, Edit):
+            raise ValueError(f"edits holds a {type(edit).__name__}, expected fw.Edit, fw.ablate, fw.patch, …")
+        edit.check(model.config)
+        if linears is not None:
+            check_plastic(edit.places, linears)
+    return [Bound(edit) for edit in given]
+
+
+def check_plastic(places: Places, linears: Mapping[tuple[int, str], Any]) -> None:
+    """Refuses what a plastic linear reads and writes where the linear is frozen, or its rule is not neuron-local."""
+    if places.site.side != "plastic":
+        return
+    name = places.site.module.removeprefix("mlp.")
+    layers = sorted(layer for layer, linear in linears if linear == name)
+    wanted = layers if places.layers is None else places.layers
+    missing = sorted(set(wanted) - set(layers))
+    if missing or not layers:
+        where = f"layer {missing[0]}" if missing else "every layer"
+        raise ValueError(f"site {places.site.name!r}: {name} of {where} is not plastic; plastic are layers {layers}")
+    if places.site.name.endswith(".read"):
+        return
+    for layer in wanted:
+        if not linears[layer, name].rule.neuron_local:
+            rule = type(linears[layer, name].rule).__name__
+            raise ValueError(
+                f"site {places.site.name!r}: {rule} of layer {layer} is not neuron-local, and makes its event when the "
+                "next token is known; expected a neuron-local rule"
+            )
 
 
 @contextlib.contextmanager
-def capture(model: Llama, sites: Sequence[str], columns: Tensor | None = None) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects copies at the named sites of every block that this thread runs inside; its hooks go whatever happens.
+def edited(model: Llama, *edits: Edit) -> Iterator[Done]:
+    """Makes edits in every run of a model inside the block: feed, generate, probe, surgery, model(ids).
+
+    The edits belong to the thread that enters the block. `attach` and `detach` may be called inside.
 
     Args:
-        sites: "resid_pre" before a block, "resid_mid" between attention and MLP, "resid_post" after the
-            block; "embedding" is collected along with "resid_post".
-        columns: [T′] int64, the tokens to keep; None = all.
+        edits: they act in order, before those that a call inside brings.
 
     Yields:
-        name → one [B, T′, D] per block that ran, in that order.
+        What has been edited so far: `done[i]` is {row: positions} of the i-th edit.
 
     Raises:
-        ValueError: a site that does not exist, before any hook is set.
+        ValueError: places that the model does not have; a generator made inside is used after the block.
+
+    Warns:
+        UserWarning: an edit never acted.
+
+    Example:
+        with fw.edited(model, fw.ablate("z", layers=12, heads=4)) as done:
+            model(input_ids)
+        done[0]  # {0: [0, 1, 2, 3]}
     """
-    seen: dict[str, list[Tensor]] = {site: [] for site in check_sites(sites)}
-    if "resid_post" in seen:
-        seen["embedding"] = []
+    bounds = bind(edits, model, None)
+    with model.binding.tapped(Taps(bounds)):
+        yield Done(bounds)
+    for number, bound in enumerate(bounds):
+        if not bound.fired:
+            warn(f"edited(): edit {number}, {bound.edit!r}, never acted")
 
-    def keep(site: str, x_BTD: Tensor) -> None:
-        seen[site].append(x_BTD.detach().clone() if columns is None else x_BTD.detach()[:, columns])
 
-    with contextlib.ExitStack() as stack:
+class Seen:
+    """What one site of one layer held in the passes so far."""
 
-        def before(module: nn.Module, site: str) -> None:
-            hook = ThreadHook(lambda _module, args: keep(site, args[0]))
-            stack.callback(module.register_forward_pre_hook(hook).remove)
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Tensor]] = []  # number of the pass, [B, T, …]
 
-        def after(module: nn.Module, site: str) -> None:
-            hook = ThreadHook(lambda _module, _args, output: keep(site, output))
-            stack.callback(module.register_forward_hook(hook).remove)
 
-        for block in model.model.layers:
-            if "resid_pre" in seen:
-                before(block, "resid_pre")
-            if "resid_mid" in seen:
-                before(block.get_submodule("post_attention_layernorm"), "resid_mid")
-            if "resid_post" in seen:
-                after(block, "resid_post")
-        if "resid_post" in seen:
-            after(model.model.embed_tokens, "embedding")
-        yield seen
+class Recording:
+    """A look that keeps named sites of every pass, but of probes."""
+
+    gradient = False
+
+    def __init__(self, model: Llama, places: Mapping[str, Places]):
+        self.places = places
+        depth = range(model.config.num_hidden_layers)
+        self.named = [
+            (places_.site, layer)
+            for places_ in places.values()
+            for layer in ((depth if places_.layers is None else places_.layers) if places_.site.layered else (None,))
+        ]
+        self.passes: list[tuple[Tensor, Tensor]] = []  # ids and positions [B, T] of each, −1 where nothing is kept
+        self.rows: Rows | None = None
+        self.seen: dict[tuple[str, int | None], Seen] = {(site.name, layer): Seen() for site, layer in self.named}
+
+    def points(self, model: Llama) -> Iterable[tuple[Site, int | None]]:
+        """The sites that it looks at, and their layers."""
+        return self.named
+
+    def see(self, site: Site, layer: int | None, x: Tensor, rows: Rows, column_RT: Tensor | None) -> None:
+        """Keeps a copy of the places that were named."""
+        places = self.places[site.name]
+        if rows is not self.rows:
+            self._begin(rows)
+        x = x.detach()
+        if column_RT is not None:  # the last tokens alone: the others are not known
+            whole = x.new_zeros(len(x), self.passes[-1][0].shape[1], *x.shape[2:])
+            x = whole.scatter(1, column_RT.view(*column_RT.shape, *[1] * (x.dim() - 2)).expand_as(x), x)
+        if places.rows is not None:
+            x = x[list(places.rows)]
+        if places.heads is not None:
+            x = x.index_select(1 if site.square else 2, torch.tensor(places.heads, device=x.device))
+        if places.units is not None:
+            x = x[..., list(places.units)]
+        self.seen[site.name, layer].parts.append((len(self.passes) - 1, x.clone()))
+
+    def _begin(self, rows: Rows) -> None:
+        reading, columns = rows.reading, rows.columns
+        if self.passes and len(self.passes[-1][0]) != len(reading.ids_BT):
+            raise ValueError(
+                f"capture() has seen a batch of {len(self.passes[-1][0])}, and now one of {len(reading.ids_BT)}: "
+                "expected one batch size inside the block"
+            )
+        chosen_BT = torch.zeros_like(reading.ids_BT, dtype=torch.bool)
+        for places in self.places.values():
+            chosen_BT |= places.chosen(reading)
+        position_BT = reading.position_BT.masked_fill(~chosen_BT, -1)
+        self.rows = rows
+        self.passes.append((reading.ids_BT[:, columns], position_BT[:, columns]))
+
+    def trace(self) -> Trace:
+        """What was kept, the passes behind one another; tokens that no row chose are left out."""
+        if not self.passes:
+            raise ValueError("capture(): nothing ran inside the block")
+        ids_BT, position_BT = (torch.cat(parts, dim=1) for parts in zip(*self.passes, strict=True))
+        first = next(iter(self.places.values()))
+        if first.rows is not None:
+            ids_BT, position_BT = ids_BT[list(first.rows)], position_BT[list(first.rows)]
+        column = (position_BT >= 0).any(0).nonzero()[:, 0]
+        layers: dict[str, list[int]] = {}
+        tensors: dict[str, list[Tensor]] = {}
+        for site, layer in self.named:
+            whole = self._joined(site, self.seen[site.name, layer])
+            axis = 2 if site.square else 1
+            tensors.setdefault(site.name, []).append(whole.index_select(axis, column.to(whole.device)))
+            if layer is not None:
+                layers.setdefault(site.name, []).append(layer)
+        sites = {name: torch.stack(parts) if name in layers else parts[0] for name, parts in tensors.items()}
+        return Trace(sites, layers, ids_BT[:, column], position_BT[:, column])
+
+    def _joined(self, site: Site, seen: Seen) -> Tensor:
+        """[B, T′, …] over all passes; zeros where a pass did not come by: an event that was not written."""
+        if not seen.parts:
+            raise ValueError(f"capture(): no run inside the block came by {site.name!r}")
+        parts, example = dict(seen.parts), seen.parts[0][1]
+        axis, keys = (2 if site.square else 1), max(x.shape[-1] for x in parts.values())
+        whole = []
+        for number, (ids_BT, _) in enumerate(self.passes):
+            x = parts.get(number)
+            if x is None:
+                shape = list(example.shape)
+                shape[axis] = ids_BT.shape[1]
+                x = example.new_zeros(shape)
+            if site.square:  # later tokens may look at more keys
+                x = F.pad(x, (0, keys - x.shape[-1]), value=0.0 if site.name == "pattern" else -torch.inf)
+            whole.append(x)
+        return torch.cat(whole, dim=axis)
+
+
+@contextlib.contextmanager
+def capture(
+    model: Llama,
+    sites: str | Collection[str],
+    *,
+    layers: Any = None,
+    heads: Any = None,
+    units: Any = None,
+    positions: Any = None,
+    rows: Any = None,
+) -> Iterator[Trace]:
+    """Collects copies at named sites, after the edits, in every feed, generate and model(ids) inside the block.
+
+    Probes inside are not collected: they have traces of their own. The passes of the block must be of one batch size.
+
+    Args:
+        sites: one name or several, see `fw.SITES`.
+        layers, heads, units, positions, rows: what to keep, as `fw.Edit` takes them.
+
+    Yields:
+        A trace that is filled at the end of the block. T′ are the kept tokens of all passes, in their order; "key" and
+        "value" of a token that was not written are zero. "logits" are zero where the run did not compute them.
+
+    Raises:
+        ValueError: sites or places that do not exist; a pass of another batch size; at the end, that nothing ran.
+
+    Example:
+        with fw.capture(model, ["z", "pattern"], layers=[3, 4]) as trace:
+            episode.feed(input_ids)
+        trace["pattern", 3]  # [B, H, T′, S]
+    """
+    names = [sites] if isinstance(sites, str) else list(sites)
+    if not names:
+        raise ValueError("capture(sites=[]): expected at least one site")
+    places = {}
+    for name in names:
+        site, _ = site_of(name)
+        own = {"heads": heads if site.heads else None, "units": None if site.square else units}
+        own["layers"] = layers if site.layered else None
+        places[site.name] = Places(name, positions=positions, rows=rows, **own)
+        places[site.name].check(model.config)
+    recording = Recording(model, places)
+    trace = Trace()
+    with model.binding.tapped(Taps(looks=[recording])):
+        yield trace
+    trace.__dict__.update(recording.trace().__dict__)
