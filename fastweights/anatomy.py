@@ -63,10 +63,11 @@ class Anatomy:
 
 
 def anatomy(model_or_name: Llama | str | Path | None = None) -> Anatomy:
-    """Layers, heads, parameters by part and bytes of a model; weights are neither read nor fetched.
+    """Layers, heads, parameters by part and bytes of a model, from its configuration; no weight is read for it.
 
     Args:
-        model_or_name: a model, or what `load` takes: a folder, a .gguf file, a name on the Hub, None = the default.
+        model_or_name: a model, or what `load` takes: a folder, a .gguf file, a name on the Hub (of which config.json
+            alone is fetched), or None, the default model (fetched whole where it is not there).
 
     Raises:
         ValueError, OSError, ImportError: as `load`.
@@ -78,7 +79,9 @@ def anatomy(model_or_name: Llama | str | Path | None = None) -> Anatomy:
         dtype = getattr(torch, config.dtype or "float32")
     else:
         got = type(model_or_name).__name__
-        raise ValueError(f"anatomy() got a {got}: expected a model, a folder, a .gguf file or a name on the Hub")
+        raise ValueError(
+            f"anatomy() got a value of type {got}: expected a model, a folder, a .gguf file or a name on the Hub"
+        )
     parameters = _parameters(config)
     heads, kv_heads, E = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return Anatomy(

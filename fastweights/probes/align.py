@@ -26,14 +26,13 @@ class Alignment:
 
     def __str__(self) -> str:
         """A line per column: its number, the prompts' tokens, and a mark where they differ."""
-        quoted = [[repr(piece)[1:-1] for piece in row] for row in self.pieces]
-        columns = max(map(len, quoted))
-        widths = [max(map(len, row)) for row in quoted]
+        columns = max(map(len, self.pieces))
+        widths = [max(map(len, row)) for row in self.pieces]
         lines = []
         for column in range(columns):
             cells = [
                 (f"|{row[column]}|" if column < len(row) else "").ljust(width + 2)
-                for row, width in zip(quoted, widths, strict=True)
+                for row, width in zip(self.pieces, widths, strict=True)
             ]
             mark = "≠" if column in self.differs else ""
             lines.append(f"{column:>4}  {'  '.join(cells)}  {mark}".rstrip())

@@ -195,7 +195,7 @@ class Exam:
                     )
                     return
             for answer in wanted:
-                if text and text[-1].isspace() and not continuation(self.tokenizer, text, answer)[1]:
+                if text and text[-1].isspace() and not _continuation(self.tokenizer, text, answer)[1]:
                     warn(
                         f"the prompt …{text[-20:]!r} ends in white space that belongs to the token of the answer "
                         f"{answer!r}: it is scored without it; put the space before the answer"
@@ -205,7 +205,7 @@ class Exam:
 
 def _answer_ids(tokenizer: Tokenizer, number: int, text: str | None, answers: list[str]) -> list[list[int]]:
     """The ids of each answer to the prompt of that number."""
-    ids_A = [continuation(tokenizer, text, answer)[0] for answer in answers]
+    ids_A = [_continuation(tokenizer, text, answer)[0] for answer in answers]
     for n, ids in enumerate(ids_A):
         if ids in ids_A[:n]:
             same = f"{answers[ids_A.index(ids)]!r} and {answers[n]!r}"
@@ -213,7 +213,7 @@ def _answer_ids(tokenizer: Tokenizer, number: int, text: str | None, answers: li
     return ids_A
 
 
-def continuation(tokenizer: Tokenizer, prompt: str | None, answer: str) -> tuple[list[int], bool]:
+def _continuation(tokenizer: Tokenizer, prompt: str | None, answer: str) -> tuple[list[int], bool]:
     """The answer's ids as they follow the prompt, and True; by itself, and False, where the tokenizer merges the two.
 
     A prompt of None is ids that no text gives: the answer is encoded by itself, and nothing could merge.

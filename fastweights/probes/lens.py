@@ -59,7 +59,11 @@ def rank(logits: Tensor, token_ids: int | Iterable | Tensor) -> Tensor:
     """
     if logits.dim() == 0:
         raise ValueError("rank() got logits without an axis, expected [.., V]")
-    ids, V = torch.as_tensor(token_ids), logits.shape[-1]
+    V = logits.shape[-1]
+    try:
+        ids = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"rank() got token_ids={token_ids!r}: expected whole numbers") from None
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"rank() got token_ids of {ids.dtype}, expected whole numbers")
     if (outside := ids[(ids < 0) | (ids >= V)]).numel():
