@@ -5,9 +5,8 @@ Shape suffixes: P prompts, A answers of a prompt, R rows of ids, T′ columns, V
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..inputs import whole_numbers
 from ..tokenizer import Tokenizer
 from .lens import higher
 
-SLICE_BYTES = 1 << 26  # of float64 log-probabilities at a time
+SLICE_BYTES = 1 << 23  # of float64 log-probabilities at a time: they stay in the cache
 
 UNORDERED = (str, bytes, Mapping, Set)  # no list, though Python walks through it; of answers the order counts
 
@@ -97,7 +96,7 @@ class Exam:
             self._row_of.append([len(self.rows) + n for n in holds])
             self.rows += [prompt + row for row in own]
             self.starts += [len(prompt) - 1] * len(own)
-        self._tokens = self._places()
+        self._tokens = self._places()  # (row, column) → the tokens that are looked up there
         self.row_columns = [sorted({column for r, column in self._tokens if r == row}) for row in range(len(self.rows))]
         self.columns = sorted({column for _, column in self._tokens})
 
@@ -145,8 +144,9 @@ class Exam:
         lead = logits.shape[:-3]
         logprob: dict[tuple[int, int, int], Tensor] = {}
         rank: dict[tuple[int, int, int], Tensor] = {}
-        for (row, column), tokens in self._tokens.items():
-            logprob_NK, rank_NK = _look_up(logits[..., row, where[row, column], :], tokens)
+        for (row, column), x in _chosen(logits, where):
+            tokens = self._tokens[row, column]
+            logprob_NK, rank_NK = _look_up(x, tokens)
             for k, token in enumerate(tokens):
                 logprob[row, column, token], rank[row, column, token] = logprob_NK[:, k], rank_NK[:, k]
         starts = [len(prompt) - 1 for prompt in self.prompt_ids]
@@ -162,7 +162,6 @@ class Exam:
         return Scores(scores.logprob.squeeze(-2), scores.rank.squeeze(-2)) if each else scores
 
     def _places(self) -> dict[tuple[int, int], list[int]]:
-        """(row, column) → the tokens whose logits are looked up there."""
         tokens: dict[tuple[int, int], list[int]] = {}
         for prompt, rows_A, ids_A in zip(self.prompt_ids, self._row_of, self.answer_ids, strict=True):
             for row, ids in zip(rows_A, ids_A, strict=True):
@@ -188,12 +187,12 @@ class Exam:
     def _warn(self, texts: list[str | None]) -> None:
         """Says once what is legal and rarely meant."""
         for text, wanted, ids_A in zip(texts, self.answers, self.answer_ids, strict=True):
-            for (short, a), (long, b) in permutations(zip(wanted, ids_A, strict=True), 2):
-                if b[: len(a)] == a:
-                    warn(
-                        f"the answer {long!r} begins with the tokens of {short!r}, so it can never be the likelier one"
-                    )
-                    return
+            by_ids = {tuple(ids): answer for ids, answer in zip(ids_A, wanted, strict=True)}
+            for ids, answer in by_ids.items():
+                for end in range(1, len(ids)):
+                    if short := by_ids.get(ids[:end]):
+                        warn(f"the answer {answer!r} begins with the tokens of {short!r}: it is never the likelier one")
+                        return
             for answer in wanted:
                 if text and text[-1].isspace() and not _continuation(self.tokenizer, text, answer)[1]:
                     warn(
@@ -206,10 +205,12 @@ class Exam:
 def _answer_ids(tokenizer: Tokenizer, number: int, text: str | None, answers: list[str]) -> list[list[int]]:
     """The ids of each answer to the prompt of that number."""
     ids_A = [_continuation(tokenizer, text, answer)[0] for answer in answers]
-    for n, ids in enumerate(ids_A):
-        if ids in ids_A[:n]:
-            same = f"{answers[ids_A.index(ids)]!r} and {answers[n]!r}"
+    first: dict[tuple[int, ...], str] = {}
+    for answer, ids in zip(answers, ids_A, strict=True):
+        if tuple(ids) in first:
+            same = f"{first[tuple(ids)]!r} and {answer!r}"
             raise ValueError(f"prompt {number}: the answers {same} have the same ids {ids}, expected different ones")
+        first[tuple(ids)] = answer
     return ids_A
 
 
@@ -284,6 +285,16 @@ def _longest(rows: list[list[int]]) -> list[list[int]]:
     """The rows in order without those that begin another or repeat one."""
     kept = [row for n, row in enumerate(rows) if row not in rows[:n]]
     return [row for row in kept if not any(len(other) > len(row) and other[: len(row)] == row for other in kept)]
+
+
+def _chosen(logits: Tensor, where: dict[tuple[int, int], int]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """The logits [.., V] of every (row, column), given the column's place in T′."""
+    if not logits.requires_grad:
+        yield from ((pair, logits[..., pair[0], place, :]) for pair, place in where.items())
+        return
+    # one gather: the gradient is then one scatter, and not a tensor of zeros as large as the logits for each pair
+    rows, places = [row for row, _ in where], list(where.values())
+    yield from zip(where, logits[..., rows, places, :].unbind(-2), strict=True)
 
 
 def _look_up(logits: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor]:

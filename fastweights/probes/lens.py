@@ -81,7 +81,7 @@ def rank(logits: Tensor, token_ids: int | Iterable | Tensor) -> Tensor:
 
 def higher(logits: Tensor, own: Tensor) -> Tensor:
     """How many of logits [.., V] are not at most `own` [.., 1], so that a NaN counts: [..] int64."""
-    return (~(logits <= own)).sum(-1)
+    return logits.shape[-1] - (logits <= own).sum(-1)
 
 
 def ov(model: Llama, layer: int, token_ids: int | Iterable[int] | Tensor) -> Tensor:
