@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from test_gguf import GPT2, hf_model, write
 from tiny import tiny
 
 import fastweights as fw
@@ -61,6 +62,13 @@ def test_a_folder_without_its_weights_is_enough_and_a_plastic_model_counts_its_f
     found = fw.anatomy(tmp_path / "config")
     fw.attach(model, [1], fw.Hebbian())
     assert fw.anatomy(model) == found
+
+
+def test_a_gguf_files_head_is_enough(tmp_path):
+    path = write(tmp_path / "model.gguf", hf_model(), quantization="Q8_0", **GPT2)
+    model, _ = fw.load(path)
+    assert fw.anatomy(path) == fw.anatomy(model)
+    assert fw.anatomy(path).dtype == "float32"  # what a .gguf file is dequantised to
 
 
 def test_of_a_hub_name_the_configuration_alone_is_fetched(tmp_path, monkeypatch):

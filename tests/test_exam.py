@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 import fastweights as fw
 from fastweights.tokenizer import Tokenizer
@@ -164,6 +164,23 @@ def test_prompts_may_be_ids_and_are_continued_as_the_text_they_stand_for(tokeniz
     assert by_ids.answer_ids == by_text.answer_ids
     noise = fw.Exam(tokenizer, [[0, 0, 1]], ["blue"])  # ids that no text gives
     assert (noise.rows, noise.answer_ids) == ([[0, 0, 1]], [[[5]]])
+
+
+@pytest.mark.parametrize("start", [[1], []])
+def test_ids_with_or_without_bos_are_continued_by_the_token_that_follows_the_text(tmp_path, start):
+    """By itself an answer gets SentencePiece's first space; behind "(" it has none."""
+    backend = Backend(models.WordLevel({"<s>": 1, "▁the": 2, "▁(": 3, "A": 4, "▁A": 5, "?": 60}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first"), pre_tokenizers.Split("▁(", "isolated")]
+    )
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("the (") == [1, 2, 3]
+    assert tokenizer.encode("A", add_special_tokens=False) == [5]
+    exam = fw.Exam(tokenizer, [[*start, 2, 3]], ["A"])
+    assert (exam.rows, exam.answer_ids) == ([[*start, 2, 3]], [[[4]]])
 
 
 def test_white_space_behind_the_prompt_is_named_in_one_warning(tokenizer):

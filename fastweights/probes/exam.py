@@ -83,8 +83,8 @@ class Exam:
         texts, self.prompt_ids = _prompts(tokenizer, prompts)
         self.answers = _answers(answers, len(texts))
         self.answer_ids = [
-            _answer_ids(tokenizer, number, text, wanted)
-            for number, (text, wanted) in enumerate(zip(texts, self.answers, strict=True))
+            _answer_ids(tokenizer, number, text, ids, wanted)
+            for number, (text, ids, wanted) in enumerate(zip(texts, self.prompt_ids, self.answers, strict=True))
         ]
         self._warn(texts)
         self.rows: list[list[int]] = []
@@ -186,7 +186,7 @@ class Exam:
 
     def _warn(self, texts: list[str | None]) -> None:
         """Says once what is legal and rarely meant."""
-        for text, wanted, ids_A in zip(texts, self.answers, self.answer_ids, strict=True):
+        for text, prompt, wanted, ids_A in zip(texts, self.prompt_ids, self.answers, self.answer_ids, strict=True):
             by_ids = {tuple(ids): answer for ids, answer in zip(ids_A, wanted, strict=True)}
             for ids, answer in by_ids.items():
                 for end in range(1, len(ids)):
@@ -194,7 +194,7 @@ class Exam:
                         warn(f"the answer {answer!r} begins with the tokens of {short!r}: it is never the likelier one")
                         return
             for answer in wanted:
-                if text and text[-1].isspace() and not _continuation(self.tokenizer, text, answer)[1]:
+                if text and text[-1].isspace() and not _continuation(self.tokenizer, text, prompt, answer)[1]:
                     warn(
                         f"the prompt …{text[-20:]!r} ends in white space that belongs to the token of the answer "
                         f"{answer!r}: it is scored without it; put the space before the answer"
@@ -202,35 +202,37 @@ class Exam:
                     return
 
 
-def _answer_ids(tokenizer: Tokenizer, number: int, text: str | None, answers: list[str]) -> list[list[int]]:
+def _answer_ids(
+    tokenizer: Tokenizer, number: int, text: str | None, prompt: list[int], answers: list[str]
+) -> list[list[int]]:
     """The ids of each answer to the prompt of that number."""
-    ids_A = [_continuation(tokenizer, text, answer)[0] for answer in answers]
     first: dict[tuple[int, ...], str] = {}
-    for answer, ids in zip(answers, ids_A, strict=True):
-        if tuple(ids) in first:
-            same = f"{first[tuple(ids)]!r} and {answer!r}"
-            raise ValueError(f"prompt {number}: the answers {same} have the same ids {ids}, expected different ones")
-        first[tuple(ids)] = answer
-    return ids_A
+    for answer in answers:
+        ids = tuple(_continuation(tokenizer, text, prompt, answer)[0])
+        if ids in first:
+            same = f"{first[ids]!r} and {answer!r}"
+            raise ValueError(f"prompt {number}: the answers {same} have the same ids {[*ids]}, expected different ones")
+        first[ids] = answer
+    return [[*ids] for ids in first]
 
 
-def _continuation(tokenizer: Tokenizer, prompt: str | None, answer: str) -> tuple[list[int], bool]:
+def _continuation(tokenizer: Tokenizer, text: str | None, prompt: list[int], answer: str) -> tuple[list[int], bool]:
     """The answer's ids as they follow the prompt, and True; by itself, and False, where the tokenizer merges the two.
 
-    A prompt of None is ids that no text gives: the answer is encoded by itself, and nothing could merge.
+    Args:
+        text: of the prompt, with or without the special tokens that stand in its ids; None: no text gives them, and
+            the answer is encoded by itself.
     """
     if not answer:
         raise ValueError("answers holds an empty text: expected at least one token each")
-    if prompt is None:
-        alone, follows = tokenizer.encode(answer, add_special_tokens=False), True
-    else:
-        ids, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
-        if both[: len(ids)] == ids and len(both) > len(ids):
-            return both[len(ids) :], True
-        alone, follows = tokenizer.encode(answer, add_special_tokens=False), False
-    if not alone:
+    for special in (True, False):
+        if text is not None and tokenizer.encode(text, special) == prompt:
+            both = tokenizer.encode(text + answer, special)
+            if both[: len(prompt)] == prompt and len(both) > len(prompt):
+                return both[len(prompt) :], True
+    if not (alone := tokenizer.encode(answer, add_special_tokens=False)):
         raise ValueError(f"the answer {answer!r} has no token: expected at least one")
-    return alone, follows
+    return alone, False
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Any, name: str) -> tuple[str | None, list[int]]:
@@ -241,7 +243,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Any, name: str) -> tuple[str | None
     else:
         ids = whole_numbers(name, prompt)
         text = tokenizer.decode(ids)
-        text = text if tokenizer.encode(text) == ids else None
+        text = text if any(tokenizer.encode(text, special) == ids for special in (True, False)) else None
     if not ids:
         raise ValueError(f"{name} is empty: expected a text or a list of ids")
     return text, ids
