@@ -1,13 +1,17 @@
 """fastweights: a Llama whose MLP weights change while it reads and writes."""
 
+from .anatomy import Anatomy, anatomy
 from .attach import attach, detach
 from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
+from .probes.align import Alignment, align
 from .probes.capture import capture, edited
 from .probes.edits import Edit, ablate, patch, project_out, steer
 from .probes.exam import Exam, Scores
+from .probes.lens import decompose, lens, ov, rank
+from .probes.linear import LinearProbe, linear_probe, slerp
 from .probes.sites import SITES
 from .probes.trace import Trace
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
@@ -22,6 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SITES",
+    "Alignment",
+    "Anatomy",
     "Delta",
     "Drift",
     "Edit",
@@ -29,6 +35,7 @@ __all__ = [
     "Exam",
     "GradientAscent",
     "Hebbian",
+    "LinearProbe",
     "LocalLeastSquares",
     "Moment",
     "Sampling",
@@ -38,14 +45,22 @@ __all__ = [
     "Tokenizer",
     "Trace",
     "ablate",
+    "align",
+    "anatomy",
     "attach",
     "capture",
+    "decompose",
     "detach",
     "edited",
+    "lens",
+    "linear_probe",
     "load",
+    "ov",
     "patch",
     "project_out",
+    "rank",
     "save",
+    "slerp",
     "steer",
     "surgery",
     "token_ids",

@@ -71,6 +71,18 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
     command.set_defaults(command=commands["generate"])
 
+    command = subparsers.add_parser("lens", parents=[common], help="what every layer would say after a text")
+    command.add_argument("text", type=_text, help=TEXT)
+    command.add_argument("--top", type=int, default=5, help="tokens to show per layer; left out: 5")
+    command.add_argument("--answer", type=_text, help="follow the rank of this answer's first token")
+    command.add_argument(
+        "--site",
+        default="resid_post",
+        help="where to look: resid_post (left out; with the embedding in front), resid_mid, resid_pre, …",
+    )
+    command.add_argument("--no-norm", dest="norm", action="store_false", help="leave the final norm out")
+    command.set_defaults(command=commands["lens"])
+
     command = subparsers.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
     command.add_argument("--text", type=_text, help=f"show the ids and tokens of this: {TEXT}")
     command.set_defaults(command=commands["info"])

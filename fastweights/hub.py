@@ -38,15 +38,16 @@ _HUB_FILES = [
 ]
 
 
-def download(name: str, revision: str | None, local_only: bool = False) -> Path:
+def download(name: str, revision: str | None, local_only: bool = False, config_only: bool = False) -> Path:
     """The folder of a Hub snapshot with the files needed; cache, token and offline mode are the Hub's own."""
     from huggingface_hub import constants, errors, snapshot_download
 
     if constants.HF_HUB_CACHE.startswith("~"):  # it would be a folder of that name, wherever the process runs
         raise OSError(f"there is no home folder to keep {name} in: set HF_HOME to a folder")
     at = f" at revision {revision!r}" if revision else ""
+    files = _HUB_FILES[:2] if config_only else _HUB_FILES
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local_only))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=local_only))
     except errors.GatedRepoError:
         reason = "is gated: accept its terms on its page and log in with `hf auth login`"
     except errors.RevisionNotFoundError:

@@ -21,6 +21,7 @@ from .files import write_text
 from .inputs import Update, written
 from .model import Llama
 from .plastic import plastic_linears
+from .probes.exam import Exam
 from .rules import Rule
 from .state.drift import Drift
 from .state.moments import delta_norms
@@ -167,8 +168,8 @@ def surgery(
         raise ValueError(f"update={update!r} writes none of the context's {len(ids)} tokens")
     fast = attach(model, layers, rule, linears, rank, overflow, budget=budget, over_budget=over_budget)
     try:
-        exam = Exam(model, tokenizer, context, question, answers)
-        record = _run(Episode(model), tokenizer, exam, ids, update, max_new_tokens, probe_every, on_event, progress)
+        target = Target(model, tokenizer, context, question, answers)
+        record = _run(Episode(model), tokenizer, target, ids, update, max_new_tokens, probe_every, on_event, progress)
     finally:
         detach(model)
     settings: dict = {
@@ -195,80 +196,55 @@ class Result:
     delta_norm: float
 
 
-class Exam:
-    """The question without its context, its answers, and the target: how far is the model from knowing?
+class Target:
+    """The question as an exam, and what the untouched model says to it, with the context in front and without.
 
-    Row 0 of what is asked is the question itself or begins with it: column 0 of a trace is the answer position.
+    Row 0 of an exam of one prompt is that prompt or begins with it, and the first of its columns is the answer
+    position.
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, context: str, question: str, answers: Sequence[str]):
-        if isinstance(answers, str) or not answers:
-            raise ValueError(f"answers={answers!r}: expected a list of one or more texts")
-        self.tokenizer = tokenizer
-        self.question_ids = tokenizer.encode(question)
-        self.answers = list(answers)
-        self.answer_ids = [_continuation(tokenizer, question, answer) for answer in answers]
-        self.rows = _unique([self.question_ids + ids[:-1] for ids in self.answer_ids])
+        self.exam = Exam(tokenizer, [question], answers)
         seam = "" if context[-1:].isspace() or question[:1].isspace() else "\n\n"
-        prompt_ids = tokenizer.encode(context + seam + question)
-        answer_ids = [_continuation(tokenizer, context + seam + question, answer) for answer in answers]
-        rows = _unique([prompt_ids + ids[:-1] for ids in answer_ids])
-        for row in (*rows, *self.rows):
-            if len(row) > model.config.max_position_embeddings:
+        informed = Exam(tokenizer, [context + seam + question], answers)
+        for length in (len(informed.prompt_ids[0]) + len(ids) - 1 for ids in informed.answer_ids[0]):
+            if length > model.config.max_position_embeddings:
                 raise ValueError(
-                    f"context, question and answer have {len(row)} tokens, "
+                    f"context, question and answer have {length} tokens, "
                     f"but this model has positions up to {model.config.max_position_embeddings}"
                 )
         frozen = Episode(model)
-        (target,) = self._ask(frozen, rows, prompt_ids, answer_ids, [0])
-        self.target_logprob, self.target_LD, self.target_top = target.logprob_A, target.hidden_LD, target.top
-        (self.untouched,) = self.ask(frozen, [0])
-
-    def ask(self, episode: Episode, events: Sequence[int], progress: Progress | None = None) -> list[Result]:
-        """What the model says after each of `events`, in batches, with the fast weights of an episode of one row."""
-        return self._ask(episode, self.rows, self.question_ids, self.answer_ids, events, progress)
-
-    def _ask(
-        self,
-        episode: Episode,
-        rows: list[list[int]],
-        prompt_ids: list[int],
-        answer_ids: list[list[int]],
-        events: Sequence[int],
-        progress: Progress | None = None,
-    ) -> list[Result]:
-        columns = range(len(prompt_ids) - 1, max(map(len, rows)))
-        trace = episode.probe(rows, sites=["resid_post"], at=list(events), positions=columns, progress=progress)
-        norm_M = delta_norms(episode.logs, events, row=0)
-        hidden_MLD = trace.hidden_states[:, :, 0, 0].double()
-        results = []
-        for logits_BTV, hidden_LD, norm in zip(trace.logits, hidden_MLD, norm_M.tolist(), strict=True):
-            results.append(Result(*self._score(logits_BTV, rows, prompt_ids, answer_ids), hidden_LD, norm))
-        return results
-
-    def _score(
-        self, logits_BTV: Tensor, rows: list[list[int]], prompt_ids: list[int], answer_ids: list[list[int]]
-    ) -> tuple[Tensor, list[tuple[str, float]]]:
-        logprob_BTV = logits_BTV.double().log_softmax(-1)
-        scores = []
-        for ids in answer_ids:
-            row = rows.index(prompt_ids + ids[:-1])
-            scores.append(sum(float(logprob_BTV[row, t, token]) for t, token in enumerate(ids)))
-        best = logprob_BTV[0, 0].topk(min(5, logprob_BTV.shape[-1]))
-        pieces = self.tokenizer.tokens(best.indices.tolist())
-        return torch.tensor(scores, dtype=torch.float64), list(zip(pieces, best.values.tolist(), strict=True))
+        (target,) = _ask(frozen, informed, [0])
+        self.logprob, self.hidden_LD, self.top = target.logprob_A, target.hidden_LD, target.top
+        (self.untouched,) = _ask(frozen, self.exam, [0])
 
     def distances(self, hidden_LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L2, cosine and relative distance from the target, each [L+1]."""
-        distance_L = (hidden_LD - self.target_LD).norm(dim=-1)
-        cosine_L = 1 - torch.cosine_similarity(hidden_LD, self.target_LD, dim=-1)
-        return distance_L, cosine_L, distance_L / self.target_LD.norm(dim=-1)
+        distance_L = (hidden_LD - self.hidden_LD).norm(dim=-1)
+        cosine_L = 1 - torch.cosine_similarity(hidden_LD, self.hidden_LD, dim=-1)
+        return distance_L, cosine_L, distance_L / self.hidden_LD.norm(dim=-1)
+
+
+def _ask(episode: Episode, exam: Exam, events: Sequence[int], progress: Progress | None = None) -> list[Result]:
+    """What the model says after each of `events`, in batches, with the fast weights of an episode of one row."""
+    trace = episode.probe(exam.rows, sites=["resid_post"], at=list(events), positions=exam.columns, progress=progress)
+    norm_M = delta_norms(episode.logs, events, row=0)
+    hidden_MLD = trace.hidden_states[:, :, 0, 0].double()
+    logprob_MA = exam.score(trace.logits, exam.columns).logprob[:, 0].cpu()
+    results = []
+    for m, norm in enumerate(norm_M.tolist()):
+        logprob_V = trace.logits[m, 0, 0].double().log_softmax(-1)
+        best = logprob_V.topk(min(5, len(logprob_V)))
+        pieces = exam.tokenizer.tokens(best.indices.tolist())
+        top = list(zip(pieces, best.values.tolist(), strict=True))
+        results.append(Result(logprob_MA[m], top, hidden_MLD[m], norm))
+    return results
 
 
 def _run(
     episode: Episode,
     tokenizer: Tokenizer,
-    exam: Exam,
+    target: Target,
     context_ids: list[int],
     update: Update,
     max_new_tokens: int,
@@ -278,7 +254,7 @@ def _run(
 ) -> Record:
     positions = torch.arange(len(context_ids))[None]
     write_1T = written(update, torch.tensor([context_ids]), positions, generated=False)
-    reading = _Reading(episode, tokenizer, exam, probe_every, on_event)
+    reading = _Reading(episode, tokenizer, target, probe_every, on_event)
     # a log that overflows forgets its earlier moments: they must be looked at as they come
     one_by_one = on_event is not None or any(log.overflow in ("compress", "evict") for log in episode.logs.values())
     if not one_by_one:
@@ -299,23 +275,23 @@ def _run(
     if not one_by_one:
         reading.look(progress)
     events, probed, results = reading.events, reading.probed, reading.results
-    distance_NL, cosine_NL, relative_NL = zip(*(exam.distances(r.hidden_LD) for r in results), strict=True)
+    distance_NL, cosine_NL, relative_NL = zip(*(target.distances(r.hidden_LD) for r in results), strict=True)
     return Record(
         tokens=tokenizer.tokens(reading.tokens),
         token_ids=reading.tokens,
-        question_ids=exam.question_ids,
-        answers=exam.answers,
-        answer_ids=exam.answer_ids,
+        question_ids=target.exam.prompt_ids[0],
+        answers=target.exam.answers[0],
+        answer_ids=target.exam.answer_ids[0],
         events=events,
         probed=probed,
         logprob=torch.stack([r.logprob_A for r in results]),
-        target_logprob=exam.target_logprob,
+        target_logprob=target.logprob,
         distance=torch.stack(distance_NL),
         cosine=torch.stack(cosine_NL),
         relative=torch.stack(relative_NL),
         delta_norm=torch.tensor([r.delta_norm for r in results], dtype=torch.float64),
         top=[r.top for r in results],
-        target_top=exam.target_top,
+        target_top=target.top,
         drift=episode.drift(),
     )
 
@@ -323,13 +299,13 @@ def _run(
 class _Reading:
     """The tokens read so far, the events they brought, and the probes after them."""
 
-    def __init__(self, episode: Episode, tokenizer: Tokenizer, exam: Exam, probe_every: int, on_event):
-        self.episode, self.tokenizer, self.exam = episode, tokenizer, exam
+    def __init__(self, episode: Episode, tokenizer: Tokenizer, target: Target, probe_every: int, on_event):
+        self.episode, self.tokenizer, self.target = episode, tokenizer, target
         self.probe_every, self.on_event = probe_every, on_event
         self.tokens: list[int] = []
         self.waiting: list[tuple[int, bool]] = []  # written, but a gradient event waits for the next token
         self.events: list[Event] = []
-        self.probed, self.results = [0], [exam.untouched]
+        self.probed, self.results = [0], [target.untouched]
 
     def read(self, token: int, writes: bool, generated: bool) -> None:
         self.tokens.append(token)
@@ -341,14 +317,14 @@ class _Reading:
         new = range(len(self.events) + 1, self.episode.events + 1)
         due = [number for number in new if number % self.probe_every == 0]
         if due:
-            self.results += self.exam.ask(self.episode, due, progress)
+            self.results += _ask(self.episode, self.target.exam, due, progress)
             self.probed += due
         for number in new:
             position, generated = self.waiting.pop(0)
             token, logprob_A, distance_L = self.tokens[position], None, None
             if number in due:
                 result = self.results[self.probed.index(number)]
-                logprob_A, distance_L = result.logprob_A, self.exam.distances(result.hidden_LD)[0]
+                logprob_A, distance_L = result.logprob_A, self.target.distances(result.hidden_LD)[0]
             piece = self.tokenizer.tokens([token])[0]
             self.events.append(Event(number, position, token, piece, generated, logprob_A, distance_L))
             if self.on_event is not None:
@@ -356,15 +332,3 @@ class _Reading:
                 self.on_event(self.episode, self.events[-1])
                 if before != (self.episode.lengths, self.episode.event_counts):
                     raise ValueError(f"on_event changed the episode at event {number}: it may only read it")
-
-
-def _continuation(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
-    """The answer's ids as they follow the prompt; by itself where the tokenizer would merge the two."""
-    if not answer:
-        raise ValueError("answers holds an empty text: expected at least one token each")
-    ids, both = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
-    return both[len(ids) :] if both[: len(ids)] == ids else tokenizer.encode(answer, add_special_tokens=False)
-
-
-def _unique(rows: list[list[int]]) -> list[list[int]]:
-    return [row for n, row in enumerate(rows) if row not in rows[:n]]

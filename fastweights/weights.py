@@ -51,22 +51,37 @@ def load(
         model, tokenizer = fw.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="bfloat16")
     """
     wanted, target = _dtype(dtype), _device(device)
+    path = _located(name, revision)
+    if path.is_dir():
+        return _load_folder(path, wanted, target, strict)
+    return _load_gguf(path, wanted, target)
+
+
+def load_config(name: str | Path | None = None, revision: str | None = None, strict: bool = False) -> LlamaConfig:
+    """The configuration of what `load` would load, without its weights: of a Hub name, config.json alone is fetched."""
+    path = _located(name, revision, config_only=True)
+    if not path.is_dir():
+        return GgufFile(path).config
+    _check_folder(path)
+    return LlamaConfig.from_folder(path, strict)
+
+
+def _located(name: str | Path | None, revision: str | None, config_only: bool = False) -> Path:
+    """The folder or .gguf file behind a name, fetched from the Hub if it is a name there."""
     if revision is not None and (name is None or Path(name).exists()):
         raise ValueError(f"revision {revision!r} is for names on the Hub, and {name or 'the default model'} is not one")
     if name is None:
-        return _load_folder(default_folder(gguf_to_folder), wanted, target, strict)
+        return default_folder(gguf_to_folder)
     path = _expanded(name)
-    if path.is_dir():
-        return _load_folder(path, wanted, target, strict)
-    if path.suffix.lower() == ".gguf":
-        return _load_gguf(path, wanted, target)
+    if path.is_dir() or path.suffix.lower() == ".gguf":
+        return path
     if path.is_file():
         raise ValueError(
             f"{name} is a file, expected a .gguf file, a folder with config.json, or a name on the Hub{_hint(path)}"
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"{name} does not exist as a folder, and is not a name on the Hub ('org/name') either")
-    return _load_folder(download(str(name), revision), wanted, target, strict)
+    return download(str(name), revision, config_only=config_only)
 
 
 def save(
@@ -130,10 +145,7 @@ def save(
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, device: torch.device, strict: bool
 ) -> tuple[Llama, Tokenizer | None]:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder / 'config.json'} does not exist, expected a Llama's config.json there{_hint_for_folder(folder)}"
-        )
+    _check_folder(folder)
     config = LlamaConfig.from_folder(folder, strict)
     tokenizer = _tokenizer(folder)
     wanted = _shapes(config)
@@ -159,6 +171,13 @@ def _load_folder(
     return _fill(config, {key: read(key) for key in stored}), tokenizer
 
 
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'config.json'} does not exist, expected a Llama's config.json there{_hint_for_folder(folder)}"
+        )
+
+
 def gguf_to_folder(source: Path, folder: Path) -> None:
     """The default model's .gguf as the folder that the Hub has: there the end of a turn is the only stop id."""
     model, tokenizer = _load_gguf(source, None, torch.device("cpu"))
@@ -182,7 +201,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> t
 
 
 def _fill(config: LlamaConfig, tensors: dict[str, Tensor]) -> Llama:
-    model = _meta(config)
+    model = without_storage(config)
     if config.tie_word_embeddings:
         tensors[HEAD] = tensors[EMBEDDING]
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -199,15 +218,15 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _meta(config: LlamaConfig) -> Llama:
-    """The model without storage."""
+def without_storage(config: LlamaConfig) -> Llama:
+    """The model with its names and shapes, and no memory behind them."""
     with torch.device("meta"), _NoInit():
         return Llama(config)
 
 
 def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds."""
-    shapes = {key: tuple(t.shape) for key, t in _meta(config).state_dict().items()}
+    shapes = {key: tuple(t.shape) for key, t in without_storage(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes[HEAD]
     return shapes

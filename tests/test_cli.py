@@ -137,6 +137,54 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
     assert (facts["path"], facts["why"]) == (episode.path, episode.why)
 
 
+def test_info_shows_the_anatomy(folder, capsys):
+    assert main(["info", "--model", folder, "--json"]) == 0
+    out = capsys.readouterr().out
+    found = fw.anatomy(folder)
+    assert str(found) in out
+    assert json.loads(out.splitlines()[-1])["anatomy"] == found.to_dict()
+
+
+@pytest.mark.parametrize("site", ["resid_post", "resid_mid"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_lens_prints_and_returns_every_layers_likeliest_tokens(folder, capsys, site, norm):
+    command = ["lens", "the sky is", "--model", folder, "--site", site, "--top", "3", "--answer", " blue and", "--json"]
+    assert main([*command, *([] if norm else ["--no-norm"])]) == 0
+    out = capsys.readouterr().out
+    whole = json.loads(out.splitlines()[-1])
+    model, tokenizer = fw.load(folder)
+    trace = fw.Episode(model).probe(tokenizer.encode("the sky is"), sites=[site])
+    hidden = trace.hidden_states if site == "resid_post" else trace[site]
+    logits = torch.stack([fw.lens(model, row, norm) for row in hidden[:, 0, -1]]).double()
+    assert len(whole["layers"]) == len(whole["rank"]) == (5 if site == "resid_post" else 4)
+    for layer, best in enumerate(whole["layers"]):
+        order = logits[layer].argsort(descending=True)[:3]
+        assert [each["token"] for each in best] == tokenizer.tokens(order)
+        assert [each["logit"] for each in best] == pytest.approx(logits[layer, order].tolist(), abs=1e-5)
+        assert [each["probability"] for each in best] == pytest.approx(
+            logits[layer].softmax(-1)[order].tolist(), abs=1e-6
+        )
+        assert whole["rank"][layer] == int((logits[layer] > logits[layer, 5]).sum())
+    assert whole["first"] == (whole["rank"].index(0) if 0 in whole["rank"] else None)
+    assert (whole["site"], whole["norm"], whole["tokens"]) == (site, norm, ["the", "sky", "is"])
+    table = out.splitlines()[:-1]
+    assert table[0].split() == ["layer", "first", "2.", "3.", "rank", "of", "'blue'"]
+    assert [int(line.split()[-1]) for line in table[1 : 1 + len(whole["rank"])]] == whole["rank"]
+    assert f"{site} at the last token, {'through' if norm else 'without'} the final norm" in table[-2]
+    assert table[-1].startswith("'blue', the first of the answer's 2 tokens, is first choice ")
+
+
+def test_lens_names_the_first_layer_that_says_the_answer(folder, capsys):
+    assert main(["lens", "the sky is", "--model", folder, "--top", "1", "--json"]) == 0
+    out = capsys.readouterr().out
+    whole = json.loads(out.splitlines()[-1])
+    assert whole.keys().isdisjoint({"rank", "first"})
+    assert len(out.splitlines()) == 1 + 5 + 1 + 1
+    model, tokenizer = fw.load(folder)
+    last = whole["layers"][-1][0]["token"]
+    assert last == tokenizer.tokens(model(torch.tensor([[2, 3, 4]]))[0, -1].argmax())[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,11 +212,18 @@ def test_info_shows_the_shape_and_the_ids_of_a_text(folder, capsys):
         (["generate", "the", "--drift"], "--drift needs --layers"),
         (["generate", "the", "--top-p", "7"], "generate(top_p=7.0)"),
         (["generate", "the", "--max-new-tokens", "999"], "the KV cache holds 256"),
+        (["lens", "the", "--top", "0"], "--top 0: expected 1 to 61"),
+        (["lens", ""], "empty text"),
+        (["lens", "the", "--site", "middle"], "site 'middle' does not exist"),
+        (["lens", "the", "--answer", ""], "answers holds an empty text"),
+        (["lens", "the " * 300], "a probe of 300 tokens does not fit"),
     ],
 )
 def test_a_users_mistake_is_one_line_on_stderr_and_status_2(folder, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
-        raise SystemExit(main([*arguments, *(["--model", folder] if arguments[0] in ("run", "generate") else [])]))
+        raise SystemExit(
+            main([*arguments, *(["--model", folder] if arguments[0] in ("run", "generate", "lens") else [])])
+        )
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith("prompt ids")]
     assert stop.value.code == 2
