@@ -7,6 +7,7 @@ from .generation import Step
 from .inputs import token_ids
 from .probe import Trace
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .sae import SAE, load_sae
 from .sampling import Sampling
 from .state.drift import Drift
 from .state.moments import Moment
@@ -17,6 +18,7 @@ from .weights import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAE",
     "Delta",
     "Drift",
     "Episode",
@@ -32,6 +34,7 @@ __all__ = [
     "attach",
     "detach",
     "load",
+    "load_sae",
     "save",
     "surgery",
     "token_ids",

@@ -12,7 +12,7 @@ FOLDER = Path(fastweights.__file__).parent
 ORDER = [
     *("files", "flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
     *("config", "state", "cache", "model"),
-    *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights"),  # checkpoints
+    *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights", "sae_files", "sae"),
     "probes",
     *("episode_state", "passes", "plastic"),
     "engine",
