@@ -18,8 +18,8 @@ from .weights import device_of, dtype_of
 
 PER_HEAD = ("q", "q_rot", "k", "k_rot", "v", "z")
 # models whose writing weights TransformerLens can center, and those without LayerNorm, where it skips that
-LAYER_NORM = re.compile(r"gpt|pythia|opt-|bloom|tiny-?stories|phi-|gelu-|solu-|attn-only", re.IGNORECASE)
-RMS_NORM = re.compile(r"llama|gemma|mistral|mixtral|qwen|smollm|deepseek|olmo-?2", re.IGNORECASE)
+LAYER_NORM = re.compile(r"gpt|pythia|\bopt-|bloom|tiny-?stories|phi-[12]|gelu-|solu-|attn-only", re.IGNORECASE)
+RMS_NORM = re.compile(r"llama|gemma|mistral|mixtral|qwen|smollm|deepseek|olmo-?2|gpt-oss|phi-[34]", re.IGNORECASE)
 CENTERED_SITES = ("embedding", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 TOKENS_AT_ONCE = 1 << 25  # features of one piece of `error`
 
@@ -203,7 +203,8 @@ def load_sae(
 
     Args:
         folder: with cfg.json and sae_weights.safetensors, params.npz, or cfg.json and sae.safetensors.
-        dtype: that the weights are kept in; None: float32, or float64 where they are stored in it.
+        dtype: that the weights are kept in; None: float32, or float64 where they are stored in it. What is
+            narrower takes less memory, and every call widens it again.
         device: None is the CPU.
         layer, site: where it reads, over what the folder says; needed where it names no site of ours.
         center: it was trained on activations without their mean over D (TransformerLens'

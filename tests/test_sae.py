@@ -273,6 +273,27 @@ def test_a_hook_that_is_no_site_must_be_named_by_the_caller(tmp_path):
     assert fw.load_sae(folder, layer=5, site="mlp_norm").site == "mlp_norm"
 
 
+def test_no_feature_is_negative_under_a_negative_threshold_or_a_k_that_asks_for_all(tmp_path):
+    tensors = weights("jumprelu")
+    tensors["threshold"] = -tensors["threshold"]
+    sae = fw.load_sae(gemma(tmp_path / "jumprelu", tensors))
+    check(sae, tensors, architecture="jumprelu", input_bias=False)
+    tensors = weights()
+    sae = fw.load_sae(sparsify(tmp_path / "layers.0", tensors, k=N))
+    check(sae, tensors, architecture="topk", k=N)
+
+
+def test_gradients_reach_the_activations(tmp_path):
+    for architecture in ("standard", "gated", "jumprelu", "topk"):
+        config = NEW | {"architecture": architecture, "k": K, "normalize_activations": "layer_norm"}
+        sae = fw.load_sae(saelens(tmp_path, config, weights(architecture)), dtype="float64")
+        x = activations(1, D, dtype=torch.float64).requires_grad_()
+        sae.decode(sae.encode(x), x)[0, 2].backward()
+        step = 1e-6 * torch.eye(D, dtype=torch.float64)
+        ends = [sae.decode(sae.encode(x + sign * step), x + sign * step)[:, 2] for sign in (1, -1)]
+        torch.testing.assert_close(x.grad[0], (ends[0] - ends[1]).detach() / 2e-6, atol=1e-7, rtol=1e-6)
+
+
 # ---- normalisations
 
 
