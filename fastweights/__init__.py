@@ -15,6 +15,7 @@ from .probes.linear import LinearProbe, linear_probe, slerp
 from .probes.sites import SITES
 from .probes.trace import Trace
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .sae import SAE, load_sae
 from .sampling import Sampling
 from .state.drift import Drift
 from .state.moments import Moment
@@ -25,6 +26,7 @@ from .weights import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAE",
     "SITES",
     "Alignment",
     "Anatomy",
@@ -55,6 +57,7 @@ __all__ = [
     "lens",
     "linear_probe",
     "load",
+    "load_sae",
     "ov",
     "patch",
     "project_out",

@@ -50,7 +50,7 @@ def load(
     Example:
         model, tokenizer = fw.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="bfloat16")
     """
-    wanted, target = _dtype(dtype), _device(device)
+    wanted, target = dtype_of(dtype), device_of(device)
     path = _located(name, revision)
     if path.is_dir():
         return _load_folder(path, wanted, target, strict)
@@ -289,14 +289,14 @@ def _hint(path: Path) -> str:
     return ""
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name in DTYPES:
         return None if dtype is None else getattr(torch, name)
     raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
     try:
         target = torch.device(device or "cpu")
     except RuntimeError as error:

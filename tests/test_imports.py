@@ -13,6 +13,7 @@ ORDER = [
     *("files", "flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
     *("config", "state", "cache", "model"),
     *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights", "anatomy"),  # checkpoints
+    *("sae_files", "sae"),
     "probes",
     *("episode_state", "passes", "plastic"),
     "engine",
