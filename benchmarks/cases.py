@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import profiles, shapes
+from . import looking, profiles, shapes
 from .bed import ALL, Bed
 from .decode import CONTEXT, frozen_decode, overflow, plastic_decode
 from .measure import Experiment
@@ -52,6 +52,11 @@ def _cases() -> list[Case]:
     cases.append(Case("prefill.overflow", about, prefill_overflow))
     cases.append(Case("reads.moments", "a probe at 8, 32 and 128 moments: against one probe at now", moments))
     cases.append(Case("surgery", "the experiment: against a hook loop on transformers with dense updates", surgery))
+    cases.append(Case("sweep.heads", "every head ablated: against a hook loop on transformers", looking.heads))
+    about = "the stream patched, layer × position: against a hook loop on transformers"
+    cases.append(Case("sweep.patching", about, looking.patching))
+    about = f"one token under an edit, context {CONTEXT}: against the modules and against frozen"
+    cases.append(Case("decode.edited", about, looking.edited_decode))
     for name, about, profile in (
         ("decode.frozen", "frozen decode, a token", profiles.frozen_decode),
         ("decode.plastic", "plastic decode, 3 layers, R = 64, a token", profiles.plastic_decode),
