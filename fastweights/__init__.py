@@ -12,9 +12,8 @@ from .state.drift import Drift
 from .state.moments import Moment
 from .surgery import surgery
 from .tokenizer import Tokenizer
+from .version import __version__ as __version__
 from .weights import load, save
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Delta",
