@@ -6,6 +6,7 @@ from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
 from .probe import Trace
+from .report.pictures import heat_map
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .sampling import Sampling
 from .state.drift import Drift
@@ -30,6 +31,7 @@ __all__ = [
     "Trace",
     "attach",
     "detach",
+    "heat_map",
     "load",
     "save",
     "surgery",

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .files import write_text
+from .files import warn, write_text
+from .report import write
 from .state.drift import Drift
 
 
@@ -33,7 +34,7 @@ class Event:
 class Record:
     """What an experiment returns. Row 0 of every array is the untouched model without the context.
 
-    settings: rule, layers, linears, … as the caller gave them.
+    settings: rule, layers, linears, … as the caller gave them, and the versions that ran.
     tokens, token_ids: what was read (and generated, if asked for).
     events: every event; `probed` [N] tells which row stands behind how many events.
     logprob [N, A]: log-probability of each answer after the question, summed over its tokens, in nats.
@@ -44,6 +45,8 @@ class Record:
     top: the likeliest next tokens after the question, per row: (token, log-probability).
     delta_norm [N]: Frobenius norm of ΔW over all plastic linears together.
     drift: what had changed at the end, and where.
+    lens: [3][L+1]: the likeliest tokens if the final norm and the unembedding came after ℓ layers, as in `top`; of
+        the untouched model, of the last row, and of the target.
     """
 
     tokens: list[str]
@@ -63,6 +66,7 @@ class Record:
     target_top: list[tuple[str, float]]
     drift: Drift
     settings: dict = field(default_factory=dict)
+    lens: list[list[list[tuple[str, float]]]] = field(default_factory=list)
 
     ARRAYS: ClassVar = ("logprob", "target_logprob", "distance", "cosine", "relative", "delta_norm")
 
@@ -77,8 +81,13 @@ class Record:
         ]
         return whole
 
-    def save(self, folder: str | Path) -> None:
-        """Writes record.json (everything) and arrays.safetensors (the arrays, exact) into `folder`."""
+    def save(self, folder: str | Path) -> list[str]:
+        """Writes the record and its report into `folder`, which is made if need be; returns the names of the files.
+
+        record.json holds everything, arrays.safetensors the arrays, exact, report.html and the PNGs are for people.
+        The report needs matplotlib (`pip install "fastweights[report]"`). Without it, record.json and
+        arrays.safetensors are written, a warning says so, and `fastweights.report.write` can make the report later.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -86,3 +95,9 @@ class Record:
         arrays = {name: getattr(self, name).contiguous() for name in self.ARRAYS}
         save_file(arrays, folder / "arrays.safetensors")
         write_text(folder / "record.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        names = ["record.json", "arrays.safetensors"]
+        try:
+            return names + write(self, folder)
+        except ImportError as error:
+            warn(f"{folder} holds {' and '.join(names)}, and no report: {error}")
+            return names

@@ -6,6 +6,7 @@ D model width, V vocabulary.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from .record import Event, Record
 from .rules import Rule
 from .state.moments import delta_norms
 from .tokenizer import Tokenizer
+from .version import __version__
 
 Progress = Callable[[int, int], None]
 
@@ -103,6 +105,8 @@ def surgery(
     settings |= {"budget": budget, "over_budget": over_budget}
     said = update if isinstance(update, (str, list)) else repr(update)
     settings |= {"device": str(model.device), "update": said}
+    versions = {"fastweights": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    settings |= {"versions": versions}
     return replace(record, settings=settings)
 
 
@@ -238,7 +242,20 @@ def _run(
         top=[r.top for r in results],
         target_top=exam.target_top,
         drift=episode.drift(),
+        lens=_lens(episode.model, tokenizer, results[0].hidden_LD, results[-1].hidden_LD, exam.target_LD),
     )
+
+
+@torch.no_grad()
+def _lens(model: Llama, tokenizer: Tokenizer, *states_LD: Tensor) -> list[list[list[tuple[str, float]]]]:
+    """The likeliest tokens of every residual stream, as `Record.top` has them."""
+    tables = []
+    for hidden_LD in states_LD:
+        logprob_LV = model.unembed(hidden_LD.to(model.device, model.dtype)[None])[0].double().log_softmax(-1)
+        best = logprob_LV.topk(min(5, logprob_LV.shape[-1]))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        tables.append([list(zip(tokenizer.tokens(ids), values, strict=True)) for ids, values in rows])
+    return tables
 
 
 class _Reading:

@@ -21,17 +21,7 @@ ORDER = [
     *("generation", "probe", "snapshot", "episode"),
     *("attach", "report", "record", "surgery", "__init__", "benchmarks", "__main__"),
 ]
-GROUND = (
-    "version",
-    "progress",
-    "flags",
-    "binding",
-    "watch",
-    "rules",
-    "inputs",
-    "sampling",
-    "files",
-)  # import nothing of ours
+GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
 NOT_OURS = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_C", "_current_level"),

@@ -1,5 +1,34 @@
-"""What a record shows: a table and a paragraph for the terminal, pictures, and a page for a browser."""
+"""What a record shows: a table and a paragraph for the terminal, pictures, and a page for a browser.
 
-from .text import paragraph, table
+Everything here takes a `Record`, or what its record.json holds. So the report of an experiment that was saved earlier
+can be made again: `report.write(json.loads(Path("record.json").read_text()), folder)`.
+"""
 
-__all__ = ["paragraph", "table"]
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+from .canvas import png
+from .page import lens_page, page, page_with
+from .pictures import heat_map, pictures
+from .text import Recorded, paragraph, table
+
+__all__ = ["heat_map", "lens_page", "page", "paragraph", "pictures", "table", "write"]
+
+
+def write(record: Recorded | Mapping[str, Any], folder: str | Path) -> list[str]:
+    """Writes report.html, logprob.png, distance.png and norms.png into an existing folder; returns their names.
+
+    Everything is drawn before the first file is written.
+
+    Raises:
+        ImportError: without matplotlib (`pip install "fastweights[report]"`).
+    """
+    drawn = pictures(record)
+    html = page_with(record, drawn)
+    images = {f"{name}.png": png(figure, f"{name}.png") for name, (figure, _) in drawn.items()}
+    write_text(Path(folder) / "report.html", html)
+    for name, content in images.items():
+        (Path(folder) / name).write_bytes(content)
+    return ["report.html", *images]
