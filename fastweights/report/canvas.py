@@ -18,6 +18,7 @@ INK, GRID, MISSING = "#1b1e23", "#d4d8de", "#9aa0a8"
 # read on white and on black, and are told apart by people who are colour-blind
 COLOURS = ("#2f7fc1", "#cf6f17", "#2b9a72", "#c0579a", "#8a6fd1", "#8c7a2b", "#6b7785")
 TARGET, UNTOUCHED = (0, (5, 1.5)), (0, (1, 1))  # dashed, dotted
+BELOW, ABOVE = (0.14, 0.46, 0.82), (0.85, 0.27, 0.19)  # a signed effect: blue and red, fading to the background
 TICK = 7.5  # points
 WIDEST = 15.0  # inches
 
@@ -59,6 +60,16 @@ def style() -> Iterator[None]:
     defaults = {key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith(theirs)}
     with mpl.rc_context({**defaults, **ours}):
         yield
+
+
+def signed():
+    """Colours for numbers on both sides of a center, at which the background shows: white or black."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    steps = [n / 16 for n in range(17)]
+    left = [(0.5 - step / 2, (*BELOW, step**0.8)) for step in reversed(steps)]
+    right = [(0.5 + step / 2, (*ABOVE, step**0.8)) for step in steps]
+    return LinearSegmentedColormap.from_list("signed", [*left, *right])
 
 
 def figure(width: float, height: float):

@@ -95,7 +95,7 @@ def lens_page(
     for layer, (row, chances) in enumerate(zip(tokens, probabilities, strict=True)):
         cells = [_chance(token, chance) for token, chance in zip(row, chances, strict=True)]
         rank = [f"<td class=number>{ranks[layer]}</td>"] if ranks is not None else []
-        rows.append("".join([f"<th scope=row>{layer if layer else '0 (embedding)'}</th>", *rank, *cells]))
+        rows.append("".join([f"<th scope=row>{layer}</th>", *rank, *cells]))
     lead = ""
     if ranks is not None:
         first = next((layer for layer, rank in enumerate(ranks) if rank == 0), None)
@@ -107,7 +107,10 @@ def lens_page(
         _section("The text", f"<blockquote dir=auto>{shown(text)}</blockquote>"),
         _section(
             "The logit lens",
-            _note("The stronger the colour, the likelier the token. Rank 0 is the first choice."),
+            _note(
+                "After 0 layers: the embedding. The stronger the colour, the likelier the token. "
+                "Rank 0 is the first choice."
+            ),
             _table("logit lens", [*head, *(f"{n}." for n in range(2, most + 1))], rows),
         ),
         _section("Settings", _settings(settings)) if settings else "",
@@ -161,7 +164,7 @@ def _answers(whole: Mapping[str, Any]) -> str:
         values = (whole["logprob"][0][n], whole["logprob"][-1][n], whole["target_logprob"][n])
         rows.append(f"<th scope=row dir=auto>{shown(answer)}</th>" + "".join(map(_number, values)))
     head = ["log-probability of", "untouched", f"after {_count(whole['probed'][-1])}", "target: context in front"]
-    return _table("log-probabilities of the answers", head, rows)
+    return _table("log-probabilities of the answers", head, rows, numbers=True)
 
 
 def _choices(whole: Mapping[str, Any]) -> str:
@@ -176,12 +179,12 @@ def _choices(whole: Mapping[str, Any]) -> str:
 
 def _lens(whole: Mapping[str, Any]) -> str:
     rows = [
-        f"<th scope=row>{layer if layer else '0 (embedding)'}</th>" + "".join(map(_layer, row))
+        f"<th scope=row>{layer}</th>" + "".join(map(_layer, row))
         for layer, row in enumerate(zip(*whole["lens"], strict=True))
     ]
     note = _note(
-        "What the model would say next if the final norm and the unembedding came after this many layers. "
-        "The stronger the colour, the likelier the first choice; below it the next ones."
+        "What the model would say next if the final norm and the unembedding came after this many layers "
+        "(0: the embedding). The stronger the colour, the likelier the first choice; below it the next ones."
     )
     head = ["after layer", "untouched", f"after {_count(whole['probed'][-1])}", "target: context in front"]
     return note + _table("logit lens", head, rows)
@@ -212,7 +215,10 @@ def _certificates(whole: Mapping[str, Any]) -> str:
         "The certificate: the exact ΔW differs from the one that was read by at most this error, in the Frobenius and "
         "in the spectral norm. Lost is the first as a share of ‖ΔW‖_F. Forgotten events have left the ring."
     )
-    return "<h3>Certificates</h3>" + note + _table("drift and certificates", head, rows)
+    table = _table("drift and certificates", head, rows, numbers=True)
+    if len(rows) > 12:
+        table = f"<details><summary>{len(rows)} plastic linears</summary>{table}</details>"
+    return "<h3>Certificates</h3>" + note + table
 
 
 def _events(whole: Mapping[str, Any]) -> str:
@@ -264,13 +270,14 @@ def _figure(picture: str, caption: str) -> str:
     return f"<figure>{box}<figcaption>{shown(caption)}</figcaption></figure>"
 
 
-def _table(name: str, head: Sequence[str], rows: Sequence[str]) -> str:
-    """A table in a box of its own that scrolls where it is too wide."""
+def _table(name: str, head: Sequence[str], rows: Sequence[str], numbers: bool = False) -> str:
+    """A table in a box of its own that scrolls where it is too wide; `numbers` stand below their columns' names."""
     top = "".join(f"<th scope=col>{shown(text)}</th>" if text else "<td></td>" for text in head)
     top = f"<thead><tr>{top}</tr></thead>" if head else ""
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     box = f'<div class=scroll tabindex=0 role=group aria-label="table, may scroll: {shown(name)}">'
-    return f"{box}<table>{top}<tbody>\n{body}\n</tbody></table></div>"
+    kind = " class=numbers" if numbers else ""
+    return f"{box}<table{kind}>{top}<tbody>\n{body}\n</tbody></table></div>"
 
 
 def _chance(piece: str, chance: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def heat_map(
         names_y = [canvas.label(text) for text in y_labels] if y_labels else [str(n) for n in range(rows)]
         canvas.name_ticks(axes.xaxis, names_x, across, turned=max(map(len, names_x)) > 3)
         canvas.name_ticks(axes.yaxis, names_y, down, turned=False)
-        _mark(axes, image, values_YX, center or 0.0, strongest, 72 * across / columns)
+        outside = _mark(axes, image, values_YX, center or 0.0, strongest, 72 * across / columns)
+        if outside:
+            said = textwrap.fill(f"strongest ({y}, {x}): {' · '.join(outside)}", int(across * 13))
+            axes.set_xlabel(f"{x}\n{said}")
         if path is not None:
             fig.savefig(path, dpi=150)
     return fig
@@ -87,37 +91,49 @@ def _image(axes, values_YX: torch.Tensor, center: float | None, first: int = 0):
     """A grid of colours, row 0 at the bottom, its columns at first, first + 1, …"""
     mpl = canvas.matplotlib()
     finite = values_YX[values_YX.isfinite()]
-    low, high, name = float(finite.min()), float(finite.max()), "viridis"
+    low, high, colours = float(finite.min()), float(finite.max()), mpl.colormaps["viridis"]
     if center is not None:
         reach = max(abs(low - center), abs(high - center)) or 1.0
-        low, high, name = center - reach, center + reach, "RdBu_r"
-    colours = mpl.colormaps[name].with_extremes(bad=canvas.MISSING)
+        low, high, colours = center - reach, center + reach, canvas.signed()
     rows, columns = values_YX.shape
     extent = (first - 0.5, first + columns - 0.5, -0.5, rows - 0.5)
     masked = values_YX.masked_fill(~values_YX.isfinite(), math.nan).numpy()
     options: dict[str, Any] = {"vmin": low, "vmax": high, "aspect": "auto", "origin": "lower", "extent": extent}
-    image = axes.imshow(masked, cmap=colours, interpolation="none", **options)
+    image = axes.imshow(masked, cmap=colours.with_extremes(bad=canvas.MISSING), interpolation="none", **options)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return image
 
 
-def _mark(axes, image, values_YX: torch.Tensor, center: float, strongest: int, cell: float) -> None:
-    """Frames the cells farthest from `center`, with their numbers inside, or beside the frame where `cell` is small."""
+def _mark(axes, image, values_YX: torch.Tensor, center: float, strongest: int, cell: float) -> list[str]:
+    """Frames the cells farthest from `center`; their numbers go inside, or are given back where a `cell` is too small.
+
+    Args:
+        cell: its width in points.
+    """
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     strength = (values_YX - center).abs().masked_fill(~values_YX.isfinite(), -1)
     order = strength.flatten().sort(descending=True, stable=True)
+    outside = []
+    frame: dict[str, Any] = {"fill": False, "edgecolor": "black", "linewidth": 0.9, "clip_on": False, "zorder": 3}
     for strong, place in zip(order.values.tolist()[:strongest], order.indices.tolist(), strict=False):
         if strong < 0:
             break
         row, column = divmod(place, values_YX.shape[1])
-        red, green, blue, _ = image.to_rgba(float(values_YX[row, column]))
-        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "black"
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=ink, linewidth=0.9))
+        halo = [withStroke(linewidth=2.2, foreground="white")]
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, path_effects=halo, **frame))
         text = number(float(values_YX[row, column]))
-        size = min(7.0, 1.55 * cell / len(text))
-        axes.text(column, row, text, ha="center", va="center_baseline", fontsize=max(size, 3.5), color=ink)
+        size = min(7.5, 1.5 * cell / len(text))
+        if size < 5:
+            outside.append(f"{row}, {column}: {text}")
+            continue
+        red, green, blue, opaque = image.to_rgba(float(values_YX[row, column]))
+        light = 1 - opaque * (1 - (0.3 * red + 0.59 * green + 0.11 * blue))  # over white
+        ink = "white" if light < 0.55 else "black"
+        axes.text(column, row, text, ha="center", va="center_baseline", fontsize=size, color=ink, zorder=4)
+    return outside
 
 
 def number(value: float) -> str:

@@ -22,20 +22,22 @@ figure { margin: 1rem 0; }
 figcaption { max-width: 46rem; margin-top: .3rem; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-svg { display: block; width: 100%; max-width: var(--natural); min-width: min(var(--natural), 44rem); height: auto; }
+svg { display: block; width: 100%; max-width: var(--natural); min-width: calc(.8 * var(--natural)); height: auto; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 table { border-collapse: collapse; font-size: .88rem; margin: .4rem 0; overflow-wrap: normal; }
 th, td { padding: .22rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; }
-thead th { color: var(--soft); white-space: nowrap; }
+thead th { color: var(--soft); vertical-align: bottom; min-width: 4.2rem; }
+.numbers thead th:not(:first-child) { text-align: right; }
 tbody th { white-space: pre; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .choices { white-space: nowrap; }
 .percent { font-size: .85em; font-variant-numeric: tabular-nums; }
-.others { font-size: .85em; }
+.others { font-size: .85em; white-space: nowrap; }
 td[style] .percent, td[style] .others { color: inherit; opacity: .8; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .94em;
   white-space: pre-wrap; }
+@media (max-width: 40rem) { th, td { padding: .22rem .4rem; } }
 summary { cursor: pointer; padding: .3rem 0; color: var(--accent); }
 @media print { details > * { display: block; } .scroll { overflow: visible; } }
 """
