@@ -145,7 +145,8 @@ def svg(fig, name: str, alternative: str) -> str:
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"\s*<style.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page
-    text = re.sub(r'<g id="(?!.*?clip)[^"]*">', "<g>", text)
+    named = set(re.findall(r"#([\w-]+)", text))  # the other ids would meet those of the page's other pictures
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in named else "", text)
     text = text.replace("xlink:href", "href").replace(INK, "currentColor").replace(GRID, "var(--line)")
     width = float(box[1].split()[2])
     opening = (

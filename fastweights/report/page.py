@@ -77,7 +77,7 @@ def lens_page(
     Args:
         text: what was read.
         model: its name.
-        tokens, probabilities: [L+1][K], the likeliest tokens after ℓ layers and how likely they are, 0 to 1.
+        tokens, probabilities: [L+1, K], the likeliest tokens after ℓ layers and how likely they are, 0 to 1.
         answer, ranks: a token and its rank after ℓ layers, [L+1]: 0 = the first choice; None: no such column.
         settings: whatever else is to be told, name by name.
 
