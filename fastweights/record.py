@@ -45,8 +45,8 @@ class Record:
     top: the likeliest next tokens after the question, per row: (token, log-probability).
     delta_norm [N]: Frobenius norm of ΔW over all plastic linears together.
     drift: what had changed at the end, and where.
-    lens: [3, L+1] lists of the likeliest tokens if the final norm and the unembedding came after ℓ layers, as in `top`; of
-        the untouched model, of the last row, and of the target.
+    lens [3, L+1]: of the untouched model, of the last row and of the target, what `top` would be if the final norm
+        and the unembedding came after ℓ layers.
     """
 
     tokens: list[str]
