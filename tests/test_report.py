@@ -49,7 +49,7 @@ def record(tokenizer):
 
 @pytest.fixture(scope="module")
 def page(record):
-    return report.page(record)
+    return report.record_page(record)
 
 
 class Reader(HTMLParser):
@@ -196,17 +196,17 @@ def test_small_and_odd_records_have_a_report_too(tokenizer, changes, tmp_path):
 
 def test_answers_on_one_scale_share_a_panel_and_others_have_one_each(record):
     whole = record.to_dict()
-    figure, _ = report.pictures(whole)["logprob"]
+    figure, _ = report.draw(whole)["logprob"]
     assert len(figure.axes) == 1
     far = {"logprob": [[row[0], row[1] - 500] for row in whole["logprob"]]}
     far["target_logprob"] = [whole["target_logprob"][0], whole["target_logprob"][1] - 500]
-    figure, _ = report.pictures({**whole, **far})["logprob"]
+    figure, _ = report.draw({**whole, **far})["logprob"]
     assert [len(axes.lines) for axes in figure.axes] == [3, 3]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [row[1] for row in far["logprob"]]
 
 
 def test_pictures_draw_the_records_numbers(record):
-    drawn = report.pictures(record)
+    drawn = report.draw(record)
     above, below = (axes.images[0].get_array() for axes in drawn["distance"][0].axes[:2])
     torch.testing.assert_close(torch.tensor(above.data), record.relative.T)
     change = 100 * (record.distance[:, -1] / record.distance[0, -1] - 1)
@@ -224,7 +224,7 @@ def test_no_two_labels_of_the_tokens_touch(record, events):
     for name in ("logprob", "distance", "relative", "delta_norm"):
         longer[name] = [whole[name][0]] * (events + 1)
     longer["drift"] = [{**each, "event_norms": [1.0] * events} for each in whole["drift"]]
-    for figure, _ in report.pictures({**whole, **longer}).values():
+    for figure, _ in report.draw({**whole, **longer}).values():
         figure.draw_without_rendering()
         axis = figure.axes[1 if len(figure.axes) > 1 else 0].xaxis
         boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]

@@ -10,11 +10,11 @@ from typing import Any
 
 from ..files import write_text
 from .canvas import png
-from .page import lens_page, page, page_with
-from .pictures import heat_map, pictures
+from .page import lens_page, record_page
+from .pictures import draw, heat_map
 from .text import Recorded, paragraph, table
 
-__all__ = ["heat_map", "lens_page", "page", "paragraph", "pictures", "table", "write"]
+__all__ = ["draw", "heat_map", "lens_page", "paragraph", "record_page", "table", "write"]
 
 
 def write(record: Recorded | Mapping[str, Any], folder: str | Path) -> list[str]:
@@ -25,8 +25,8 @@ def write(record: Recorded | Mapping[str, Any], folder: str | Path) -> list[str]
     Raises:
         ImportError: without matplotlib (`pip install "fastweights[report]"`).
     """
-    drawn = pictures(record)
-    html = page_with(record, drawn)
+    drawn = draw(record)
+    html = record_page(record, drawn)
     images = {f"{name}.png": png(figure, f"{name}.png") for name, (figure, _) in drawn.items()}
     write_text(Path(folder) / "report.html", html)
     for name, content in images.items():

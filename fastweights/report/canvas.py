@@ -81,7 +81,7 @@ def figure(width: float, height: float):
 
 def width_for(count: int) -> float:
     """Inches for so many columns with a label each."""
-    return min(WIDEST, max(7.5, 2.2 + 0.145 * count))
+    return min(WIDEST, max(6.2, 2.2 + 0.145 * count))
 
 
 def thinned(count: int, inches: float) -> range:

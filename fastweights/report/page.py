@@ -11,28 +11,24 @@ from html import escape
 from typing import Any
 
 from .canvas import svg
-from .pictures import pictures
+from .pictures import draw
 from .style import STYLE
 from .text import Recorded, outcome, plain, where
 
 Top = Sequence[Sequence[Any]]  # (token, log-probability), the likeliest first
 
 
-def page(record: Recorded | Mapping[str, Any]) -> str:
+def record_page(record: Recorded | Mapping[str, Any], drawn: Mapping[str, tuple[Any, str]] | None = None) -> str:
     """The whole page of a record, as HTML: light and dark, phone and desktop, without a script.
 
     Args:
         record: a record, or what its record.json holds.
+        drawn: its pictures, as `draw` gives them; None: they are drawn.
 
     Raises:
         ImportError: without matplotlib (`pip install "fastweights[report]"`).
     """
-    return page_with(record, pictures(record))
-
-
-def page_with(record: Recorded | Mapping[str, Any], drawn: Mapping[str, tuple[Any, str]]) -> str:
-    """The page of a record whose pictures are drawn already."""
-    whole = plain(record)
+    whole, drawn = plain(record), drawn or draw(record)
     settings = whole["settings"]
     figures = {name: _figure(svg(figure, name, words), CAPTIONS[name]) for name, (figure, words) in drawn.items()}
     moved, verdict = outcome(whole)

@@ -141,7 +141,7 @@ def number(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def pictures(record: Recorded | Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def draw(record: Recorded | Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Every picture of a record: name → figure, and what it shows in words."""
     whole = plain(record)
     with canvas.style():
@@ -236,7 +236,7 @@ def _norms(whole: Mapping[str, Any]):
     above.tick_params(labelsize=canvas.TICK, length=2, labelbottom=False)
     norms = [[math.nan if norm is None else norm for norm in each["event_norms"]] for each in linears]
     norms_KE = torch.tensor(norms, dtype=torch.float64)
-    below.set_title("Size of every single event in every linear (grey: no longer known by itself)")
+    below.set_title("Size of every event in every linear (grey: no longer known by itself)")
     below.set_xlabel("event: the token that wrote it")
     names = [_short(each["name"]) for each in linears]
     if norms_KE.isfinite().any():

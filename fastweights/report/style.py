@@ -32,6 +32,7 @@ thead th { color: var(--soft); vertical-align: bottom; min-width: 4.2rem; }
 tbody th { white-space: pre; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .choices { white-space: nowrap; }
+td[style] { white-space: nowrap; }
 .percent { font-size: .85em; font-variant-numeric: tabular-nums; }
 .others { font-size: .85em; white-space: nowrap; }
 td[style] .percent, td[style] .others { color: inherit; opacity: .8; }
