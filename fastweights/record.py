@@ -99,5 +99,5 @@ class Record:
         try:
             return names + write(self, folder)
         except ImportError as error:
-            warn(f"{folder} holds {' and '.join(names)}, and no report: {error}")
+            warn(f"{folder} holds {' and '.join(names)}, and no report of them: {error}")
             return names

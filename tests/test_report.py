@@ -172,7 +172,9 @@ def test_the_same_record_gives_the_same_bytes_also_from_its_json_and_whatever_th
 
 def test_without_matplotlib_the_record_is_saved_and_a_warning_names_the_extra(record, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.warns(UserWarning, match=r"holds record.json and arrays.safetensors, and no report: .*\[report\]"):
+    with pytest.warns(
+        UserWarning, match=r"holds record.json and arrays.safetensors, and no report of them: .*\[report\]"
+    ):
         assert record.save(tmp_path) == ["record.json", "arrays.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.safetensors", "record.json"]
     with pytest.raises(ImportError, match=r'pip install "fastweights\[report\]"'):
@@ -252,6 +254,19 @@ def test_a_heat_map_shows_every_number_and_marks_the_strongest(tmp_path):
     assert "matplotlib.pyplot" not in sys.modules or figure.number is None
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_same_grid_gives_the_same_file(tmp_path, suffix):
+    for name in ("one", "two"):
+        fw.heat_map([[1, 2], [3, 4]], y="layer", x="head", title="$a$", path=tmp_path / f"{name}{suffix}")
+    assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+
+
+def test_letters_that_the_font_lacks_are_one_warning(tmp_path):
+    with pytest.warns(UserWarning, match="grid.png: matplotlib's font lacks 2 characters of the labels") as warned:
+        fw.heat_map([[1, 2]], y="layer", x="position", x_labels=["字", "典字"], path=tmp_path / "grid.png")
+    assert len(warned) == 1
+
+
 def test_a_heat_map_of_small_cells_names_the_strongest_below():
     values_YX = torch.zeros(4, 150)
     values_YX[2, 77], values_YX[0, 3] = 5.125, math.nan
@@ -286,7 +301,7 @@ def test_the_lens_page_shows_tokens_probabilities_and_ranks():
     assert head == ["after layer", "rank of b", "first choice", "2."]
     assert first == ["0", "7", "␣a 75.0%", f"{EVIL} 12.5%"]
     assert last == ["1", "0", "b 50.0%", "c 25.0%"]
-    assert "'b' is first after 1 layers; after the last it has rank 0." in reader.text
+    assert "'b' is first after 1 layer; after the last it has rank 0." in reader.text
     assert f"once {EVIL}" in reader.text
     assert not any(tag == "script" for tag, _ in reader.elements)
     with pytest.raises(ValueError, match="got 2 tokens, 2 probabilities, 1 ranks and the answer 'b'"):

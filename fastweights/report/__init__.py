@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from .canvas import png
+from .canvas import encoded
 from .page import lens_page, record_page
 from .pictures import draw, heat_map
 from .text import Recorded, paragraph, table
@@ -27,8 +27,9 @@ def write(record: Recorded | Mapping[str, Any], folder: str | Path) -> list[str]
     """
     drawn = draw(record)
     html = record_page(record, drawn)
-    images = {f"{name}.png": png(figure, f"{name}.png") for name, (figure, _) in drawn.items()}
-    write_text(Path(folder) / "report.html", html)
-    for name, content in images.items():
-        (Path(folder) / name).write_bytes(content)
-    return ["report.html", *images]
+    paths = {name: Path(folder, f"{name}.png") for name in drawn}
+    images = {paths[name]: encoded(figure, paths[name]) for name, (figure, _) in drawn.items()}
+    write_text(Path(folder, "report.html"), html)
+    for path, content in images.items():
+        path.write_bytes(content)
+    return ["report.html", *(path.name for path in images)]

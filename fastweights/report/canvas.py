@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ..files import warn
 
@@ -19,6 +20,8 @@ INK, GRID, MISSING = "#1b1e23", "#d4d8de", "#9aa0a8"
 COLOURS = ("#2f7fc1", "#cf6f17", "#2b9a72", "#c0579a", "#8a6fd1", "#8c7a2b", "#6b7785")
 TARGET, UNTOUCHED = (0, (5, 1.5)), (0, (1, 1))  # dashed, dotted
 BELOW, ABOVE = (0.14, 0.46, 0.82), (0.85, 0.27, 0.19)  # a signed effect: blue and red, fading to the background
+# what a file would say of the day or the program that made it
+UNDATED = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 TICK = 7.5  # points
 WIDEST = 15.0  # inches
 
@@ -54,6 +57,7 @@ def style() -> Iterator[None]:
         "legend.fontsize": 8,
         "text.parse_math": False,  # a token with two dollars is no formula
         "svg.fonttype": "none",
+        "svg.hashsalt": "fastweights",
         "figure.constrained_layout.use": True,
     }
     theirs = ("backend", "interactive", "toolbar", "webagg")  # of pyplot's windows, not of a picture's looks
@@ -115,14 +119,22 @@ def bar(fig, image, axes, text: str):
     return drawn
 
 
-def png(fig, name: str) -> bytes:
-    """The picture on white, 150 dots per inch."""
+def save(fig, path: Path) -> None:
+    """Writes the picture on white; a .png has 150 dots per inch."""
+    path.write_bytes(encoded(fig, path))
+
+
+def encoded(fig, path: Path) -> bytes:
+    """What `save` writes."""
     with style(), io.BytesIO() as file, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fig.savefig(file, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        fig.savefig(file, format=path.suffix[1:], dpi=150, facecolor="white", metadata=UNDATED[path.suffix])
         content = file.getvalue()
-    if missing := {str(each.message).split(" missing")[0] for each in caught if "Glyph" in str(each.message)}:
-        warn(f"{name}: matplotlib's font lacks {len(missing)} characters of its labels, which are drawn as boxes")
+    missing = {str(each.message) for each in caught if str(each.message).startswith("Glyph")}
+    for other in (each for each in caught if str(each.message) not in missing):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if missing:
+        warn(f"{path}: matplotlib's font lacks {len(missing)} characters of the labels, which are drawn as boxes")
     return content
 
 

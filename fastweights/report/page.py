@@ -95,7 +95,9 @@ def lens_page(
     lead = ""
     if ranks is not None:
         first = next((layer for layer, rank in enumerate(ranks) if rank == 0), None)
-        lead = f"{answer!r} is first after {first} layers" if first is not None else f"{answer!r} is never first"
+        lead = (
+            f"{answer!r} is first after {_count(first, 'layer')}" if first is not None else f"{answer!r} is never first"
+        )
         lead += f"; after the last it has rank {ranks[-1]}."
     parts = [
         f"<h1>What each layer would say next</h1><p class=under>{shown(model)}</p>",
@@ -298,5 +300,5 @@ def _hundred(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _count(events: int) -> str:
-    return f"{events} event" + ("s" if events != 1 else "")
+def _count(number: int, noun: str = "event") -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")

@@ -64,7 +64,7 @@ def heat_map(
             raise ValueError(f"heat_map() got {len(labels)} {name} for {count} of them: expected one each")
     if isinstance(strongest, bool) or not isinstance(strongest, int) or strongest < 0:
         raise ValueError(f"heat_map(strongest={strongest!r}): expected a whole number, 0 or more")
-    if path is not None and Path(path).suffix not in (".png", ".svg", ".pdf"):
+    if path is not None and Path(path).suffix not in canvas.UNDATED:
         raise ValueError(f"heat_map(path={str(path)!r}): expected a name that ends in .png, .svg or .pdf")
     with canvas.style():
         across = min(canvas.WIDEST - 1.7, max(3.0, 0.42 * columns))
@@ -83,7 +83,7 @@ def heat_map(
             said = textwrap.fill(f"strongest ({y}, {x}): {' · '.join(outside)}", int(across * 13))
             axes.set_xlabel(f"{x}\n{said}")
         if path is not None:
-            fig.savefig(path, dpi=150)
+            canvas.save(fig, Path(path))
     return fig
 
 
