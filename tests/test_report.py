@@ -298,7 +298,7 @@ def test_the_lens_page_shows_tokens_probabilities_and_ranks():
     text = report.lens_page(text=f"once {EVIL}", answer="b", ranks=[7, 0], settings={"site": "resid_post"}, **LENS)
     reader = Reader(text)
     head, first, last = reader.tables["logit lens"]
-    assert head == ["after layer", "rank of b", "first choice", "2."]
+    assert head == ["layers passed", "rank of b", "first choice", "2."]
     assert first == ["0", "7", "␣a 75.0%", f"{EVIL} 12.5%"]
     assert last == ["1", "0", "b 50.0%", "c 25.0%"]
     assert "'b' is first after 1 layer; after the last it has rank 0." in reader.text

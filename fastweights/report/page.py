@@ -86,7 +86,7 @@ def lens_page(
         said = ", ".join(f"{count} {name}" for name, count in counts.items()) + f" and the answer {answer!r}"
         raise ValueError(f"lens_page() got {said}: expected one row per layer each, and ranks with an answer")
     most = max(map(len, tokens), default=0)
-    head = ["after layer", *(["rank of " + answer] if answer is not None else []), "first choice"]
+    head = ["layers passed", *(["rank of " + answer] if answer is not None else []), "first choice"]
     rows = []
     for layer, (row, chances) in enumerate(zip(tokens, probabilities, strict=True)):
         cells = [_chance(token, chance) for token, chance in zip(row, chances, strict=True)]
@@ -106,8 +106,7 @@ def lens_page(
         _section(
             "The logit lens",
             _note(
-                "After 0 layers: the embedding. The stronger the colour, the likelier the token. "
-                "Rank 0 is the first choice."
+                "0 layers: the embedding. The stronger the colour, the likelier the token. Rank 0 is the first choice."
             ),
             _table("logit lens", [*head, *(f"{n}." for n in range(2, most + 1))], rows),
         ),
@@ -184,7 +183,7 @@ def _lens(whole: Mapping[str, Any]) -> str:
         "What the model would say next if the final norm and the unembedding came after this many layers "
         "(0: the embedding). The stronger the colour, the likelier the first choice; below it the next ones."
     )
-    head = ["after layer", "untouched", f"after {_count(whole['probed'][-1])}", "target: context in front"]
+    head = ["layers passed", "untouched", f"after {_count(whole['probed'][-1])}", "target: context in front"]
     return note + _table("logit lens", head, rows)
 
 

@@ -211,7 +211,7 @@ def _distance(whole: Mapping[str, Any]):
     above.set_title("Distance of the hidden state from the one with the context in front")
     below.set_title("The same against the untouched model: blue is nearer, red is farther")
     for axes in (above, below):
-        axes.set_ylabel("after layer (0: embedding)")
+        axes.set_ylabel("layers passed (0: embedding)")
         canvas.name_ticks(axes.yaxis, [str(n) for n in range(layers)], height * 0.8, turned=False)
     below.set_xlabel("event: the token that wrote it")
     canvas.name_ticks(below.xaxis, _columns(whole), width - 1.6, turned=True)
