@@ -14,6 +14,7 @@ from .probes.lens import decompose, lens, ov, rank
 from .probes.linear import LinearProbe, linear_probe, slerp
 from .probes.sites import SITES
 from .probes.trace import Trace
+from .report.pictures import heat_map
 from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .sae import SAE, load_sae
 from .sampling import Sampling
@@ -21,9 +22,8 @@ from .state.drift import Drift
 from .state.moments import Moment
 from .surgery import surgery
 from .tokenizer import Tokenizer
+from .version import __version__ as __version__
 from .weights import load, save
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SAE",
@@ -54,6 +54,7 @@ __all__ = [
     "decompose",
     "detach",
     "edited",
+    "heat_map",
     "lens",
     "linear_probe",
     "load",

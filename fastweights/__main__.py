@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,14 @@ def demo(options: argparse.Namespace) -> None:
             {"update": [10, 12, 13], "max_new_tokens": 12},
         ),
     ]
+    _check_folder(options.out)
     model, tokenizer = _load(options)
     settings = {**DEMO, "layers": _layers(options.layers or DEMO["layers"], model)}
     print(f"context:\n{settings['context']}\n\nquestion:\n{settings['question']}\n")
     records = {}
     for title, rule, extra in halves:
         print(f"=== {title} (layers {', '.join(map(str, settings['layers']))}; {rule})\n")
-        record = _surgery(model, tokenizer, rule=rule, **settings, **extra)
+        record = _surgery(options, model, tokenizer, rule=rule, **settings, **extra)
         print(report.table(record, rows=14))
         print(f"\n{_wrapped(report.paragraph(record))}\n")
         if any(event.generated for event in record.events) or "max_new_tokens" in extra:
@@ -93,7 +95,8 @@ def demo(options: argparse.Namespace) -> None:
             print(f"the model went on: {tokenizer.decode(own)!r}\n")
         records[title] = record
         if options.out:
-            record.save(Path(options.out) / type(rule).__name__)
+            _save(record, Path(options.out) / type(rule).__name__)
+            print()
     if options.json:
         print(json.dumps({title: {**r.to_dict(), "model": _name(options)} for title, r in records.items()}))
 
@@ -102,11 +105,11 @@ def run(options: argparse.Namespace) -> None:
     from . import report
 
     rule = _rule(options)
-    if options.out and Path(options.out).exists() and not Path(options.out).is_dir():
-        raise ValueError(f"--out {options.out} is a file, expected a folder")
+    _check_folder(options.out)
     model, tokenizer = _load(options)
     layers = _layers(options.layers, model)
     record = _surgery(
+        options,
         model,
         tokenizer,
         context=options.context,
@@ -126,8 +129,8 @@ def run(options: argparse.Namespace) -> None:
     print(report.table(record))
     print(f"\n{_wrapped(report.paragraph(record))}\n\n{record.drift}")
     if options.out:
-        record.save(options.out)
-        print(f"\nsaved to {options.out}: record.json, arrays.safetensors")
+        print()
+        _save(record, Path(options.out))
     if options.json:
         print(json.dumps({**record.to_dict(), "model": _name(options), "layers": layers}))
 
@@ -301,22 +304,24 @@ def _load(options: argparse.Namespace):
     return model, tokenizer
 
 
-def _surgery(model, tokenizer, **settings):
-    """The experiment with a live progress line on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _surgery(options: argparse.Namespace, model, tokenizer, **settings):
+    """The experiment with a live progress line on stderr; its record says which model it was."""
     from . import surgery
+    from .progress import bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading the context", total=None)
+    with bar("asking after each event") as show:
+        record = surgery(model, tokenizer, **settings, progress=show)
+    return replace(record, settings={"model": _name(options), **record.settings})
 
-        def show(done: int, total: int) -> None:
-            progress.update(task, description="asking after each event", completed=done, total=total)
 
-        return surgery(model, tokenizer, **settings, progress=show)
+def _check_folder(path: str | None) -> None:
+    if path and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"--out {path} is a file, expected a folder")
+
+
+def _save(record, folder: Path) -> None:
+    names = record.save(folder)
+    print(f"saved to {folder}: {', '.join(names)}")
 
 
 def _rule(options: argparse.Namespace):

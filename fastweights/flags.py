@@ -32,7 +32,7 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
 
     command = subparsers.add_parser("demo", parents=[common], help="the founding experiment, no further argument")
     command.add_argument("--layers", type=_some_layers, help="all, or 11,12,13 (left out)")
-    command.add_argument("--out", metavar="FOLDER", help="save the records here")
+    command.add_argument("--out", metavar="FOLDER", help="save the records and their reports here")
     command.set_defaults(command=commands["demo"])
 
     run_options = [common, _plastic_options(overflow="grow")]
@@ -46,7 +46,9 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument("--update", type=_update, default="all", help="all, prompt, generated, or positions 10,12,13")
     command.add_argument("--max-new-tokens", type=int, default=0, help="tokens to generate after the context")
     command.add_argument("--probe-every", type=int, default=1, help="ask after every this many events")
-    command.add_argument("--out", metavar="FOLDER", help="save record.json and arrays.safetensors here")
+    command.add_argument(
+        "--out", metavar="FOLDER", help="save record.json, arrays.safetensors, report.html and pictures here"
+    )
     command.set_defaults(command=commands["run"])
 
     generate_options = [common, _plastic_options(overflow="compress")]

@@ -6,103 +6,26 @@ D model width, V vocabulary.
 
 from __future__ import annotations
 
-import json
+import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .attach import attach, detach
 from .episode import Episode
-from .files import write_text
 from .inputs import Update, written
 from .model import Llama
 from .plastic import plastic_linears
 from .probes.exam import Exam
+from .record import Event, Record
 from .rules import Rule
-from .state.drift import Drift
 from .state.moments import delta_norms
 from .tokenizer import Tokenizer
+from .version import __version__
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One write: the `number`-th (from 1), made by the token at `position`.
-
-    logprob [A] and distance [L+1] are of the probe after it; None where `probe_every` left it out.
-    """
-
-    number: int
-    position: int
-    token_id: int
-    token: str
-    generated: bool
-    logprob: Tensor | None = None
-    distance: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an experiment returns. Row 0 of every array is the untouched model without the context.
-
-    settings: rule, layers, linears, … as the caller gave them.
-    tokens, token_ids: what was read (and generated, if asked for).
-    events: every event; `probed` [N] tells which row stands behind how many events.
-    logprob [N, A]: log-probability of each answer after the question, summed over its tokens, in nats.
-    target_logprob [A]: the same of the untouched model with the context in front.
-    distance, cosine, relative [N, L+1]: of the hidden state at the answer position from the one with context:
-        ‖test − target‖, 1 − cos(test, target), ‖test − target‖ / ‖target‖. Column ℓ is the residual stream
-        after ℓ layers (0 = embedding, L = before the final norm).
-    top: the likeliest next tokens after the question, per row: (token, log-probability).
-    delta_norm [N]: Frobenius norm of ΔW over all plastic linears together.
-    drift: what had changed at the end, and where.
-    """
-
-    tokens: list[str]
-    token_ids: list[int]
-    question_ids: list[int]
-    answers: list[str]
-    answer_ids: list[list[int]]
-    events: list[Event]
-    probed: list[int]
-    logprob: Tensor
-    target_logprob: Tensor
-    distance: Tensor
-    cosine: Tensor
-    relative: Tensor
-    delta_norm: Tensor
-    top: list[list[tuple[str, float]]]
-    target_top: list[tuple[str, float]]
-    drift: Drift
-    settings: dict = field(default_factory=dict)
-
-    ARRAYS: ClassVar = ("logprob", "target_logprob", "distance", "cosine", "relative", "delta_norm")
-
-    def to_dict(self) -> dict:
-        """Everything as plain JSON values."""
-        whole = {key: value for key, value in self.__dict__.items() if key not in (*self.ARRAYS, "events", "drift")}
-        whole["drift"] = self.drift.to_list()
-        whole |= {name: getattr(self, name).tolist() for name in self.ARRAYS}
-        drop = ("logprob", "distance")  # they are the record's rows
-        whole["events"] = [
-            {key: value for key, value in asdict(event).items() if key not in drop} for event in self.events
-        ]
-        return whole
-
-    def save(self, folder: str | Path) -> None:
-        """Writes record.json (everything) and arrays.safetensors (the arrays, exact) into `folder`."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(self, name).contiguous() for name in self.ARRAYS}
-        save_file(arrays, folder / "arrays.safetensors")
-        write_text(folder / "record.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
 
 def surgery(
@@ -183,6 +106,8 @@ def surgery(
     settings |= {"budget": budget, "over_budget": over_budget}
     said = update if isinstance(update, (str, list)) else repr(update)
     settings |= {"device": str(model.device), "update": said}
+    versions = {"fastweights": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    settings |= {"versions": versions}
     return replace(record, settings=settings)
 
 
@@ -293,7 +218,20 @@ def _run(
         top=[r.top for r in results],
         target_top=target.top,
         drift=episode.drift(),
+        lens=_lens(episode.model, tokenizer, results[0].hidden_LD, results[-1].hidden_LD, target.hidden_LD),
     )
+
+
+@torch.no_grad()
+def _lens(model: Llama, tokenizer: Tokenizer, *states_LD: Tensor) -> list[list[list[tuple[str, float]]]]:
+    """The likeliest tokens of every residual stream, as `Record.top` has them."""
+    tables = []
+    for hidden_LD in states_LD:
+        logprob_LV = model.unembed(hidden_LD.to(model.device, model.dtype)[None])[0].double().log_softmax(-1)
+        best = logprob_LV.topk(min(5, logprob_LV.shape[-1]))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        tables.append([list(zip(tokenizer.tokens(ids), values, strict=True)) for ids, values in rows])
+    return tables
 
 
 class _Reading:

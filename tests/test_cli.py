@@ -49,6 +49,10 @@ def test_run_prints_a_table_a_paragraph_and_one_json_line(folder, capsys, tmp_pa
     assert "gamma=0.3, mu=0.1" in whole["settings"]["rule"]
     assert "After 4 events" in " ".join(out.split())
     assert json.loads((tmp_path / "out" / "record.json").read_text())["logprob"] == whole["logprob"]
+    files = ["record.json", "arrays.safetensors", "report.html", "logprob.png", "distance.png", "norms.png"]
+    assert f"saved to {tmp_path / 'out'}: {', '.join(files)}" in out
+    assert all((tmp_path / "out" / name).is_file() for name in files)
+    assert folder in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_run_keeps_to_a_budget_and_prints_and_returns_the_drift(folder, capsys):
@@ -110,7 +114,10 @@ def test_demo_runs_both_halves_of_the_founding_experiment(folder, capsys, tmp_pa
     halves = list(json.loads(out.splitlines()[-1]).values())
     assert "GradientAscent" in halves[0]["settings"]["rule"]
     assert [event["position"] for event in halves[1]["events"]] == [10, 12, 13]
-    assert (tmp_path / "Hebbian" / "record.json").exists()
+    for half in ("GradientAscent", "Hebbian"):
+        assert (tmp_path / half / "record.json").exists()
+        assert (tmp_path / half / "report.html").exists()
+        assert f"saved to {tmp_path / half}: record.json" in out
 
 
 def test_generate_streams_text_and_counts_events(folder, capsys):

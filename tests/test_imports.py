@@ -10,7 +10,8 @@ import fastweights
 FOLDER = Path(fastweights.__file__).parent
 # a file or folder may import what stands before it, never what stands behind it
 ORDER = [
-    *("files", "flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
+    *("files", "version", "progress"),
+    *("flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
     *("config", "state", "cache", "model"),
     *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights", "anatomy"),  # checkpoints
     *("sae_files", "sae"),
@@ -19,9 +20,9 @@ ORDER = [
     "engine",
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode"),
-    *("attach", "surgery", "report", "__init__", "benchmarks", "__main__"),
+    *("attach", "report", "record", "surgery", "__init__", "benchmarks", "__main__"),
 ]
-GROUND = ("flags", "binding", "watch", "rules", "inputs", "sampling", "files")  # import nothing of ours
+GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
 NOT_OURS = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_C", "_current_level"),
