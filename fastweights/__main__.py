@@ -194,73 +194,61 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def lens(options: argparse.Namespace) -> None:
-    import torch
+    from torch import Tensor
 
-    from . import Episode, Exam
+    from . import Episode, Exam, report
     from . import lens as lens_of
     from . import rank as rank_of
+    from .files import write_text
+    from .probes.sites import site_of
 
+    site, layer = site_of(options.site)
+    if site.axes != "D" or site.side == "plastic" or site.name == "final_norm" or layer is not None:
+        raise ValueError(f"--site {options.site}: expected a site of the stream's width, such as resid_post or mlp_out")
+    _check_folder(options.out)
     model, tokenizer = _load(options)
     if not 1 <= options.top <= model.config.vocab_size:
         raise ValueError(f"--top {options.top}: expected 1 to {model.config.vocab_size}, the size of the vocabulary")
     if not (ids := tokenizer.encode(options.text)):
         raise ValueError("lens got an empty text: expected at least one token")
     answer_ids = None if options.answer is None else Exam(tokenizer, [options.text], [options.answer]).answer_ids[0][0]
-    trace = Episode(model).probe(ids, sites=[options.site], positions=[len(ids) - 1])
+    trace = Episode(model).probe(ids, sites=site.name, positions="last")
     # of resid_post the embedding is the first row, so that row ℓ is the stream after ℓ layers
-    hidden_LD = (trace.hidden_states if options.site == "resid_post" else trace[options.site])[:, 0, 0]
-    logits_LV = lens_of(model, hidden_LD, options.norm).double()
-    probability_LV = torch.softmax(logits_LV, -1)
+    hidden = trace.hidden_states if site.name == "resid_post" else trace[site.name]
+    logits_LV = lens_of(model, hidden.reshape(-1, hidden.shape[-1]), options.norm).double()
+    chosen = logits_LV.topk(options.top)
+    probability_LK = (chosen.values - logits_LV.logsumexp(-1, keepdim=True)).exp()
     layers = [
         [
-            {"token": token, "logit": float(logits_V[i]), "probability": float(probability_V[i])}
-            for i, token in zip(best.tolist(), tokenizer.tokens(best), strict=True)
+            {"token": token, "logit": logit, "probability": probability}
+            for token, logit, probability in zip(tokenizer.tokens(best), logits, probabilities, strict=True)
         ]
-        for logits_V, probability_V, best in zip(
-            logits_LV, probability_LV, logits_LV.topk(options.top).indices, strict=True
+        for best, logits, probabilities in zip(
+            *map(Tensor.tolist, (chosen.indices, chosen.values, probability_LK)), strict=True
         )
     ]
     whole: dict[str, Any] = {"layers": layers}
     if answer_ids is not None:
         rank = rank_of(logits_LV, answer_ids[0]).tolist()
         whole |= {"rank": rank, "first": rank.index(0) if 0 in rank else None}
-    print(_lens_table(whole, tokenizer.tokens(answer_ids or []), options))
-    if options.json:
-        settings = {"site": options.site, "norm": options.norm, "answer": options.answer}
-        print(json.dumps({**whole, **settings, "ids": ids, "tokens": tokenizer.tokens(ids), "model": _name(options)}))
-
-
-def _lens_table(whole: dict[str, Any], answer: list[str], options: argparse.Namespace) -> str:
-    """A line per layer, the likeliest tokens with their probabilities, and what the rows are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    grid.add_column("layer", justify="right")
-    for number in range(options.top):
-        grid.add_column("first" if number == 0 else f"{number + 1}.", no_wrap=True)
-    if answer:
-        grid.add_column(f"rank of '{answer[0]}'", justify="right")
-    for layer, best in enumerate(whole["layers"]):
-        cells = [f"'{each['token']}' {each['probability']:.1%}" for each in best]
-        grid.add_row(str(layer), *cells, *([str(whole["rank"][layer])] if answer else []))
-    text = io.StringIO()
-    Console(file=text, width=10_000, highlight=False, markup=False).print(grid)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    what = (
-        "row 0 is the embedding, row n the stream after n layers"
-        if options.site == "resid_post"
-        else "one row per layer"
-    )
-    norm = "through" if options.norm else "without"
-    lines.append(f"{options.site} at the last token, {norm} the final norm: {what}")
-    if answer:
-        of = f", the first of the answer's {len(answer)} tokens," if len(answer) > 1 else ""
-        first = (
-            "is first choice nowhere" if whole["first"] is None else f"is first choice in row {whole['first']} first"
+    answer = tokenizer.tokens(answer_ids or [])
+    print(report.lens_table(layers, answer, whole.get("rank"), site.name, options.norm))
+    settings = {"site": site.name, "norm": options.norm, "answer": options.answer}
+    if options.out:
+        page = report.lens_page(
+            text=options.text,
+            model=_name(options),
+            tokens=[[each["token"] for each in row] for row in layers],
+            probabilities=[[each["probability"] for each in row] for row in layers],
+            answer=answer[0] if answer else None,
+            ranks=whole.get("rank"),
+            settings=settings,
         )
-        lines.append(f"'{answer[0]}'{of} {first}; rank 0 is the first choice")
-    return "\n".join(lines)
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        write_text(Path(options.out, "report.html"), page)
+        print(f"saved to {options.out}: report.html")
+    if options.json:
+        print(json.dumps({**whole, **settings, "ids": ids, "tokens": tokenizer.tokens(ids), "model": _name(options)}))
 
 
 def info(options: argparse.Namespace) -> None:

@@ -259,7 +259,8 @@ class Episode:
             positions: columns of the prompt to keep in logits and sites; "last": the last real token of each row;
                 None = all.
             max_bytes: for what is kept and computed; a batch takes about a sixteenth of it.
-            progress: called as (done, of) moments × alternatives after every batch.
+            progress: called as (done, of) moments × alternatives after every batch. None: a bar on stderr if that is a
+                terminal and there is more than one batch.
 
         Returns:
             A trace. Axes [M, N, L, B, T′, …]: M unless `at` is "now", N with `sweep`, L inside blocks.

@@ -80,9 +80,10 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument(
         "--site",
         default="resid_post",
-        help="where to look: resid_post (left out; with the embedding in front), resid_mid, resid_pre, …",
+        help="where to look: resid_post (left out; with the embedding in front), resid_mid, mlp_out, attn_out, …",
     )
     command.add_argument("--no-norm", dest="norm", action="store_false", help="leave the final norm out")
+    command.add_argument("--out", metavar="FOLDER", help="write report.html here")
     command.set_defaults(command=commands["lens"])
 
     command = subparsers.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")

@@ -7,6 +7,7 @@ rows of a batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from .probes.places import Places, Reading, numbers
 from .probes.sites import site_of
 from .probes.taps import Bound
 from .probes.trace import Trace
+from .progress import bar
 from .state.moments import At, Moment, moments
 from .watch import touched
 
@@ -96,10 +98,13 @@ def probe(
         runner = Runner(model, state, question, *options)
         answer = Answer(runner, wanted)
         size = _lanes_at_once(runner, wanted, max_bytes)
-        for batch in _batches(len(wanted_moments or [0]), alternatives, size):
-            answer.ask(*batch)
-            if progress is not None:
-                progress(answer.done, runner.kept.moments * max(1, len(alternatives)))
+        batches = list(_batches(len(wanted_moments or [0]), alternatives, size))
+        drawn = nullcontext(progress) if progress is not None or len(batches) == 1 else bar("probing")
+        with drawn as show:
+            for batch in batches:
+                answer.ask(*batch)
+                if show is not None:
+                    show(answer.done, runner.kept.moments * max(1, len(alternatives)))
     return answer.trace(at != "now" if isinstance(at, str) else True, sweep is not None, names, reading)
 
 

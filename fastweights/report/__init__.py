@@ -12,9 +12,9 @@ from ..files import write_text
 from .canvas import encoded
 from .page import lens_page, record_page
 from .pictures import draw, heat_map
-from .text import Recorded, paragraph, table
+from .text import Recorded, lens_table, paragraph, table
 
-__all__ = ["draw", "heat_map", "lens_page", "paragraph", "record_page", "table", "write"]
+__all__ = ["draw", "heat_map", "lens_page", "lens_table", "paragraph", "record_page", "table", "write"]
 
 
 def write(record: Recorded | Mapping[str, Any], folder: str | Path) -> list[str]:

@@ -71,6 +71,45 @@ def table(record: Recorded | Mapping[str, Any], rows: int = 24, width: int | Non
     return "\n".join([*lines, "distance and cosine: last layer, hidden state at the answer position to the target's"])
 
 
+def lens_table(
+    layers: Sequence[Sequence[Mapping[str, Any]]],
+    answer: Sequence[str],
+    rank: Sequence[int] | None,
+    site: str,
+    norm: bool,
+) -> str:
+    """A line per layer of a lens: the likeliest tokens with their probabilities, and the rank of an answer.
+
+    Args:
+        layers: per layer the tokens, each with "token" and "probability".
+        answer: the pieces of the answer; rank is that of its first, per layer; None: nobody asked for an answer.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    grid.add_column("layer", justify="right")
+    for number in range(len(layers[0])):
+        grid.add_column("first" if number == 0 else f"{number + 1}.", no_wrap=True)
+    if rank is not None:
+        grid.add_column(f"rank of '{answer[0]}'", justify="right")
+    for layer, best in enumerate(layers):
+        cells = [f"'{each['token']}' {each['probability']:.1%}" for each in best]
+        grid.add_row(str(layer), *cells, *([] if rank is None else [str(rank[layer])]))
+    text = io.StringIO()
+    Console(file=text, width=10_000, highlight=False, markup=False).print(grid)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    what = "one row per layer"
+    if site == "resid_post":
+        what = "row 0 is the embedding, row n the stream after n layers"
+    lines.append(f"{site} at the last token, {'through' if norm else 'without'} the final norm: {what}")
+    if rank is not None:
+        of = f", the first of the answer's {len(answer)} tokens," if len(answer) > 1 else ""
+        first = f"is first choice in row {rank.index(0)} first" if 0 in rank else "is first choice nowhere"
+        lines.append(f"'{answer[0]}'{of} {first}; rank 0 is the first choice")
+    return "\n".join(lines)
+
+
 def where(whole: Mapping[str, Any], row: int) -> tuple[str, str, str]:
     """The event behind a row of the record, as text: its number, its position, its token."""
     number = whole["probed"][row]
