@@ -181,6 +181,15 @@ def test_lens_prints_and_returns_every_layers_likeliest_tokens(folder, capsys, s
     assert table[-1].startswith("'blue', the first of the answer's 2 tokens, is first choice ")
 
 
+def test_lens_writes_a_page_that_holds_what_it_printed(folder, capsys, tmp_path):
+    command = ["lens", "the <sky> is", "--model", folder, "--answer", " blue", "--out", str(tmp_path / "new"), "--json"]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert "the &lt;sky&gt; is" in page
+    assert all(f"{row[0]['probability']:.1%}" in page for row in printed["layers"])
+
+
 def test_lens_names_the_first_layer_that_says_the_answer(folder, capsys):
     assert main(["lens", "the sky is", "--model", folder, "--top", "1", "--json"]) == 0
     out = capsys.readouterr().out
@@ -222,6 +231,9 @@ def test_lens_names_the_first_layer_that_says_the_answer(folder, capsys):
         (["lens", "the", "--top", "0"], "--top 0: expected 1 to 61"),
         (["lens", ""], "empty text"),
         (["lens", "the", "--site", "middle"], "site 'middle' does not exist"),
+        (["lens", "the", "--site", "z"], "--site z: expected a site of the stream's width"),
+        (["lens", "the", "--site", "model.layers.1.mlp"], "--site model.layers.1.mlp: expected a site"),
+        (["lens", "the", "--out", "README.md"], "--out README.md is a file, expected a folder"),
         (["lens", "the", "--answer", ""], "answers holds an empty text"),
         (["lens", "the " * 300], "a probe of 300 tokens does not fit"),
     ],

@@ -7,7 +7,7 @@ last axis.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,7 @@ class Mean(Known):
     """The mean of a reference's real tokens."""
 
     reference: Trace
+    means: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)  # of sites and layers that were asked for
 
     def __repr__(self) -> str:
         return "mean"
@@ -125,7 +126,9 @@ class Mean(Known):
         check_trace("ablate(reference=...)", self.reference, places, config)
 
     def __call__(self, x: Tensor, at: At) -> Tensor:
-        return pool(self.reference, at).mean(0).to(x.device).expand_as(x)
+        if (at.site, at.layer) not in self.means:
+            self.means[at.site, at.layer] = pool(self.reference, at).mean(0).to(x.device)
+        return self.means[at.site, at.layer].expand_as(x)
 
 
 @dataclass(frozen=True, repr=False)
