@@ -17,6 +17,7 @@ from .inputs import Update, written
 from .model import Llama
 from .passes import Tokens
 from .plastic import PlasticLinear
+from .probes.capture import check_events
 from .probes.places import Reading
 from .probes.taps import Bound, Taps
 from .state.budget import OneByOne
@@ -80,7 +81,10 @@ class Reader:
             own.reading = Reading.of(ids_BT, positions, generated)
             whole = Taps.together([call.what for call in model.binding.taps])
             whole.begin(own.reading)
-            by_column = by_column or (whole.plastic(model) and any(tokens.counts))
+            if any(tokens.counts):
+                for bound in whole.edits:
+                    check_events(bound.edit.places, self.linears)
+                by_column = by_column or whole.plastic(model)
         state.cache.reserve(positions.end)
         try:
             with state.attempt():

@@ -22,7 +22,7 @@ from .probes.capture import bind, check_plastic
 from .probes.edits import Edit
 from .probes.exam import Exam, Scores
 from .probes.places import Places, Reading, numbers
-from .probes.sites import site_of
+from .probes.sites import names_of, site_of
 from .probes.taps import Bound
 from .probes.trace import Trace
 from .state.moments import At, Moment, moments
@@ -246,7 +246,7 @@ def _points(
     """The sites to keep, with their layers, and their names."""
     points: list[Point] = []
     names: list[str] = []
-    given = [sites] if isinstance(sites, str) else list(sites)
+    given = names_of(sites)
     wanted = numbers("layer", layers)
     for name in [*given, *(["embedding"] if "resid_post" in given else [])]:
         site, named = site_of(name)

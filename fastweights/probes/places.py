@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cache import Positions
 from ..config import LlamaConfig
-from ..inputs import written
+from ..inputs import TokenIds, written
 from .sites import site_of
 
 
@@ -122,7 +122,7 @@ class Places:
                 return chosen_BT
             return chosen_BT & (torch.arange(position_BT.shape[1]) == reading.last_B[:, None])
         given = list(self.positions) if isinstance(self.positions, tuple) else self.positions
-        return chosen_BT & written(given, reading.ids_BT, position_BT, reading.generated)
+        return chosen_BT & written(given, reading.ids_BT, position_BT, reading.generated, "positions")
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,17 @@ def numbers(what: str, given: Any) -> tuple[int, ...] | None:
 
 def _positions(given: Any) -> Any:
     """Positions as `Places` keeps them: None, a word, a tuple of numbers, `PerRow`, or what `written` takes."""
-    if given is None or isinstance(given, str):
-        if given not in (None, "last", "all", "none", "prompt", "generated"):
-            raise ValueError(
-                f"positions={given!r}: expected 'last', 'all', 'none', 'prompt', 'generated', positions, a bool mask, "
-                "fw.token_ids([...]), a function (position, token_id) or a list of positions per row"
-            )
+    if given is None or (isinstance(given, str) and given in ("last", "all", "none", "prompt", "generated")):
         return None if given == "all" else given
     if isinstance(given, int) and not isinstance(given, bool):
         return numbers("position", given)
-    if callable(given) or not isinstance(given, (Sequence, range, Tensor, np.ndarray)):
+    if callable(given) or isinstance(given, TokenIds):
         return given
+    if isinstance(given, str) or not isinstance(given, (Sequence, Tensor, np.ndarray)):
+        raise ValueError(
+            f"positions={given!r}: expected 'last', 'all', 'none', 'prompt', 'generated', positions, a bool mask, "
+            "fw.token_ids([...]), a function (position, token_id) or a list of positions per row"
+        )
     if isinstance(given, (Tensor, np.ndarray)):
         if given.dtype in (torch.bool, np.dtype(bool)):
             return given
