@@ -72,6 +72,10 @@ def probe(
         raise ValueError("probe() got an exam and a metric: expected one of them")
     if gradient and exam is None and metric is None:
         raise ValueError("probe(gradient=True) needs a metric or an exam: the gradient is that of its sum")
+    if gradient and not names_of(sites):
+        raise ValueError(
+            "probe(gradient=True) needs sites=: the gradient is taken at every kept site, and none is kept"
+        )
     ids_BT, positions_BT = _asked(model, state, input_ids, attention_mask)
     reading = Reading.of(ids_BT, positions_BT, whole=True)
     column_BT = _columns(positions, logits, reading)

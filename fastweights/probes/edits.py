@@ -162,6 +162,8 @@ class Patch(Known):
 
     def check_reading(self, places: Places, reading: Reading) -> None:
         """Refuses rows and positions that the source does not have, and another length where no position is named."""
+        if reading.generated:
+            return  # what it does not reach is left alone
         chosen_BT = places.chosen(reading)
         have_BT = self.source.positions
         assert have_BT is not None
@@ -173,17 +175,15 @@ class Patch(Known):
             have = have_BT[row if len(have_BT) > 1 else 0]
             position_T = reading.position_BT[row]
             theirs, ours = int(have.max()) + 1, int(position_T.max()) + 1
-            if places.named:
-                wanted = set(position_T[chosen_T].tolist()) - set(have.tolist())
-                if wanted:
-                    raise ValueError(
-                        f"patch(source=...) has no position {min(wanted)} in row {row}: it has positions "
-                        f"{sorted({p for p in have.tolist() if p >= 0})}"
-                    )
-            elif not reading.generated and (ours > theirs or (reading.whole and ours != theirs)):
+            if not places.named and (ours > theirs or (reading.whole and ours != theirs)):
                 raise ValueError(
                     f"patch(source=...) has {theirs} tokens, but row {row} has {ours}{self._parting(row, reading)}: "
                     "expected as many, or positions="
+                )
+            if missing := set(position_T[chosen_T].tolist()) - set(have.tolist()):
+                raise ValueError(
+                    f"patch(source=...) has no position {min(missing)} in row {row}: it has positions "
+                    f"{sorted({p for p in have.tolist() if p >= 0})}"
                 )
 
     def _parting(self, row: int, reading: Reading) -> str:
@@ -232,7 +232,7 @@ class Steer(Known):
         return f"steer by {self.strength:g}"
 
     def check(self, places: Places, config: LlamaConfig) -> None:
-        width = last_size(places, config)
+        width = last_size("steer", places, config)
         shape = list(self.direction.shape)
         layers = config.num_hidden_layers if places.layers is None else len(places.layers)
         wanted = [[width]] + ([[layers, width]] if places.site.layered else [])
@@ -259,7 +259,7 @@ class ProjectOut(Known):
         return f"project_out {self.basis.shape[1]}"
 
     def check(self, places: Places, config: LlamaConfig) -> None:
-        width = last_size(places, config)
+        width = last_size("project_out", places, config)
         if self.basis.shape[0] != width:
             raise ValueError(
                 f"project_out({places.site.name!r}): the directions have {self.basis.shape[0]} numbers each, "
@@ -376,9 +376,12 @@ def pool(trace: Trace, at: At) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def last_size(places: Places, config: LlamaConfig) -> int | None:
-    """The length of a site's last axis."""
-    return places.site.sizes(config)[-1]
+def last_size(what: str, places: Places, config: LlamaConfig) -> int:
+    """The length of a site's last axis; refuses one that is as long as the sequence."""
+    size = places.site.sizes(config)[-1]
+    if size is None:
+        raise ValueError(f"{what}({places.site.name!r}): its last axis is tokens, so it has no directions: fw.Edit")
+    return size
 
 
 def draws(seed: int, row: np.ndarray, position: np.ndarray) -> np.ndarray:

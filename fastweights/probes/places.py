@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,8 @@ class Places:
         return self.positions is not None
 
     def check(self, config: LlamaConfig) -> None:
-        """Refuses layers, heads and units that this model does not have."""
+        """Refuses layers, heads, units and positions that this model does not have."""
+        self.check_positions(config.max_position_embeddings)
         sizes = dict(zip(self.site.axes, self.site.sizes(config), strict=True))
         head = self.site.heads
         limits = [("layer", self.layers, config.num_hidden_layers), ("unit", self.units, sizes[self.site.axes[-1]])]
@@ -160,7 +161,7 @@ def _positions(given: Any) -> Any:
         return numbers("position", given)
     if callable(given) or isinstance(given, TokenIds):
         return given
-    if isinstance(given, str) or not isinstance(given, (Sequence, Tensor, np.ndarray)):
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise ValueError(
             f"positions={given!r}: expected 'last', 'all', 'none', 'prompt', 'generated', positions, a bool mask, "
             "fw.token_ids([...]), a function (position, token_id) or a list of positions per row"

@@ -237,15 +237,17 @@ class Tap:
         """Whether one of these sites is named in this layer."""
         return any((site, layer) in self.edits or (site, layer) in self.looks for site in sites)
 
-    def __call__(self, site: str, layer: int | None, x: Tensor) -> Tensor:
-        """The site as it flows on: x itself where nothing changes it."""
+    def __call__(
+        self, site: str, layer: int | None, x: Tensor, visible: Tensor | None = None, fill: float = 0.0
+    ) -> Tensor:
+        """The site as it flows on: x itself where nothing changes it; what is not visible holds `fill` again."""
         column_RT = self.columns.get(site)
         acting = [bound for bound in self.edits.get((site, layer), ()) if bound.in_rows(self.rows).any]
         if acting:
             own = x.clone()
             for bound in acting:
                 own = bound.apply(own, layer, self.rows, column_RT)
-            x = own
+            x = own if visible is None else own.masked_fill(~visible, fill)
         for look in self.looks.get((site, layer), ()):
             if look.gradient and not x.requires_grad:
                 x.requires_grad_()
@@ -332,7 +334,7 @@ class Tap:
             visible = torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
         scores = (q_BHTE @ k_BHSE.transpose(2, 3) * q_BHTE.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
         # masked again: an edit must not let a token look at what it may not see
-        scores = self("scores", layer, scores).masked_fill(~visible, -torch.inf)
+        scores = self("scores", layer, scores, visible, -torch.inf)
         wide = torch.promote_types(scores.dtype, torch.float32)
-        pattern = self("pattern", layer, scores.softmax(-1, dtype=wide).to(scores.dtype))
+        pattern = self("pattern", layer, scores.softmax(-1, dtype=wide).to(scores.dtype), visible)
         return (pattern @ v_BHSE).transpose(1, 2)
