@@ -215,3 +215,40 @@ def columns(rows: Sequence[Naive], ids: Sequence[Sequence[int]], changes: Sequen
             row.flush()
         found.append(torch.stack(column))
     return torch.stack(found, 1)
+
+
+# ---- edits, said as changes of one token
+
+
+def bent(x):
+    """Neither zero, nor linear, nor even."""
+    return 0.5 * x.clamp(-3, 3) + 0.2 * x.clamp(-3, 3) ** 2 + 0.1
+
+
+def twin(site, what=bent, layers=None, heads=None, units=None, positions=None):
+    """The same edit for the naive model: `what` of one token's numbers at these places."""
+
+    def change(name, layer, position, x):
+        if name != site or (layers is not None and layer not in layers):
+            return x
+        if positions is not None and position not in positions:
+            return x
+        chosen = torch.ones_like(x, dtype=torch.bool)
+        if heads is not None:
+            chosen &= torch.tensor([n in heads for n in range(len(x))]).view(-1, *[1] * (x.dim() - 1))
+        if units is not None:
+            chosen &= torch.tensor([n in units for n in range(x.shape[-1])])
+        return torch.where(chosen, what(x), x)
+
+    return change
+
+
+def both(*changes):
+    """One change after another."""
+
+    def change(name, layer, position, x):
+        for each in changes:
+            x = each(name, layer, position, x)
+        return x
+
+    return change

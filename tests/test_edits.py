@@ -1,12 +1,10 @@
-"""Edits at every site against the naive model, whatever the split; what they refuse, and what they leave as it was."""
-
-import threading
+"""Edits at every site, and the named edits, against the naive model, whatever the split of a prompt."""
 
 import pytest
 import torch
-from naive import LAYERED, WHOLE, Naive, columns
+from naive import LAYERED, WHOLE, Naive, bent, both, columns, twin
 from test_model import VARIANTS
-from tiny import CONFIG, described, prompt, tiny
+from tiny import CONFIG, cached, fed, naive_cache, naive_of, prompt, tiny
 
 import fastweights as fw
 
@@ -24,66 +22,6 @@ LINEARS = ["gate_proj", "up_proj"]
 GROUPED = ("k", "k_rot", "v")
 
 
-def bent(x):
-    """Neither zero, nor linear, nor even."""
-    return 0.5 * x.clamp(-3, 3) + 0.2 * x.clamp(-3, 3) ** 2 + 0.1
-
-
-def twin(site, what=bent, layers=None, heads=None, units=None, positions=None):
-    """The same edit for the naive model: `what` of one token's numbers at these places."""
-
-    def change(name, layer, position, x):
-        if name != site or (layers is not None and layer not in layers):
-            return x
-        if positions is not None and position not in positions:
-            return x
-        chosen = torch.ones_like(x, dtype=torch.bool)
-        if heads is not None:
-            chosen &= torch.tensor([n in heads for n in range(len(x))]).view(-1, *[1] * (x.dim() - 1))
-        if units is not None:
-            chosen &= torch.tensor([n in units for n in range(x.shape[-1])])
-        return torch.where(chosen, what(x), x)
-
-    return change
-
-
-def both(*changes):
-    """One change after another."""
-
-    def change(name, layer, position, x):
-        for each in changes:
-            x = each(name, layer, position, x)
-        return x
-
-    return change
-
-
-def naive_of(model, rule=None, layers=(1, 2), linears=LINEARS, config=CONFIG):
-    plastic = {} if rule is None else {(layer, name): described(rule) for layer in layers for name in linears}
-    return Naive(model.state_dict(), config, plastic)
-
-
-def cached(episode, row=0):
-    """[2, L, T, KH, E]."""
-    cache = episode.cache
-    pairs = [torch.stack([b[row, :, : episode.lengths[row]] for b in each]) for each in (cache.keys, cache.values)]
-    return torch.stack(pairs).transpose(2, 3)
-
-
-def naive_cache(naive):
-    return torch.stack([torch.stack([torch.stack(x) for x in each]) for each in (naive.keys, naive.values)])
-
-
-def fed(episode, split, ids=IDS, **options):
-    """Logits [T, V] of a prompt in parts."""
-    start, found = 0, []
-    for length in split:
-        found.append(episode.feed([ids[start : start + length]], **options)[0])
-        start += length
-    assert start == len(ids)
-    return torch.cat(found)
-
-
 SPLITS = [[T], [1] * T, [3, 1, T - 4]]
 
 
@@ -97,7 +35,7 @@ def test_an_edit_hits_the_same_token_in_every_split(site, split):
     places = {"layers": [0, 2]} if site in LAYERED else {}
     episode, naive = fw.Episode(model), naive_of(model)
     edit = fw.Edit(site, lambda x, at: bent(x), positions=[1, 2, 5], **places)
-    logits = fed(episode, split, edits=[edit])
+    logits = fed(episode, split, IDS, edits=[edit])
     exact = naive.feed(IDS, twin(site, positions=[1, 2, 5], **places))
     torch.testing.assert_close(logits, exact, **CLOSE)
     torch.testing.assert_close(cached(episode), naive_cache(naive), **CLOSE)
@@ -115,7 +53,7 @@ def test_edits_of_odd_models_equal_the_naive_model(site, variant):
     exact = naive_of(model, config=config).feed(IDS, twin(site, **places))
     episode = fw.Episode(model)
     edit = fw.Edit(site, lambda x, at: bent(x), **places)
-    torch.testing.assert_close(fed(episode, [5, 3], edits=[edit]), exact, **CLOSE)
+    torch.testing.assert_close(fed(episode, [5, 3], IDS, edits=[edit]), exact, **CLOSE)
     torch.testing.assert_close(episode.probe(IDS, edits=edit).logits[0], exact, **CLOSE)
 
 
@@ -128,7 +66,7 @@ def test_edits_and_plasticity_together_equal_the_dense_loop(site, rule, split):
     fw.attach(model, [1, 2], RULES[rule], LINEARS, rank=16)
     episode, naive = fw.Episode(model), naive_of(model, RULES[rule])
     edit = fw.Edit(site, lambda x, at: bent(x), positions=range(2, 7))
-    logits = fed(episode, split, edits=edit)
+    logits = fed(episode, split, IDS, edits=edit)
     torch.testing.assert_close(logits, naive.feed(IDS, twin(site, positions=range(2, 7)), write=True), **CLOSE)
     for address, fast in naive.fast.items():
         torch.testing.assert_close(episode.delta_weight(*address), fast.dW, **CLOSE)
@@ -145,7 +83,7 @@ def test_what_is_read_and_written_is_edited_token_by_token_as_in_the_dense_loop(
     episode, naive = fw.Episode(model), naive_of(model, RULES[rule])
     places = {"positions": [1, 2, 3, 6], "layers": [1], "units": [0, 3, 4]}
     edits = [fw.Edit(f"{name}.{part}", lambda x, at: bent(x), **places) for name in ("gate", "up")]
-    logits = fed(episode, split, edits=edits)
+    logits = fed(episode, split, IDS, edits=edits)
     change = both(*(twin(f"{name}.{part}", **places) for name in ("gate", "up")))
     torch.testing.assert_close(logits, naive.feed(IDS, change, write=True), **CLOSE)
     for address, fast in naive.fast.items():
@@ -296,7 +234,7 @@ def test_resample_draws_real_tokens_of_the_reference_the_same_whatever_the_split
     edit = fw.ablate("z", "resample", reference, seed=5, layers=2, heads=[0, 2])
     episode, whole = fw.Episode(model), fw.Episode(model)
     with fw.capture(model, "z", layers=2) as seen:
-        split_logits = fed(episode, split, edits=edit)
+        split_logits = fed(episode, split, IDS, edits=edit)
     torch.testing.assert_close(split_logits, whole.feed([IDS], edits=edit)[0], **CLOSE)
     torch.testing.assert_close(cached(episode), cached(whole), **CLOSE)
     pool = reference["z", 2][reference.positions >= 0]

@@ -46,7 +46,7 @@ def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int,
     Raises:
         ValueError: no edits, or places that the model does not have.
     """
-    given = [edits] if isinstance(edits, Edit) else list(edits)
+    given = list(edits) if isinstance(edits, Iterable) else [edits]
     for edit in given:
         if not isinstance(edit, Edit):
             raise ValueError(f"edits holds a {type(edit).__name__}, expected fw.Edit, fw.ablate, fw.patch, …")
