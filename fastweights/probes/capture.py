@@ -18,7 +18,7 @@ from ..model import Llama
 from .edits import Edit
 from .places import Places
 from .sites import Site, names_of, site_of
-from .taps import Bound, Rows, Taps
+from .taps import Bound, Look, Rows, Taps
 from .trace import Trace
 
 
@@ -123,7 +123,7 @@ class Seen:
         self.parts: list[tuple[int, Tensor]] = []  # number of the pass, [B, T, …]
 
 
-class Recording:
+class Recording(Look):
     """A look that keeps named sites of every pass, but of probes."""
 
     gradient = False
@@ -174,6 +174,17 @@ class Recording:
         position_BT = reading.position_BT.masked_fill(~chosen_BT, -1)
         self.rows = rows
         self.passes.append((reading.ids_BT[:, columns], position_BT[:, columns]))
+
+    def passes_seen(self) -> int:
+        """How many passes it has seen."""
+        return len(self.passes)
+
+    def forget(self, after: int) -> None:
+        """Forgets the passes after so many."""
+        del self.passes[after:]
+        self.rows = None
+        for seen in self.seen.values():
+            seen.parts = [(number, x) for number, x in seen.parts if number < after]
 
     def trace(self) -> Trace:
         """What was kept, the passes behind one another; tokens that no row chose are left out."""

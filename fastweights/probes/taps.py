@@ -164,6 +164,14 @@ class Look(Protocol):
     def see(self, site: Site, layer: int | None, x: Tensor, rows: Rows, column_RT: Tensor | None) -> None:
         """Looks at [R, T′, …]; column_RT [R, T′] tells which tokens of the pass these are, None: all. It copies."""
 
+    def passes_seen(self) -> int:
+        """How many passes it has seen."""
+        return 0
+
+    def forget(self, after: int) -> None:
+        """Forgets the passes after so many: they failed, or are run again."""
+        return None
+
 
 class Taps:
     """The edits and looks of one `with` block, or of several together, in the order in which they began.
@@ -195,6 +203,17 @@ class Taps:
         for bound in self.edits:
             bound.begin(reading)
 
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Forgets what was seen inside if that fails."""
+        seen = [(look, look.passes_seen()) for look in self.looks]
+        try:
+            yield
+        except BaseException:
+            for look, number in seen:
+                look.forget(number)
+            raise
+
     @staticmethod
     @contextlib.contextmanager
     def over(parts: Sequence[Taps], model: Llama, ids_BT: Tensor, positions: Positions, last: bool) -> Iterator[None]:
@@ -208,7 +227,7 @@ class Taps:
         tap = Tap(model, whole, Rows(reading, torch.arange(len(ids_BT)), model.device, whole.column))
         if last and whole.column is None:
             tap.columns["logits"] = reading.last_B[:, None].to(model.device)
-        with tap.hooked():
+        with whole.attempt(), tap.hooked():
             yield
 
 
