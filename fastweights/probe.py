@@ -7,7 +7,7 @@ rows of a batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ def probe(
         )
     ids_BT, positions_BT = _asked(model, state, input_ids, attention_mask)
     reading = Reading.of(ids_BT, positions_BT, whole=True)
+    if exam is not None:
+        reading = replace(reading, start_B=torch.tensor(_per_row(exam.starts, len(ids_BT))))
     column_BT = _columns(positions, logits, reading)
     points, names = _points(model, linears, sites, layers)
     wanted_moments = _moments(state, at)
@@ -299,6 +301,13 @@ def _checked(bounds: list[Bound], reading: Reading) -> list[Bound]:
     return bounds
 
 
+def _per_row(each: Sequence[Any], rows: int) -> list[Any]:
+    """What an exam says of its rows, for the rows that are asked."""
+    if len(each) not in (1, rows):
+        raise ValueError(f"an exam of {len(each)} rows is asked of a batch of {rows}: expected as many, or one row")
+    return [*each] * (rows if len(each) == 1 else 1)
+
+
 def _wanted(
     keep: bool,
     metric: Metric | None,
@@ -313,11 +322,7 @@ def _wanted(
     exam_BC, kept = None, width if column_BT is None else column_BT.shape[1]
     if exam is None:
         return Wanted(keep, metric, None, None, kept, gradient), column_BT
-    columns = [*exam.row_columns]
-    if len(columns) == 1 and rows > 1:
-        columns *= rows
-    if len(columns) != rows:
-        raise ValueError(f"an exam of {len(columns)} rows is asked of a batch of {rows}: expected as many, or one row")
+    columns = _per_row(exam.row_columns, rows)
     most = max(map(len, columns))
     exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns])
     logit_BT = exam_BC.clamp(min=0)

@@ -48,8 +48,9 @@ class Edit:
             pass (`scores` and `pattern`: [R, H, T, S]); it is a copy and may be changed in place. Only the chosen
             places are taken from what it returns, cast to the site's dtype.
         layers, heads, units, rows: a number, several of them, or None for all; from 0.
-        positions: as `update` of `Episode.feed`; or "last": the last real token of a feed or probe, and every generated
-            token; or a list of positions for each row. None = all. Padding is never touched.
+        positions: as `update` of `Episode.feed`; or "last", whatever chooses the next token: the last real token of a
+            feed or probe, every generated token, and in an exam every token from the prompt's last on; or a list of
+            positions for each row. None = all. Padding is never touched.
 
     Raises:
         ValueError: a site that does not exist, or places that it does not have.

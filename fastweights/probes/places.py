@@ -22,12 +22,14 @@ class Reading:
 
     ids_BT: int64, on the CPU. position_BT: absolute positions, −1 = padding, on the CPU.
     generated: whether the model produced these tokens itself. whole: whether no other feed goes on from here: a probe.
+    start_B: the column of each row from which on every token chooses the next one of an exam's answer; None: no exam.
     """
 
     ids_BT: Tensor
     position_BT: Tensor
     generated: bool = False
     whole: bool = False
+    start_B: Tensor | None = None
 
     @staticmethod
     def of(ids_BT: Tensor, positions: Positions, generated: bool = False, whole: bool = False) -> Reading:
@@ -49,8 +51,8 @@ class Places:
 
     Args:
         layers, heads, units, rows: a number, several, or None for all; from 0.
-        positions: as `update=` of `Episode.feed`; "last" (the last real token of a feed or probe, and every
-            generated token); a list of positions per row; None for all.
+        positions: as `update=` of `Episode.feed`; "last" (the last real token of a feed or probe, every generated
+            token, and in an exam every token from the prompt's last on); a list of positions per row; None for all.
     """
 
     def __init__(self, site: str, layers: Any, heads: Any, units: Any, positions: Any, rows: Any):
@@ -121,7 +123,9 @@ class Places:
         if isinstance(self.positions, str) and self.positions == "last":
             if reading.generated:
                 return chosen_BT
-            return chosen_BT & (torch.arange(position_BT.shape[1]) == reading.last_B[:, None])
+            column_T, last_B = torch.arange(position_BT.shape[1]), reading.last_B
+            start_B = last_B if reading.start_B is None else reading.start_B
+            return chosen_BT & (column_T >= start_B[:, None]) & (column_T <= last_B[:, None])
         given = list(self.positions) if isinstance(self.positions, tuple) else self.positions
         return chosen_BT & written(given, reading.ids_BT, position_BT, reading.generated, "positions")
 
