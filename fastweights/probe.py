@@ -76,6 +76,8 @@ def probe(
         raise ValueError(
             "probe(gradient=True) needs sites=: the gradient is taken at every kept site, and none is kept"
         )
+    if gradient and torch.is_inference_mode_enabled():
+        raise ValueError("probe(gradient=True) is called inside torch.inference_mode(), where no gradient is taken")
     ids_BT, positions_BT = _asked(model, state, input_ids, attention_mask)
     reading = Reading.of(ids_BT, positions_BT, whole=True)
     if exam is not None:
@@ -132,7 +134,7 @@ class Answer:
         if wanted.logits:
             self.logits = self._spread(self.logits, logits[:, :, : wanted.width].detach())
         if wanted.metric is not None:
-            values = [torch.as_tensor(wanted.metric(lane[:, : wanted.width])) for lane in logits]
+            values = _measured(wanted.metric, logits[:, :, : wanted.width])
             total.append(sum((value.sum() for value in values), torch.zeros(())))
             self.metric = self._spread(self.metric, torch.stack([value.detach() for value in values]))
         if wanted.exam is not None:
@@ -205,6 +207,18 @@ class Answer:
         return Trace(sites, layers, reading.ids_BT, position_BT, metric, gradients, scores, leading)
 
 
+def _measured(metric: Metric, logits: Tensor) -> list[Tensor]:
+    """What a metric gives for each lane of logits [lanes, B, T′, V]."""
+    given = [metric(lane) for lane in logits]
+    try:
+        values = [torch.as_tensor(each) for each in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"metric returned a {type(given[0]).__name__}: expected a number or a tensor") from None
+    if len(shapes := sorted({tuple(value.shape) for value in values})) > 1:
+        raise ValueError(f"metric returned shapes {list(shapes[0])} and {list(shapes[1])}: expected always the same")
+    return values
+
+
 # ---- what was asked, understood or refused
 
 
@@ -240,10 +254,14 @@ def _columns(positions: Any, logits: str | None, reading: Reading) -> Tensor | N
         return reading.last_B[:, None] if logits == "last" else None
     if logits == "last":
         raise ValueError("probe(logits='last', positions=...): expected one of them")
-    columns = torch.as_tensor(positions, dtype=torch.int64).reshape(-1)
-    if not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width:
-        raise ValueError(f"probe(positions={columns.tolist()}): expected columns from 0 to {width - 1}")
-    return columns.cpu().expand(rows, -1)
+    try:
+        columns = torch.as_tensor(positions).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        columns = torch.zeros(0)
+    whole = not columns.is_floating_point() and columns.dtype != torch.bool and len(columns)
+    if not whole or int(columns.min()) < 0 or int(columns.max()) >= width:
+        raise ValueError(f"probe(positions={positions!r}): expected columns from 0 to {width - 1}, or 'last'")
+    return columns.long().cpu().expand(rows, -1)
 
 
 def _points(
@@ -254,6 +272,8 @@ def _points(
     names: list[str] = []
     given = names_of(sites)
     wanted = numbers("layer", layers)
+    if wanted is not None and not any(site_of(name)[0].layered for name in given):
+        raise ValueError(f"probe(layers={layers!r}): none of the sites {given} lies in layers")
     for name in [*given, *(["embedding"] if "resid_post" in given else [])]:
         site, named = site_of(name)
         own = named if named is not None else (wanted if site.layered else None)

@@ -448,3 +448,18 @@ def test_a_capture_refuses_places_that_none_of_its_sites_has(sites, places, mess
     with pytest.raises(ValueError, match=message), fw.capture(model, sites, **places):
         model(torch.tensor([IDS]))
     assert torch.equal(model(torch.tensor([IDS])), fw.Episode(model).feed([IDS]))
+
+
+def test_hidden_states_need_every_layer():
+    episode = fw.Episode(tiny())
+    with pytest.raises(KeyError, match=r"needs 'resid_post' of every layer; captured are \[1\]"):
+        episode.probe(IDS, sites="resid_post", layers=1).hidden_states  # noqa: B018
+    with pytest.raises(KeyError, match="site 'embedding' was not captured"):
+        episode.probe(IDS, sites="z").hidden_states  # noqa: B018
+
+
+def test_blocks_of_what_is_no_model_are_refused():
+    with pytest.raises(ValueError, match="got a int, expected the model"), fw.capture(3, "z"):
+        pass
+    with pytest.raises(ValueError, match="got a NoneType, expected the model"), fw.edited(None, fw.ablate("z")):
+        pass

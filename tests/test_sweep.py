@@ -349,6 +349,17 @@ def test_attribution_patching_approximates_activation_patching_for_a_small_diffe
         ({"positions": "first"}, "positions='first'"),
         ({"positions": [6]}, r"positions=\[6\]\): expected columns from 0 to 5"),
         ({"logits": "last", "positions": [0]}, "expected one of them"),
+        ({"positions": [True] * 6}, r"positions=\[True.*expected columns from 0 to 5, or 'last'"),
+        ({"positions": [1.5]}, r"positions=\[1.5\]\): expected columns from 0 to 5"),
+        ({"positions": ["a"]}, "expected columns from 0 to 5"),
+        ({"layers": 2}, r"layers=2\): none of the sites \[\] lies in layers"),
+        ({"layers": 2, "sites": "logits"}, r"none of the sites \['logits'\] lies in layers"),
+        ({"layers": 9, "sites": "z"}, "layer 9 does not exist: this model has layers 0 to 3"),
+        ({"metric": lambda logits: None}, "metric returned a NoneType: expected a number or a tensor"),
+        (
+            {"metric": lambda x: x.flatten()[: 1 + bool(x.any())], "sweep": [[], fw.ablate("logits")]},
+            r"metric returned shapes \[1\] and \[2\]: expected always the same",
+        ),
         ({"sites": "down.read", "layers": 3}, "down_proj of layer 3 is not plastic; plastic are layers"),
     ],
 )
@@ -360,6 +371,16 @@ def test_a_probe_refuses_in_one_sentence_and_changes_nothing(options, message):
     assert "\n" not in str(refused.value)
     assert torch.equal(episode.probe(IDS).logits, before)
     assert not model.binding.taps
+
+
+def test_a_gradient_is_refused_where_torch_takes_none():
+    episode = fw.Episode(tiny())
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="inference_mode"):
+            episode.probe(IDS, sites="z", gradient=True, metric=torch.sum)
+        episode.probe(IDS, sites="resid_mid", edits=fw.Edit("resid_mid", lambda x, at: bent(x)), sweep=[[]])
+    with torch.no_grad():
+        assert episode.probe(IDS, sites="z", gradient=True, metric=torch.sum).gradients["z"].any()
 
 
 def test_more_than_max_bytes_is_refused_with_the_bytes():

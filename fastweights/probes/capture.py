@@ -46,6 +46,7 @@ def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int,
     Raises:
         ValueError: no edits, or places that the model does not have.
     """
+    check_model(model)
     given = list(edits) if isinstance(edits, Iterable) else [edits]
     for edit in given:
         if not isinstance(edit, Edit):
@@ -54,6 +55,12 @@ def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int,
         if linears is not None:
             check_plastic(edit.places, linears)
     return [Bound(edit) for edit in given]
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no model of ours."""
+    if not isinstance(model, Llama):
+        raise ValueError(f"got a {type(model).__name__}, expected the model that fw.load returns")
 
 
 def check_plastic(places: Places, linears: Mapping[tuple[int, str], Any]) -> None:
@@ -261,6 +268,7 @@ def capture(
             episode.feed(input_ids)
         trace["pattern", 3]  # [B, H, T′, S]
     """
+    check_model(model)
     names = names_of(sites)
     if not names:
         raise ValueError("capture(sites=[]): expected at least one site")

@@ -146,15 +146,14 @@ def numbers(what: str, given: Any) -> tuple[int, ...] | None:
     if given is None:
         return None
     value = given.tolist() if hasattr(given, "tolist") else given
-    items = (
-        list(value) if isinstance(value, (Sequence, range, set, frozenset)) and not isinstance(value, str) else [value]
-    )
+    several = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str)
+    items = list(value) if several else [value]
     items = [item.item() if hasattr(item, "item") else item for item in items]
     if not items or any(isinstance(item, bool) or not isinstance(item, int) for item in items):
         raise ValueError(f"{what}s={given!r}: expected a whole number, several of them, or None for all")
     if min(items) < 0:
         raise ValueError(f"{what} {min(items)} is negative: {what}s count from 0")
-    return tuple(items)
+    return tuple(sorted(items) if isinstance(value, (set, frozenset)) else items)
 
 
 def _positions(given: Any) -> Any:
