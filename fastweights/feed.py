@@ -17,6 +17,7 @@ from .inputs import Update, written
 from .model import Llama
 from .passes import Tokens
 from .plastic import PlasticLinear
+from .probes.capture import check_events
 from .probes.places import Reading
 from .probes.taps import Bound, Taps
 from .state.budget import OneByOne
@@ -68,7 +69,7 @@ class Reader:
     ) -> Tensor:
         """`read`, with the taps of this feed; None where there are no taps at all."""
         state, model = self.state, self.engine.model
-        watch = self.engine.check()
+        watch, seen = self.engine.check(), Taps()
         positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
         write_BT = written(update, ids_BT, positions.position_BT, generated)
         if positions.real_BT is not None:
@@ -80,13 +81,17 @@ class Reader:
             own.reading = Reading.of(ids_BT, positions, generated)
             whole = Taps.together([call.what for call in model.binding.taps])
             whole.begin(own.reading)
-            by_column = by_column or (whole.plastic(model) and any(tokens.counts))
+            seen = whole
+            if any(tokens.counts):
+                for bound in whole.edits:
+                    check_events(bound.edit.places, self.linears)
+                by_column = by_column or whole.plastic(model)
         state.cache.reserve(positions.end)
         try:
-            with state.attempt():
+            with state.attempt(), seen.attempt():
                 return self._columns(tokens, own) if by_column else self._whole(tokens, watch)
         except OneByOne:
-            with state.attempt():
+            with state.attempt(), seen.attempt():
                 return self._columns(tokens, own)
 
     def _whole(self, tokens: Tokens, watch: Watch) -> Tensor:

@@ -15,7 +15,8 @@ from .binding import Call
 from .episode_state import EpisodeState
 from .feed import Reader
 from .inputs import Update, whole_numbers
-from .probes.taps import Bound
+from .probes.places import Reading
+from .probes.taps import Bound, Taps
 from .sampling import Sampling
 from .stream import Texts
 from .tokenizer import Tokenizer
@@ -89,8 +90,11 @@ def generate(
         if seed is not None:
             state.generator.manual_seed(seed)
         for bound in edits:
-            if prompt is not None:
-                bound.edit.places.check_rows(state.batch_size)
+            bound.edit.places.check_rows(state.batch_size)
+        if prompt is not None and edits:
+            ids_BT, mask_BT = prompt
+            there = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, torch.device("cpu"))
+            Taps(edits).begin(Reading.of(ids_BT, there))
     around = [call for call in reader.engine.model.binding.taps if call.what.edits]  # blocks of `edited`
     return _steps(reader, prompt, count, update, sampling, stops, tokenizer, edits, around)
 

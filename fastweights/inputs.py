@@ -34,7 +34,7 @@ Update = str | TokenIds | Tensor | Sequence | np.ndarray | Callable[[int, int], 
 WANTED = "token ids [B, T] or [T], as tokenizer.encode gives them"
 
 
-def written(update: Update, ids_BT: Tensor, position_BT: Tensor, generated: bool) -> Tensor:
+def written(update: Update, ids_BT: Tensor, position_BT: Tensor, generated: bool, name: str = "update") -> Tensor:
     """The mask of one feed, bool [B, T] on the CPU.
 
     Args:
@@ -42,6 +42,7 @@ def written(update: Update, ids_BT: Tensor, position_BT: Tensor, generated: bool
             range, an array), a bool mask [B, T] for this feed, `token_ids`, or a function (position, token id) → bool.
         ids_BT, position_BT: int64, on the CPU.
         generated: whether the model produced these tokens itself.
+        name: what a refusal calls `update`.
     """
     shape = tuple(ids_BT.shape)
     if isinstance(update, str):
@@ -50,25 +51,25 @@ def written(update: Update, ids_BT: Tensor, position_BT: Tensor, generated: bool
                 return torch.full(shape, update == "all")
             case "prompt" | "generated":
                 return torch.full(shape, (update == "generated") == generated)
-        raise ValueError(f"update={update!r}: expected {UPDATES}")
+        raise ValueError(f"{name}={update!r}: expected {UPDATES}")
     if isinstance(update, TokenIds):
         return torch.isin(ids_BT, torch.tensor(sorted(update.ids), dtype=torch.int64))
     if callable(update):
         pairs = zip(position_BT.flatten().tolist(), ids_BT.flatten().tolist(), strict=True)
         return torch.tensor([bool(update(position, token)) for position, token in pairs]).reshape(shape)
-    given = None if isinstance(update, int | float | Mapping) else _array("update", update)
+    given = None if isinstance(update, int | float | Mapping) else _array(name, update)
     if given is None:
-        raise ValueError(f"update={update!r}: expected {UPDATES}")
+        raise ValueError(f"{name}={update!r}: expected {UPDATES}")
     if given.dtype == bool:
         if generated:
             return torch.zeros(shape, dtype=torch.bool)  # a mask speaks of the prompt it was made for
         if given.shape not in (shape, shape[1:]):
-            raise ValueError(f"update mask has shape {list(given.shape)}, but this feed is {list(shape)}")
+            raise ValueError(f"{name} mask has shape {list(given.shape)}, but this feed is {list(shape)}")
         return torch.tensor(given).expand(shape)
     if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
-        raise ValueError(f"update has shape {list(given.shape)} and {given.dtype}: expected positions, a list of ints")
+        raise ValueError(f"{name} has shape {list(given.shape)} and {given.dtype}: expected positions, a list of ints")
     if given.size and given.min() < 0:
-        raise ValueError(f"update position {given.min()} is negative: positions are absolute, from 0")
+        raise ValueError(f"{name} position {given.min()} is negative: positions are absolute, from 0")
     return torch.isin(position_BT, torch.from_numpy(given.astype(np.int64)))
 
 

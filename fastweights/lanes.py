@@ -23,7 +23,7 @@ from .model import Llama
 from .passes import Pass
 from .probes.places import Reading
 from .probes.sites import Site
-from .probes.taps import Bound, Rows, Tap, Taps
+from .probes.taps import Bound, Look, Rows, Tap, Taps
 from .state.moments import Moment
 
 BEFORE = -1  # before the embedding, as a layer
@@ -77,7 +77,7 @@ class Alternative:
         self.joins = min(firsts, default=NEVER)
 
 
-class Kept:
+class Kept(Look):
     """A look that puts what lanes hold where it belongs: [M, N, B, T′, …] of each site and layer."""
 
     def __init__(self, question: Question, moments: int, alternatives: Sequence[Alternative], gradient: bool):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .probes.capture import bind, check_plastic
 from .probes.edits import Edit
 from .probes.exam import Exam, Scores
 from .probes.places import Places, Reading, numbers
-from .probes.sites import site_of
+from .probes.sites import names_of, site_of
 from .probes.taps import Bound
 from .probes.trace import Trace
 from .progress import bar
@@ -74,8 +74,16 @@ def probe(
         raise ValueError("probe() got an exam and a metric: expected one of them")
     if gradient and exam is None and metric is None:
         raise ValueError("probe(gradient=True) needs a metric or an exam: the gradient is that of its sum")
+    if gradient and not names_of(sites):
+        raise ValueError(
+            "probe(gradient=True) needs sites=: the gradient is taken at every kept site, and none is kept"
+        )
+    if gradient and torch.is_inference_mode_enabled():
+        raise ValueError("probe(gradient=True) is called inside torch.inference_mode(), where no gradient is taken")
     ids_BT, positions_BT = _asked(model, state, input_ids, attention_mask)
     reading = Reading.of(ids_BT, positions_BT, whole=True)
+    if exam is not None:
+        reading = replace(reading, start_B=torch.tensor(_per_row(exam.starts, len(ids_BT))))
     column_BT = _columns(positions, logits, reading)
     points, names = _points(model, linears, sites, layers)
     wanted_moments = _moments(state, at)
@@ -131,7 +139,7 @@ class Answer:
         if wanted.logits:
             self.logits = self._spread(self.logits, logits[:, :, : wanted.width].detach())
         if wanted.metric is not None:
-            values = [torch.as_tensor(wanted.metric(lane[:, : wanted.width])) for lane in logits]
+            values = _measured(wanted.metric, logits[:, :, : wanted.width])
             total.append(sum((value.sum() for value in values), torch.zeros(())))
             self.metric = self._spread(self.metric, torch.stack([value.detach() for value in values]))
         if wanted.exam is not None:
@@ -204,6 +212,18 @@ class Answer:
         return Trace(sites, layers, reading.ids_BT, position_BT, metric, gradients, scores, leading)
 
 
+def _measured(metric: Metric, logits: Tensor) -> list[Tensor]:
+    """What a metric gives for each lane of logits [lanes, B, T′, V]."""
+    given = [metric(lane) for lane in logits]
+    try:
+        values = [torch.as_tensor(each) for each in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"metric returned a {type(given[0]).__name__}: expected a number or a tensor") from None
+    if len(shapes := sorted({tuple(value.shape) for value in values})) > 1:
+        raise ValueError(f"metric returned shapes {list(shapes[0])} and {list(shapes[1])}: expected always the same")
+    return values
+
+
 # ---- what was asked, understood or refused
 
 
@@ -239,10 +259,14 @@ def _columns(positions: Any, logits: str | None, reading: Reading) -> Tensor | N
         return reading.last_B[:, None] if logits == "last" else None
     if logits == "last":
         raise ValueError("probe(logits='last', positions=...): expected one of them")
-    columns = torch.as_tensor(positions, dtype=torch.int64).reshape(-1)
-    if not len(columns) or int(columns.min()) < 0 or int(columns.max()) >= width:
-        raise ValueError(f"probe(positions={columns.tolist()}): expected columns from 0 to {width - 1}")
-    return columns.cpu().expand(rows, -1)
+    try:
+        columns = torch.as_tensor(positions).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        columns = torch.zeros(0)
+    whole = not columns.is_floating_point() and columns.dtype != torch.bool and len(columns)
+    if not whole or int(columns.min()) < 0 or int(columns.max()) >= width:
+        raise ValueError(f"probe(positions={positions!r}): expected columns from 0 to {width - 1}, or 'last'")
+    return columns.long().cpu().expand(rows, -1)
 
 
 def _points(
@@ -251,8 +275,10 @@ def _points(
     """The sites to keep, with their layers, and their names."""
     points: list[Point] = []
     names: list[str] = []
-    given = [sites] if isinstance(sites, str) else list(sites)
+    given = names_of(sites)
     wanted = numbers("layer", layers)
+    if wanted is not None and not any(site_of(name)[0].layered for name in given):
+        raise ValueError(f"probe(layers={layers!r}): none of the sites {given} lies in layers")
     for name in [*given, *(["embedding"] if "resid_post" in given else [])]:
         site, named = site_of(name)
         own = named if named is not None else (wanted if site.layered else None)
@@ -300,6 +326,13 @@ def _checked(bounds: list[Bound], reading: Reading) -> list[Bound]:
     return bounds
 
 
+def _per_row(each: Sequence[Any], rows: int) -> list[Any]:
+    """What an exam says of its rows, for the rows that are asked."""
+    if len(each) not in (1, rows):
+        raise ValueError(f"an exam of {len(each)} rows is asked of a batch of {rows}: expected as many, or one row")
+    return [*each] * (rows if len(each) == 1 else 1)
+
+
 def _wanted(
     keep: bool,
     metric: Metric | None,
@@ -314,11 +347,7 @@ def _wanted(
     exam_BC, kept = None, width if column_BT is None else column_BT.shape[1]
     if exam is None:
         return Wanted(keep, metric, None, None, kept, gradient), column_BT
-    columns = [*exam.row_columns]
-    if len(columns) == 1 and rows > 1:
-        columns *= rows
-    if len(columns) != rows:
-        raise ValueError(f"an exam of {len(columns)} rows is asked of a batch of {rows}: expected as many, or one row")
+    columns = _per_row(exam.row_columns, rows)
     most = max(map(len, columns))
     exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns])
     logit_BT = exam_BC.clamp(min=0)

@@ -43,11 +43,15 @@ def _events(
     device, row = logprob_BV.device, rows_B.nonzero()[:, 0]
     with torch.enable_grad():
         logprob = logprob_BV[row.to(device), next_B[row].to(device)].sum()
-    # the graph is retained, because a snapshot or fork may hold the same one
-    grads = torch.autograd.grad(logprob, [a for a, _ in taped.values()], retain_graph=True)
+    at = [a_BTO for a_BTO, _ in taped.values()]
+    if logprob.requires_grad:
+        # the graph is retained, because a snapshot or fork may hold the same one
+        grads = torch.autograd.grad(logprob, at, retain_graph=True, allow_unused=True, materialize_grads=True)
+    else:  # an edit has cut the logits off from every linear, as others may cut off one
+        grads = tuple(map(torch.zeros_like, at))
     events, write_B1 = {}, rows_B[:, None].to(device)
     for (address, (_, h_BTI)), grad_BTO in zip(taped.items(), grads, strict=True):
-        events[address] = Events(*event(linears[address].rule, h_BTI, grad_BTO), write_B1)
+        events[address] = Events(*event(linears[address].rule, h_BTI, grad_BTO.detach()), write_B1)
     return events
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from naive import Naive
 from oracle import Oracle, Plastic
 
 import fastweights as fw
@@ -74,3 +75,29 @@ def oracle_of(model: Llama, fast: FastWeights | list = (), config: dict | None =
     handles = fast if isinstance(fast, (list, tuple)) else [fast]
     plastic = {site: described(linear.rule) for handle in handles for site, linear in handle.linears.items()}
     return Oracle(model.state_dict(), config or CONFIG, plastic)
+
+
+def naive_of(model, rule=None, layers=(1, 2), linears=("gate_proj", "up_proj"), config=CONFIG):
+    plastic = {} if rule is None else {(layer, name): described(rule) for layer in layers for name in linears}
+    return Naive(model.state_dict(), config, plastic)
+
+
+def cached(episode, row=0):
+    """[2, L, T, KH, E]."""
+    cache = episode.cache
+    pairs = [torch.stack([b[row, :, : episode.lengths[row]] for b in each]) for each in (cache.keys, cache.values)]
+    return torch.stack(pairs).transpose(2, 3)
+
+
+def naive_cache(naive):
+    return torch.stack([torch.stack([torch.stack(x) for x in each]) for each in (naive.keys, naive.values)])
+
+
+def fed(episode, split, ids, **options):
+    """Logits [T, V] of a prompt in parts."""
+    start, found = 0, []
+    for length in split:
+        found.append(episode.feed([ids[start : start + length]], **options)[0])
+        start += length
+    assert start == len(ids)
+    return torch.cat(found)

@@ -17,8 +17,8 @@ from ..files import warn
 from ..model import Llama
 from .edits import Edit
 from .places import Places
-from .sites import Site, site_of
-from .taps import Bound, Rows, Taps
+from .sites import Site, names_of, site_of
+from .taps import Bound, Look, Rows, Taps
 from .trace import Trace
 
 
@@ -46,7 +46,8 @@ def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int,
     Raises:
         ValueError: no edits, or places that the model does not have.
     """
-    given = [edits] if isinstance(edits, Edit) else list(edits)
+    check_model(model)
+    given = list(edits) if isinstance(edits, Iterable) else [edits]
     for edit in given:
         if not isinstance(edit, Edit):
             raise ValueError(f"edits holds a {type(edit).__name__}, expected fw.Edit, fw.ablate, fw.patch, …")
@@ -54,6 +55,12 @@ def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int,
         if linears is not None:
             check_plastic(edit.places, linears)
     return [Bound(edit) for edit in given]
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no model of ours."""
+    if not isinstance(model, Llama):
+        raise ValueError(f"got a {type(model).__name__}, expected the model that fw.load returns")
 
 
 def check_plastic(places: Places, linears: Mapping[tuple[int, str], Any]) -> None:
@@ -67,10 +74,17 @@ def check_plastic(places: Places, linears: Mapping[tuple[int, str], Any]) -> Non
     if missing or not layers:
         where = f"layer {missing[0]}" if missing else "every layer"
         raise ValueError(f"site {places.site.name!r}: {name} of {where} is not plastic; plastic are layers {layers}")
-    if places.site.name.endswith(".read"):
+    check_events(places, linears)
+
+
+def check_events(places: Places, linears: Mapping[tuple[int, str], Any]) -> None:
+    """Refuses the key and the value of a rule that is not neuron-local."""
+    if not places.site.name.endswith((".key", ".value")):
         return
-    for layer in wanted:
-        if not linears[layer, name].rule.neuron_local:
+    name = places.site.module.removeprefix("mlp.")
+    for layer, linear in linears:
+        there = linear == name and (places.layers is None or layer in places.layers)
+        if there and not linears[layer, name].rule.neuron_local:
             rule = type(linears[layer, name].rule).__name__
             raise ValueError(
                 f"site {places.site.name!r}: {rule} of layer {layer} is not neuron-local, and makes its event when the "
@@ -116,19 +130,19 @@ class Seen:
         self.parts: list[tuple[int, Tensor]] = []  # number of the pass, [B, T, …]
 
 
-class Recording:
+class Recording(Look):
     """A look that keeps named sites of every pass, but of probes."""
 
     gradient = False
 
-    def __init__(self, model: Llama, places: Mapping[str, Places]):
-        self.places = places
+    def __init__(self, model: Llama, places: Sequence[Places]):
         depth = range(model.config.num_hidden_layers)
-        self.named = [
-            (places_.site, layer)
-            for places_ in places.values()
-            for layer in ((depth if places_.layers is None else places_.layers) if places_.site.layered else (None,))
-        ]
+        self.places = {
+            (each.site, layer): each
+            for each in places
+            for layer in ((depth if each.layers is None else each.layers) if each.site.layered else (None,))
+        }
+        self.named = list(self.places)
         self.passes: list[tuple[Tensor, Tensor]] = []  # ids and positions [B, T] of each, −1 where nothing is kept
         self.rows: Rows | None = None
         self.seen: dict[tuple[str, int | None], Seen] = {(site.name, layer): Seen() for site, layer in self.named}
@@ -139,7 +153,7 @@ class Recording:
 
     def see(self, site: Site, layer: int | None, x: Tensor, rows: Rows, column_RT: Tensor | None) -> None:
         """Keeps a copy of the places that were named."""
-        places = self.places[site.name]
+        places = self.places[site, layer]
         if rows is not self.rows:
             self._begin(rows)
         x = x.detach()
@@ -168,6 +182,17 @@ class Recording:
         self.rows = rows
         self.passes.append((reading.ids_BT[:, columns], position_BT[:, columns]))
 
+    def passes_seen(self) -> int:
+        """How many passes it has seen."""
+        return len(self.passes)
+
+    def forget(self, after: int) -> None:
+        """Forgets the passes after so many."""
+        del self.passes[after:]
+        self.rows = None
+        for seen in self.seen.values():
+            seen.parts = [(number, x) for number, x in seen.parts if number < after]
+
     def trace(self) -> Trace:
         """What was kept, the passes behind one another; tokens that no row chose are left out."""
         if not self.passes:
@@ -179,8 +204,12 @@ class Recording:
         column = (position_BT >= 0).any(0).nonzero()[:, 0]
         layers: dict[str, list[int]] = {}
         tensors: dict[str, list[Tensor]] = {}
+        seen = {site.name for site, layer in self.named if self.seen[site.name, layer].parts}
         for site, layer in self.named:
-            whole = self._joined(site, self.seen[site.name, layer])
+            frozen = site.side == "plastic" and self.places[site, layer].layers is None and site.name in seen
+            if frozen and not self.seen[site.name, layer].parts:
+                continue  # of all layers, those that are plastic
+            whole = self._joined(site, layer, self.seen[site.name, layer])
             axis = 2 if site.square else 1
             tensors.setdefault(site.name, []).append(whole.index_select(axis, column.to(whole.device)))
             if layer is not None:
@@ -188,10 +217,11 @@ class Recording:
         sites = {name: torch.stack(parts) if name in layers else parts[0] for name, parts in tensors.items()}
         return Trace(sites, layers, ids_BT[:, column], position_BT[:, column])
 
-    def _joined(self, site: Site, seen: Seen) -> Tensor:
+    def _joined(self, site: Site, layer: int | None, seen: Seen) -> Tensor:
         """[B, T′, …] over all passes; zeros where a pass did not come by: an event that was not written."""
         if not seen.parts:
-            raise ValueError(f"capture(): no run inside the block came by {site.name!r}")
+            where = "" if layer is None else f" of layer {layer}"
+            raise ValueError(f"capture(): no run inside the block came by {site.name!r}{where}")
         parts, example = dict(seen.parts), seen.parts[0][1]
         axis, keys = (2 if site.square else 1), max(x.shape[-1] for x in parts.values())
         whole = []
@@ -238,16 +268,21 @@ def capture(
             episode.feed(input_ids)
         trace["pattern", 3]  # [B, H, T′, S]
     """
-    names = [sites] if isinstance(sites, str) else list(sites)
+    check_model(model)
+    names = names_of(sites)
     if not names:
         raise ValueError("capture(sites=[]): expected at least one site")
-    places = {}
-    for name in names:
-        site, _ = site_of(name)
+    found = [site_of(name) for name in names]
+    if heads is not None and not any(site.heads for site, _ in found):
+        raise ValueError(f"capture(heads={heads!r}): {names} have no heads")
+    if layers is not None and not any(site.layered for site, _ in found):
+        raise ValueError(f"capture(layers={layers!r}): {names} do not lie in layers")
+    places = []
+    for site, named in found:
         own = {"heads": heads if site.heads else None, "units": None if site.square else units}
-        own["layers"] = layers if site.layered else None
-        places[site.name] = Places(name, positions=positions, rows=rows, **own)
-        places[site.name].check(model.config)
+        own["layers"] = named if named is not None else layers if site.layered else None
+        places.append(Places(site.name, positions=positions, rows=rows, **own))
+        places[-1].check(model.config)
     recording = Recording(model, places)
     trace = Trace()
     with model.binding.tapped(Taps(looks=[recording])):

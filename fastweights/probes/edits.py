@@ -48,8 +48,9 @@ class Edit:
             pass (`scores` and `pattern`: [R, H, T, S]); it is a copy and may be changed in place. Only the chosen
             places are taken from what it returns, cast to the site's dtype.
         layers, heads, units, rows: a number, several of them, or None for all; from 0.
-        positions: as `update` of `Episode.feed`; or "last": the last real token of a feed or probe, and every generated
-            token; or a list of positions for each row. None = all. Padding is never touched.
+        positions: as `update` of `Episode.feed`; or "last", whatever chooses the next token: the last real token of a
+            feed or probe, every generated token, and in an exam every token from the prompt's last on; or a list of
+            positions for each row. None = all. Padding is never touched.
 
     Raises:
         ValueError: a site that does not exist, or places that it does not have.
@@ -165,6 +166,8 @@ class Patch(Known):
 
     def check_reading(self, places: Places, reading: Reading) -> None:
         """Refuses rows and positions that the source does not have, and another length where no position is named."""
+        if reading.generated:
+            return  # what it does not reach is left alone
         chosen_BT = places.chosen(reading)
         have_BT = self.source.positions
         assert have_BT is not None
@@ -176,17 +179,15 @@ class Patch(Known):
             have = have_BT[row if len(have_BT) > 1 else 0]
             position_T = reading.position_BT[row]
             theirs, ours = int(have.max()) + 1, int(position_T.max()) + 1
-            if places.named:
-                wanted = set(position_T[chosen_T].tolist()) - set(have.tolist())
-                if wanted:
-                    raise ValueError(
-                        f"patch(source=...) has no position {min(wanted)} in row {row}: it has positions "
-                        f"{sorted({p for p in have.tolist() if p >= 0})}"
-                    )
-            elif not reading.generated and (ours > theirs or (reading.whole and ours != theirs)):
+            if not places.named and (ours > theirs or (reading.whole and ours != theirs)):
                 raise ValueError(
                     f"patch(source=...) has {theirs} tokens, but row {row} has {ours}{self._parting(row, reading)}: "
                     "expected as many, or positions="
+                )
+            if missing := set(position_T[chosen_T].tolist()) - set(have.tolist()):
+                raise ValueError(
+                    f"patch(source=...) has no position {min(missing)} in row {row}: it has positions "
+                    f"{sorted({p for p in have.tolist() if p >= 0})}"
                 )
 
     def _parting(self, row: int, reading: Reading) -> str:
@@ -235,10 +236,12 @@ class Steer(Known):
         return f"steer by {self.strength:g}"
 
     def check(self, places: Places, config: LlamaConfig) -> None:
-        width = last_size(places, config)
+        width = last_size("steer", places, config)
         shape = list(self.direction.shape)
         layers = config.num_hidden_layers if places.layers is None else len(places.layers)
         wanted = [[width]] + ([[layers, width]] if places.site.layered else [])
+        if self.direction.dim() == 2 and self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"steer({places.site.name!r}): layers={[*self.layers]} names a layer twice")
         if shape not in wanted:
             said = " or ".join(map(str, wanted))
             raise ValueError(f"steer({places.site.name!r}): the direction has shape {shape}, expected {said}")
@@ -262,7 +265,7 @@ class ProjectOut(Known):
         return f"project_out {self.basis.shape[1]}"
 
     def check(self, places: Places, config: LlamaConfig) -> None:
-        width = last_size(places, config)
+        width = last_size("project_out", places, config)
         if self.basis.shape[0] != width:
             raise ValueError(
                 f"project_out({places.site.name!r}): the directions have {self.basis.shape[0]} numbers each, "
@@ -296,7 +299,9 @@ def ablate(site: str, by: str = "zero", reference: Trace | None = None, seed: in
         raise ValueError(f"ablate(by={by!r}): expected 'zero', 'mean' or 'resample'")
     if not isinstance(reference, Trace):
         raise ValueError(f"ablate(by={by!r}) needs reference=, a trace of other prompts with {site!r}")
-    edit = Edit(site, Mean(reference) if by == "mean" else Resample(reference, int(seed)), **places)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"ablate(seed={seed!r}): expected a whole number")
+    edit = Edit(site, Mean(reference) if by == "mean" else Resample(reference, seed), **places)
     if edit.places.site.square:
         raise ValueError(
             f"ablate({site!r}, {by!r}): a token has a number for each token before it, so there is no other token's to "
@@ -323,9 +328,8 @@ def steer(site: str, direction: Tensor, strength: float = 1.0, **places: Any) ->
     Args:
         direction: [D], D being the site's last axis, or [layers, D], one for each of the named layers.
     """
-    direction = torch.as_tensor(direction).detach().clone()
-    if not direction.is_floating_point() or not bool(direction.isfinite().all()):
-        raise ValueError(f"steer({site!r}): the direction is not finite numbers, but {direction.dtype}")
+    direction = _finite(f"steer({site!r}): the direction", direction)
+    _finite(f"steer({site!r}): the strength", strength)
     layer = site_of(site)[1]
     layers = numbers("layer", places.get("layers")) if layer is None else (layer,)
     return Edit(site, Steer(direction, float(strength), layers), **places)
@@ -337,15 +341,27 @@ def project_out(site: str, directions: Tensor, **places: Any) -> Edit:
     Args:
         directions: [D] or [K, D], D being the site's last axis; they need not be orthogonal.
     """
-    given = torch.as_tensor(directions).detach().double().cpu()
+    given = _finite(f"project_out({site!r}): directions", directions).double().cpu()
     rows_KD = given[None] if given.dim() == 1 else given
-    if rows_KD.dim() != 2 or not bool(rows_KD.isfinite().all()) or not bool(rows_KD.norm(dim=-1).all()):
+    if rows_KD.dim() != 2 or not bool(rows_KD.norm(dim=-1).all()):
         raise ValueError(
             f"project_out({site!r}) got directions of shape {list(given.shape)}, expected [D] or [K, D], "
-            "finite and none of them zero"
+            "none of them zero"
         )
     left, values, _ = torch.linalg.svd(rows_KD.T, full_matrices=False)
     return Edit(site, ProjectOut(left[:, values > values[0] * 1e-10]), **places)
+
+
+def _finite(what: str, given: Any) -> Tensor:
+    """A copy of finite real numbers, as floats."""
+    try:
+        numbers_ = torch.as_tensor(given).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{what} is a {type(given).__name__}: expected numbers") from None
+    numbers_ = numbers_ if numbers_.is_floating_point() else numbers_.to(torch.float64)
+    if not bool(numbers_.isfinite().all()):
+        raise ValueError(f"{what} is not finite")
+    return numbers_
 
 
 # ---- what a reference trace has
@@ -356,12 +372,15 @@ def check_trace(what: str, trace: Trace, places: Places, config: LlamaConfig) ->
     site = places.site
     if trace.leading:
         raise ValueError(f"{what} is a trace of several moments or alternatives: expected one, of at='now'")
-    if site.name not in trace.sites or trace.positions is None:
+    if trace.positions is None:
+        raise ValueError(f"{what} has no positions: expected the trace of a probe or a capture")
+    if site.name not in trace.sites:
         raise ValueError(f"{what} does not hold {site.name!r}: it holds {sorted(trace.sites)}")
     if site.layered:
         wanted = range(config.num_hidden_layers) if places.layers is None else places.layers
-        if missing := sorted(set(wanted) - set(trace.layers[site.name])):
-            raise ValueError(f"{what} does not hold layer {missing[0]} of {site.name!r}: {trace.layers[site.name]}")
+        have = trace.layers.get(site.name, [])
+        if missing := sorted(set(wanted) - set(have)):
+            raise ValueError(f"{what} does not hold layer {missing[0]} of {site.name!r}: it holds layers {have}")
     sizes = [size for size in site.sizes(config) if size is not None]
     values = trace.at(site.name, trace.layers[site.name][0] if site.layered else None)
     found = [values.shape[1]] if site.square else list(values.shape[2:])
@@ -379,9 +398,12 @@ def pool(trace: Trace, at: At) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def last_size(places: Places, config: LlamaConfig) -> int | None:
-    """The length of a site's last axis."""
-    return places.site.sizes(config)[-1]
+def last_size(what: str, places: Places, config: LlamaConfig) -> int:
+    """The length of a site's last axis; refuses one that is as long as the sequence."""
+    size = places.site.sizes(config)[-1]
+    if size is None:
+        raise ValueError(f"{what}({places.site.name!r}): its last axis is tokens, so it has no directions: fw.Edit")
+    return size
 
 
 def draws(seed: int, row: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cache import Positions
 from ..config import LlamaConfig
-from ..inputs import written
+from ..inputs import TokenIds, written
 from .sites import site_of
 
 
@@ -22,12 +22,14 @@ class Reading:
 
     ids_BT: int64, on the CPU. position_BT: absolute positions, −1 = padding, on the CPU.
     generated: whether the model produced these tokens itself. whole: whether no other feed goes on from here: a probe.
+    start_B: the column of each row from which on every token chooses the next one of an exam's answer; None: no exam.
     """
 
     ids_BT: Tensor
     position_BT: Tensor
     generated: bool = False
     whole: bool = False
+    start_B: Tensor | None = None
 
     @staticmethod
     def of(ids_BT: Tensor, positions: Positions, generated: bool = False, whole: bool = False) -> Reading:
@@ -49,8 +51,8 @@ class Places:
 
     Args:
         layers, heads, units, rows: a number, several, or None for all; from 0.
-        positions: as `update=` of `Episode.feed`; "last" (the last real token of a feed or probe, and every
-            generated token); a list of positions per row; None for all.
+        positions: as `update=` of `Episode.feed`; "last" (the last real token of a feed or probe, every generated
+            token, and in an exam every token from the prompt's last on); a list of positions per row; None for all.
     """
 
     def __init__(self, site: str, layers: Any, heads: Any, units: Any, positions: Any, rows: Any):
@@ -76,7 +78,8 @@ class Places:
         return self.positions is not None
 
     def check(self, config: LlamaConfig) -> None:
-        """Refuses layers, heads and units that this model does not have."""
+        """Refuses layers, heads, units and positions that this model does not have."""
+        self.check_positions(config.max_position_embeddings)
         sizes = dict(zip(self.site.axes, self.site.sizes(config), strict=True))
         head = self.site.heads
         limits = [("layer", self.layers, config.num_hidden_layers), ("unit", self.units, sizes[self.site.axes[-1]])]
@@ -120,9 +123,11 @@ class Places:
         if isinstance(self.positions, str) and self.positions == "last":
             if reading.generated:
                 return chosen_BT
-            return chosen_BT & (torch.arange(position_BT.shape[1]) == reading.last_B[:, None])
+            column_T, last_B = torch.arange(position_BT.shape[1]), reading.last_B
+            start_B = last_B if reading.start_B is None else reading.start_B
+            return chosen_BT & (column_T >= start_B[:, None]) & (column_T <= last_B[:, None])
         given = list(self.positions) if isinstance(self.positions, tuple) else self.positions
-        return chosen_BT & written(given, reading.ids_BT, position_BT, reading.generated)
+        return chosen_BT & written(given, reading.ids_BT, position_BT, reading.generated, "positions")
 
 
 @dataclass(frozen=True)
@@ -141,30 +146,29 @@ def numbers(what: str, given: Any) -> tuple[int, ...] | None:
     if given is None:
         return None
     value = given.tolist() if hasattr(given, "tolist") else given
-    items = (
-        list(value) if isinstance(value, (Sequence, range, set, frozenset)) and not isinstance(value, str) else [value]
-    )
+    several = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str)
+    items = list(value) if several else [value]
     items = [item.item() if hasattr(item, "item") else item for item in items]
     if not items or any(isinstance(item, bool) or not isinstance(item, int) for item in items):
         raise ValueError(f"{what}s={given!r}: expected a whole number, several of them, or None for all")
     if min(items) < 0:
         raise ValueError(f"{what} {min(items)} is negative: {what}s count from 0")
-    return tuple(items)
+    return tuple(sorted(items) if isinstance(value, (set, frozenset)) else items)
 
 
 def _positions(given: Any) -> Any:
     """Positions as `Places` keeps them: None, a word, a tuple of numbers, `PerRow`, or what `written` takes."""
-    if given is None or isinstance(given, str):
-        if given not in (None, "last", "all", "none", "prompt", "generated"):
-            raise ValueError(
-                f"positions={given!r}: expected 'last', 'all', 'none', 'prompt', 'generated', positions, a bool mask, "
-                "fw.token_ids([...]), a function (position, token_id) or a list of positions per row"
-            )
+    if given is None or (isinstance(given, str) and given in ("last", "all", "none", "prompt", "generated")):
         return None if given == "all" else given
     if isinstance(given, int) and not isinstance(given, bool):
         return numbers("position", given)
-    if callable(given) or not isinstance(given, (Sequence, range, Tensor, np.ndarray)):
+    if callable(given) or isinstance(given, TokenIds):
         return given
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"positions={given!r}: expected 'last', 'all', 'none', 'prompt', 'generated', positions, a bool mask, "
+            "fw.token_ids([...]), a function (position, token_id) or a list of positions per row"
+        )
     if isinstance(given, (Tensor, np.ndarray)):
         if given.dtype in (torch.bool, np.dtype(bool)):
             return given

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,11 @@ WHOLE = {
 }
 
 
+def names_of(sites: Any) -> list[Any]:
+    """One name or several, as a list."""
+    return list(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else [sites]
+
+
 def site_of(name: Any) -> tuple[Site, int | None]:
     """The site that a name means, and the layer where the name holds one.
 
@@ -131,7 +137,8 @@ def site_of(name: Any) -> tuple[Site, int | None]:
         raise ValueError(
             f"site {name!r} is taken before the norm's weight: expected {OTHER[norm[1]]!r}, which is taken after it"
         )
-    near = difflib.get_close_matches(name.rsplit(".", 1)[-1].removeprefix("hook_"), SITES, 1, 0.6)
+    near = difflib.get_close_matches(name, SITES, 1, 0.8)
+    near = near or difflib.get_close_matches(name.rsplit(".", 1)[-1].removeprefix("hook_"), SITES, 1, 0.6)
     near = near or difflib.get_close_matches(name, SITES, 1, 0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"site {name!r} does not exist: {hint}sites are {', '.join(SITES)}")

@@ -164,6 +164,14 @@ class Look(Protocol):
     def see(self, site: Site, layer: int | None, x: Tensor, rows: Rows, column_RT: Tensor | None) -> None:
         """Looks at [R, T′, …]; column_RT [R, T′] tells which tokens of the pass these are, None: all. It copies."""
 
+    def passes_seen(self) -> int:
+        """How many passes it has seen."""
+        return 0
+
+    def forget(self, after: int) -> None:
+        """Forgets the passes after so many: they failed, or are run again."""
+        return None
+
 
 class Taps:
     """The edits and looks of one `with` block, or of several together, in the order in which they began.
@@ -195,6 +203,17 @@ class Taps:
         for bound in self.edits:
             bound.begin(reading)
 
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Forgets what was seen inside if that fails."""
+        seen = [(look, look.passes_seen()) for look in self.looks]
+        try:
+            yield
+        except BaseException:
+            for look, number in seen:
+                look.forget(number)
+            raise
+
     @staticmethod
     @contextlib.contextmanager
     def over(parts: Sequence[Taps], model: Llama, ids_BT: Tensor, positions: Positions, last: bool) -> Iterator[None]:
@@ -208,7 +227,7 @@ class Taps:
         tap = Tap(model, whole, Rows(reading, torch.arange(len(ids_BT)), model.device, whole.column))
         if last and whole.column is None:
             tap.columns["logits"] = reading.last_B[:, None].to(model.device)
-        with tap.hooked():
+        with whole.attempt(), tap.hooked():
             yield
 
 
@@ -237,15 +256,17 @@ class Tap:
         """Whether one of these sites is named in this layer."""
         return any((site, layer) in self.edits or (site, layer) in self.looks for site in sites)
 
-    def __call__(self, site: str, layer: int | None, x: Tensor) -> Tensor:
-        """The site as it flows on: x itself where nothing changes it."""
+    def __call__(
+        self, site: str, layer: int | None, x: Tensor, visible: Tensor | None = None, fill: float = 0.0
+    ) -> Tensor:
+        """The site as it flows on: x itself where nothing changes it; what is not visible holds `fill` again."""
         column_RT = self.columns.get(site)
         acting = [bound for bound in self.edits.get((site, layer), ()) if bound.in_rows(self.rows).any]
         if acting:
             own = x.clone()
             for bound in acting:
                 own = bound.apply(own, layer, self.rows, column_RT)
-            x = own
+            x = own if visible is None else own.masked_fill(~visible, fill)
         for look in self.looks.get((site, layer), ()):
             if look.gradient and not x.requires_grad:
                 x.requires_grad_()
@@ -332,7 +353,7 @@ class Tap:
             visible = torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
         scores = (q_BHTE @ k_BHSE.transpose(2, 3) * q_BHTE.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
         # masked again: an edit must not let a token look at what it may not see
-        scores = self("scores", layer, scores).masked_fill(~visible, -torch.inf)
+        scores = self("scores", layer, scores, visible, -torch.inf)
         wide = torch.promote_types(scores.dtype, torch.float32)
-        pattern = self("pattern", layer, scores.softmax(-1, dtype=wide).to(scores.dtype))
+        pattern = self("pattern", layer, scores.softmax(-1, dtype=wide).to(scores.dtype), visible)
         return (pattern @ v_BHSE).transpose(1, 2)

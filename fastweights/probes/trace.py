@@ -84,8 +84,14 @@ class Trace:
 
     @property
     def hidden_states(self) -> Tensor:
-        """Residual stream after ℓ layers, [M, N, L+1, B, T′, D]: 0 = embedding, L = before the final norm."""
+        """Residual stream after ℓ layers, [M, N, L+1, B, T′, D]: 0 = embedding, L = before the final norm.
+
+        Raises:
+            KeyError: "embedding", or "resid_post" of a layer, was not captured.
+        """
         embedding, after = self["embedding"], self["resid_post"]
+        if (have := self.layers["resid_post"]) != list(range(len(have))):
+            raise KeyError(f"hidden_states needs 'resid_post' of every layer; captured are {have}")
         return torch.cat([embedding.unsqueeze(self.leading), after], dim=self.leading)
 
     # ---- files
