@@ -113,19 +113,27 @@ class Kept(Look):
             x = x.gather(axis, question.kept_BT.view(shape).expand(sizes))
         if point not in into:
             into[point] = x.new_zeros(self.moments, max(1, len(self.alternatives)), *x.shape[1:])
-        for lane, value in zip(self.lanes, x, strict=True):
-            outside = BEFORE if site.name == "embedding" else NEVER - 1
-            self.spread(into[point], lane, value, outside if layer is None else layer)
+        outside = BEFORE if site.name == "embedding" else NEVER - 1
+        self.spread(into[point], x, outside if layer is None else layer)
 
-    def spread(self, into: Tensor, lane: Lane, value: Tensor, layer: int = NEVER - 1) -> None:
-        """Copies what a lane holds in a layer (or at the end) to the moments and alternatives that it stands for."""
-        moments = slice(None) if lane.moment is None else slice(lane.moment, lane.moment + 1)
-        if lane.alternative is not None or not self.alternatives:
-            into[moments, lane.alternative or 0] = value
-            return
-        for other in self.alternatives:
-            if other.joins > layer:
-                into[moments, other.number] = value
+    def spread(self, into: Tensor, x: Tensor, layer: int = NEVER - 1) -> None:
+        """Copies what each lane holds in a layer (or at the end) to the moments and alternatives it stands for."""
+        own = []  # lanes that stand for one moment and one alternative
+        for number, lane in enumerate(self.lanes):
+            one = lane.moment is not None or self.moments == 1
+            if one and (lane.alternative is not None or not self.alternatives):
+                own.append((number, lane.moment or 0, lane.alternative or 0))
+                continue
+            moments = slice(None) if lane.moment is None else slice(lane.moment, lane.moment + 1)
+            if lane.alternative is not None or not self.alternatives:
+                into[moments, lane.alternative or 0] = x[number]
+            elif others := [other.number for other in self.alternatives if other.joins > layer]:
+                into[moments][:, others] = x[number]
+        if len(own) == 1:
+            into[own[0][1:]] = x[own[0][0]]
+        elif own:
+            numbers, moments_, alternatives = map(list, zip(*own, strict=True))
+            into[moments_, alternatives] = x[numbers]
 
 
 class Runner:

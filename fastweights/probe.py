@@ -168,8 +168,7 @@ class Answer:
         kept = self.kept
         if into is None:
             into = values.new_zeros(kept.moments, max(1, len(kept.alternatives)), *values.shape[1:])
-        for lane, value in zip(kept.lanes, values, strict=True):
-            kept.spread(into, lane, value)
+        kept.spread(into, values)
         return into
 
     def trace(self, moments: bool, sweep: bool, names: Sequence[str], reading: Reading) -> Trace:
