@@ -64,10 +64,9 @@ class _Mine(threading.local):
 
     now: Any = None
     last: weakref.ref | None = None
-    tap: Any = None
 
     def __init__(self) -> None:
-        self.taps = Calls()
+        self.taps, self.tapping = Calls(), Calls()
 
 
 class Binding:
@@ -109,17 +108,13 @@ class Binding:
     @property
     def tap(self) -> Any:
         """What is to see the pass that runs in this thread; None as a rule."""
-        return self.mine.tap
+        entered = self.mine.tapping
+        running = entered.running() if entered.entered else []
+        return running[-1].what if running else None
 
-    @contextlib.contextmanager
-    def tapping(self, tap: Any) -> Iterator[None]:
+    def tapping(self, tap: Any) -> AbstractContextManager:
         """Shows a tap to the modules that run inside."""
-        before = self.mine.tap
-        try:
-            self.mine.tap = tap
-            yield
-        finally:
-            self.mine.tap = before
+        return self.mine.tapping.enter(_nothing(), tap)
 
     # ---- passes
 

@@ -313,9 +313,10 @@ class Tap:
         def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return self._result(layer, module, args[0], output) if site.name == "result" else through(output)
 
+        binding = self.model.binding
         if site.side == "input":
-            return module.register_forward_pre_hook(ThreadHook(before))
-        return module.register_forward_hook(ThreadHook(after))
+            return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self))
+        return module.register_forward_hook(ThreadHook(after, lambda: binding.tap is self))
 
     def _result(self, layer: int | None, o_proj: Any, z_BTM: Tensor, output_BTD: Tensor) -> Tensor:
         """What o_proj gives, with what each head adds to it edited."""
