@@ -421,3 +421,22 @@ def test_no_hook_and_no_block_outlives_an_exception(interrupt):
         assert model.binding.tap is None
         assert model.binding.now is None
         assert torch.equal(model(ids), plain)
+
+
+def test_a_generator_made_inside_is_not_carried_to_another_thread():
+    model, found = tiny(), []
+
+    def elsewhere(steps):
+        try:
+            next(steps)
+        except ValueError as error:
+            found.append(str(error))
+
+    with fw.edited(model, fw.ablate("z")):
+        episode = fw.Episode(model)
+        thread = threading.Thread(target=elsewhere, args=(episode.generate([IDS], 3, stop_token_ids=()),))
+        thread.start()
+        thread.join()
+        model(torch.tensor([IDS]))
+    assert "belongs to another thread" in found[0]
+    assert episode.length == 0

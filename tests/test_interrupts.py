@@ -1,6 +1,5 @@
 """A call that is cut short at any line leaves the episode as it was or as it is after, never between."""
 
-import contextlib
 import sys
 from pathlib import Path
 

@@ -107,7 +107,7 @@ class Bound:
         return self.acting
 
     def apply(self, own: Tensor, layer: int | None, rows: Rows, column_RT: Tensor | None) -> Tensor:
-        """The site after this edit; `own` is changed in place where the edit acts in some rows only.
+        """The site after this edit: `own`, changed in place.
 
         column_RT: [R, T′], which tokens of the pass `own` holds; None: all.
         """
@@ -128,7 +128,7 @@ class Bound:
         for row, positions in acting.fired:
             self.fired.setdefault(row, set()).update(positions)
         if acting.every:
-            return y
+            return own.copy_(y)  # y may be the caller's own tensor, or a row that is repeated
         own[acting.index_R] = y
         return own
 
