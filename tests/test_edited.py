@@ -1,7 +1,9 @@
 """Blocks of `edited` and `capture`: what they reach, in which thread, and that nothing of them stays."""
 
+import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -440,3 +442,34 @@ def test_a_generator_made_inside_is_not_carried_to_another_thread():
         model(torch.tensor([IDS]))
     assert "belongs to another thread" in found[0]
     assert episode.length == 0
+
+
+def test_lives_with_edits_in_threads_give_what_they_give_alone():
+    model, interval = tiny(F32), sys.getswitchinterval()
+    fw.attach(model, [1, 2], HEBB, rank=8)
+
+    def life(seed):
+        edit = fw.Edit(("z", "gate", "resid_mid", "pattern")[seed % 4], halve, layers=seed % 3)
+        episode, ids = fw.Episode(model), prompt(1, 5 + seed % 4, seed)
+        with fw.capture(model, ["mlp_out", "k"], layers=3) as trace:
+            found = [episode.feed(ids, edits=edit if seed % 2 else ())]
+        found += trace.sites.values()
+        with fw.edited(model, edit) as done:
+            found.append(model(ids))
+            found += [step.logits for step in episode.generate(None, 2, stop_token_ids=())]
+        found.append(episode.probe(ids, sites=["z"], sweep=[[], edit, fw.ablate("down.read")], at=[0, 3])["z"])
+        episode.feed([[4]])
+        return found, [*done], episode.path
+
+    alone = [life(seed) for seed in range(12)]
+    try:
+        sys.setswitchinterval(5e-6)
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(life, range(12)))
+    finally:
+        sys.setswitchinterval(interval)
+    for (found, done, path), (exact, was, path_alone) in zip(together, alone, strict=True):
+        assert done == was
+        assert path == path_alone == "cpu"
+        assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    assert no_hooks(model)
