@@ -311,7 +311,9 @@ def test_gradients_of_what_a_linear_reads_equal_finite_differences(site):
         gradient = trace.at(site, layer, trace.gradients)[0]
         assert gradient.shape[0] == 2
         direction = torch.zeros(6, gradient.shape[1], dtype=torch.float64)
-        direction[columns] = torch.randn(gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        direction[columns] = torch.randn(
+            gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+        )
         exact = finite_difference(model, IDS, site, layer, direction, metric, fast=naive.fast)
         assert float((gradient * direction[columns]).sum()) == pytest.approx(exact, rel=2e-6, abs=1e-8)
 
