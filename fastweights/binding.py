@@ -99,7 +99,9 @@ class Binding:
     def taps(self) -> list[Call]:
         """The blocks of this thread whose edits and captures stand, in the order in which they began."""
         entered = self.mine.taps
-        return entered.running() if entered.entered else []
+        running = entered.running() if entered.entered else []
+        rests = [number for number, call in enumerate(running) if call.what is None]
+        return running[rests[-1] + 1 :] if rests else running
 
     def tapped(self, taps: Any) -> AbstractContextManager:
         """Lets edits and captures stand in this thread for as long as the block runs."""
@@ -115,6 +117,17 @@ class Binding:
     def tapping(self, tap: Any) -> AbstractContextManager:
         """Shows a tap to the modules that run inside."""
         return self.mine.tapping.enter(_nothing(), tap)
+
+    @contextlib.contextmanager
+    def untapped(self) -> Iterator[None]:
+        """Runs what a change itself runs on the model as if no edit and no capture stood around it."""
+        before = self.mine.now
+        try:
+            self.mine.now = None
+            with self.tapped(None), self.tapping(None):
+                yield
+        finally:
+            self.mine.now = before
 
     # ---- passes
 

@@ -473,3 +473,45 @@ def test_lives_with_edits_in_threads_give_what_they_give_alone():
         assert path == path_alone == "cpu"
         assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
     assert no_hooks(model)
+
+
+def test_what_a_change_runs_itself_is_neither_edited_nor_captured():
+    """Otherwise it would change, and look at, itself without an end."""
+    model, found = tiny(), []
+    fw.attach(model, [1], HEBB, LINEARS)
+    other = [4, 5, 6, 7, 8, 9, 10, 11]
+    exact = [fw.Episode(model).feed([other]), fw.Episode(model).probe(other).logits, model(torch.tensor([other]))]
+    halved = fw.Episode(model).feed([other], edits=fw.Edit("act", halve))
+
+    def change(x, at):
+        found.append(fw.Episode(model).feed([other]))
+        found.append(fw.Episode(model).probe(other).logits)
+        found.append(model(torch.tensor([other])))
+        with fw.edited(model, fw.Edit("act", halve)), fw.capture(model, "act") as inner:
+            found.append(fw.Episode(model).feed([other]))
+        assert inner["act"].shape == (4, 1, 8, 52)
+        return x / 2
+
+    edit = fw.Edit("z", change, layers=2)
+    plain = fw.Episode(model).feed([IDS], edits=fw.Edit("z", halve, layers=2))
+    with fw.capture(model, ["act"]) as trace:
+        assert torch.equal(fw.Episode(model).feed([IDS], edits=edit), plain)
+    assert trace.input_ids.tolist() == [IDS]
+    with fw.edited(model, edit) as done:
+        assert torch.equal(fw.Episode(model).feed([IDS]), plain)
+        fw.Episode(model).probe(IDS)
+        model(torch.tensor([IDS]))
+    assert done[0] == {0: list(range(8))}
+    assert len(found) == 4 * 4
+    for number, logits in enumerate(found):
+        torch.testing.assert_close(logits, [*exact, halved][number % 4], rtol=1e-12, atol=1e-12)
+
+
+def test_a_capture_that_chooses_no_token_is_warned_of():
+    model = tiny()
+    with (
+        pytest.warns(UserWarning, match="positions chose none of the 8 tokens"),
+        fw.capture(model, "z", positions=99) as trace,
+    ):
+        model(torch.tensor([IDS]))
+    assert trace["z"].shape == (4, 1, 0, 4, 6)

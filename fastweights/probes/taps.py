@@ -264,8 +264,9 @@ class Tap:
         acting = [bound for bound in self.edits.get((site, layer), ()) if bound.in_rows(self.rows).any]
         if acting:
             own = x.clone()
-            for bound in acting:
-                own = bound.apply(own, layer, self.rows, column_RT)
+            with self.model.binding.untapped():
+                for bound in acting:
+                    own = bound.apply(own, layer, self.rows, column_RT)
             x = own if visible is None else own.masked_fill(~visible, fill)
         for look in self.looks.get((site, layer), ()):
             if look.gradient and not x.requires_grad:
