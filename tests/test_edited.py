@@ -96,6 +96,7 @@ def test_an_edit_that_never_fired_is_warned_of_and_others_are_not():
     assert [str(w.message).split(",")[0] for w in seen] == ["edited(): edit 1", "edited(): edit 2"]
     assert "positions=(99,)" in str(seen[0].message)
     assert done[1] == done[2] == {}
+    assert {w.filename for w in seen} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(KeyError, match="mine"), fw.edited(model, fw.ablate("z")):
