@@ -148,7 +148,7 @@ def test_a_save_that_is_killed_half_way_leaves_the_old_file_whole(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
 import fastweights as fw
-from fastweights import files
+from safetensors import torch as files
 from test_snapshot import RULES, plastic
 episode = fw.Episode(plastic(RULES["hebbian"]))
 episode.feed([3, 4, 5])
