@@ -120,7 +120,7 @@ class Binding:
 
     @contextlib.contextmanager
     def untapped(self) -> Iterator[None]:
-        """Runs what a change itself runs on the model as if no edit and no capture stood around it."""
+        """Runs what is inside as if no edit and no capture stood around it: what a change itself runs on the model."""
         before = self.mine.now
         try:
             self.mine.now = None

@@ -516,3 +516,20 @@ def test_a_capture_that_chooses_no_token_is_warned_of():
     ):
         model(torch.tensor([IDS]))
     assert trace["z"].shape == (4, 1, 0, 4, 6)
+
+
+def test_an_event_that_waits_from_before_a_block_is_read_again_without_its_edits(tmp_path):
+    model = tiny()
+    fw.attach(model, [1], GRADIENT, LINEARS)
+    episode = fw.Episode(model)
+    episode.feed([IDS])
+    episode.save(tmp_path / "e")
+    with fw.capture(model, "z") as trace, fw.edited(model, fw.ablate("z", layers=0)):
+        child, loaded = episode.fork(rows=[0]), fw.Episode.load(model, tmp_path / "e")
+        fw.Episode(model).feed([[3]])
+    assert trace.input_ids.tolist() == [[3]]
+    for each in (episode, child, loaded):
+        each.feed([[4]])
+    exact = episode.delta_weight(1, "up_proj")
+    torch.testing.assert_close(child.delta_weight(1, "up_proj"), exact, **CLOSE)
+    torch.testing.assert_close(loaded.delta_weight(1, "up_proj"), exact, **CLOSE)
