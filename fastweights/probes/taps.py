@@ -322,12 +322,15 @@ class Tap:
     def _result(self, layer: int | None, o_proj: Any, z_BTM: Tensor, output_BTD: Tensor) -> Tensor:
         """What o_proj gives, with what each head adds to it edited."""
         z_BTHE = z_BTM.unflatten(-1, (-1, self.model.config.head_dim))
+        if not isinstance(getattr(o_proj, "weight", None), Tensor):
+            raise ValueError(
+                f"site 'result' needs the weight of o_proj, but layer {layer} has a {type(o_proj).__name__}"
+            )
         W_DHE = o_proj.weight.unflatten(1, z_BTHE.shape[2:])
         result_BTHD = torch.einsum("bthe,dhe->bthd", z_BTHE, W_DHE)
         edited_BTHD = self("result", layer, result_BTHD)
         if any(look.gradient for look in self.looks.get(("result", layer), ())):  # its gradient is that of the sum
-            whole = edited_BTHD.sum(2)
-            return whole if o_proj.bias is None else whole + o_proj.bias
+            return output_BTD.detach() + (edited_BTHD - result_BTHD.detach()).sum(2)
         if edited_BTHD is result_BTHD:
             return output_BTD
         return output_BTD + (edited_BTHD - result_BTHD).sum(2)
