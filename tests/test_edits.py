@@ -1,10 +1,11 @@
 """Edits at every site, and the named edits, against the naive model, whatever the split of a prompt."""
 
 import json
+import random
 
 import pytest
 import torch
-from naive import LAYERED, WHOLE, Naive, bent, both, columns, twin
+from naive import HEADS, LAYERED, SQUARE, WHOLE, Naive, bent, both, columns, twin
 from test_model import VARIANTS
 from tiny import CONFIG, cached, described, fed, naive_cache, naive_of, prompt, tiny
 
@@ -356,3 +357,48 @@ def test_edits_of_the_real_model_while_it_learns_equal_the_naive_model(smollm2, 
             assert float((ours - fast.dW).norm() / fast.dW.norm()) < 1e-4
     finally:
         fw.detach(model)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_edits_together_in_any_split_equal_the_dense_loop(seed):
+    draw = random.Random(seed)
+    variant = draw.choice(["grouped", "multi-query", "biases", "head_dim", "llama3 rope", "tied"])
+    config = {**CONFIG, **VARIANTS[variant]}
+    model, rule, linears = tiny(**VARIANTS[variant]), draw.choice([*RULES]), draw.sample(["gate_proj", "up_proj"], 1)
+    layers = draw.sample(range(4), 2)
+    fw.attach(model, layers, RULES[rule], linears, rank=64)
+    name = linears[0].removesuffix("_proj")
+    own = [f"{name}.read"] + ([] if rule == "gradient" else [f"{name}.key", f"{name}.value"])
+    edits, changes = [], []
+    for site in draw.sample([*LAYERED, *WHOLE, *own], draw.randint(2, 5)):
+        places = {}
+        if site in LAYERED or site in own:
+            places["layers"] = layers[:1] if site in own else draw.sample(range(4), draw.randint(1, 2))
+        if draw.random() < 0.6:
+            places["positions"] = draw.sample(range(12), draw.randint(1, 6))
+        if site in HEADS or site in SQUARE:
+            count = config["num_key_value_heads"] if site in GROUPED else 4
+            places["heads"] = draw.sample(range(count), draw.randint(1, count))
+        if site not in SQUARE and draw.random() < 0.5:
+            places["units"] = draw.sample(range(6), 3)
+        edits.append(fw.Edit(site, lambda x, at: bent(x), **places))
+        changes.append(twin(site, **places))
+    naive, episode = naive_of(model, RULES[rule], layers, linears, config), fw.Episode(model)
+    ids, written, start = [draw.randrange(61) for _ in range(11)], [draw.random() < 0.7 for _ in range(11)], 0
+    exact = naive.feed(ids, both(*changes), write=written)
+    found = []
+    while start < 11:
+        length = draw.randint(1, 11 - start)
+        part = slice(start, start + length)
+        found.append(episode.feed([ids[part]], update=[written[part]], edits=edits)[0])
+        start += length
+    torch.testing.assert_close(torch.cat(found), exact, **CLOSE)
+    torch.testing.assert_close(cached(episode), naive_cache(naive), **CLOSE)
+    for address, fast in naive.fast.items():
+        torch.testing.assert_close(episode.delta_weight(*address), fast.dW, **CLOSE)
+    asked = [edit for edit in edits if not edit.places.site.name.endswith((".key", ".value"))]
+    ids += ids[:1]  # a probe refuses positions that it does not have
+    swept = episode.probe(ids, sweep=[[], asked])
+    for number, each in enumerate(([], changes)):
+        naive.restart()
+        torch.testing.assert_close(swept.logits[number, 0], naive.feed(ids, both(*each)), **CLOSE)
