@@ -64,10 +64,9 @@ class _Mine(threading.local):
 
     now: Any = None
     last: weakref.ref | None = None
-    tap: Any = None
 
     def __init__(self) -> None:
-        self.taps = Calls()
+        self.taps, self.tapping = Calls(), Calls()
 
 
 class Binding:
@@ -100,7 +99,9 @@ class Binding:
     def taps(self) -> list[Call]:
         """The blocks of this thread whose edits and captures stand, in the order in which they began."""
         entered = self.mine.taps
-        return entered.running() if entered.entered else []
+        running = entered.running() if entered.entered else []
+        rests = [number for number, call in enumerate(running) if call.what is None]
+        return running[rests[-1] + 1 :] if rests else running
 
     def tapped(self, taps: Any) -> AbstractContextManager:
         """Lets edits and captures stand in this thread for as long as the block runs."""
@@ -109,17 +110,24 @@ class Binding:
     @property
     def tap(self) -> Any:
         """What is to see the pass that runs in this thread; None as a rule."""
-        return self.mine.tap
+        entered = self.mine.tapping
+        running = entered.running() if entered.entered else []
+        return running[-1].what if running else None
+
+    def tapping(self, tap: Any) -> AbstractContextManager:
+        """Shows a tap to the modules that run inside."""
+        return self.mine.tapping.enter(_nothing(), tap)
 
     @contextlib.contextmanager
-    def tapping(self, tap: Any) -> Iterator[None]:
-        """Shows a tap to the modules that run inside."""
-        before = self.mine.tap
+    def untapped(self) -> Iterator[None]:
+        """Runs what is inside as if no edit and no capture stood around it: what a change itself runs on the model."""
+        before = self.mine.now
         try:
-            self.mine.tap = tap
-            yield
+            self.mine.now = None
+            with self.tapped(None), self.tapping(None):
+                yield
         finally:
-            self.mine.tap = before
+            self.mine.now = before
 
     # ---- passes
 

@@ -73,8 +73,12 @@ def why_not_ours(path: Path) -> str | None:
 
 
 def warn(text: str) -> None:
-    """A UserWarning of one line that points at the caller's code, not into this package or torch's modules."""
+    """A UserWarning of one line that points at the caller's code, not into this package, torch or contextlib."""
     level, frame = 1, sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "torch"):
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        __package__,
+        "torch",
+        "contextlib",
+    ):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(text, stacklevel=level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -179,10 +180,10 @@ def _steps(
 
 
 def _check_around(around: Sequence[Call]) -> None:
-    if not all(call.runs for call in around):
+    if not all(call.runs and call.thread == threading.get_ident() for call in around):
         raise ValueError(
-            "this generation began inside a block of fw.edited that has ended: use it up inside, or pass "
-            "its edits to generate(edits=...)"
+            "this generation began inside a block of fw.edited that has ended, or that belongs to another thread: use "
+            "it up inside, or pass its edits to generate(edits=...)"
         )
 
 

@@ -132,7 +132,7 @@ class PlasticLinear(nn.Module):
         elif log.used:
             read_BTO = self._read(log, h_BTI.to(log.dtype), None)
         if self.binding.tap is not None:
-            read_BTO = self._tapped(now, "read", read_BTO, a_BTO)
+            read_BTO = self._tapped("read", read_BTO, a_BTO, 1)
         if read_BTO is not None:
             a_BTO = a_BTO + read_BTO
         if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
@@ -141,12 +141,15 @@ class PlasticLinear(nn.Module):
             now.taped[self.address] = (a_BTO, h_BTI.detach().to(log.dtype))
         return a_BTO.to(frozen_BTO.dtype)
 
-    def _tapped(self, now: Pass, part: str, x: Tensor | None, like: Tensor) -> Any:
-        """ "read", "key" or "value" after edits and captures that name it; x is None where nothing is read yet."""
+    def _tapped(self, part: str, x: Tensor | None, like: Tensor, width: int) -> Any:
+        """ "read", "key" or "value" after edits and captures that name it; x is None where nothing is read yet.
+
+        width: how many rows' tokens stand side by side in x.
+        """
         tap, site = self.binding.tap, f"{self.address[1].removesuffix('_proj')}.{part}"
         if not tap.wants(site, layer=self.address[0]):
             return x
-        x, width = torch.zeros_like(like) if x is None else x, now.rows_per_column
+        x = torch.zeros_like(like) if x is None else x
         if width == 1:
             return tap(site, self.address[0], x)
         return side_by_side(tap(site, self.address[0], as_rows(x, width)))
@@ -195,12 +198,13 @@ class PlasticLinear(nn.Module):
             read_BCO = self._read(log, h_BTI[:, t0:t1], write_BC, now.rows_per_column) if log.used else None
             k_BCI = keys.k_BTI[:, t0:t1]
             if self.binding.tap is not None:  # a feed whose edits name reading or writing goes token by token
-                read_BCO = self._tapped(now, "read", read_BCO, a_BCO)
+                read_BCO = self._tapped("read", read_BCO, a_BCO, now.rows_per_column)
             if read_BCO is not None:
                 a_BCO = a_BCO + read_BCO
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             if self.binding.tap is not None:
-                k_BCI, u_BCO = (self._tapped(now, part, x, x) for part, x in (("key", k_BCI), ("value", u_BCO)))
+                event = (("key", k_BCI), ("value", u_BCO))
+                k_BCI, u_BCO = (self._tapped(part, x, x, now.rows_per_column) for part, x in event)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
             events = Events(u_BCO, k_BCI, bias_BC, write_BC, now.all_written)
             now.write_events(self.address, events)

@@ -208,7 +208,8 @@ class Answer:
         logits = cut(self.logits)
         if logits is not None:
             sites["logits"] = logits
-        return Trace(sites, layers, reading.ids_BT, position_BT, metric, gradients, scores, leading)
+        ids_BT = reading.ids_BT.clone()
+        return Trace(sites, layers, ids_BT, position_BT.clone(), metric, gradients, scores, leading)
 
 
 def _measured(metric: Metric, logits: Tensor) -> list[Tensor]:

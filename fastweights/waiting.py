@@ -86,7 +86,8 @@ def read_again(engine: Engine, waits: Sequence[bool], own: Sequence[int]) -> Non
     state.cache.rewind([n - int(w) for n, w in zip(state.lengths, waits, strict=True)])
     last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in state.token_ids])
     positions = state.cache.positions((state.batch_size, 1), waits_B[:, None], torch.device("cpu"))
-    with state.attempt():
+    # what was read under edits is refused, see `check_waiting`: so none may act now, and no capture sees it twice
+    with engine.model.binding.untapped(), state.attempt():
         engine.run(Tokens(last_B1, positions, waits_B[:, None]))
         waiting = state.waiting
     state.copy_from(before)

@@ -22,19 +22,25 @@ class ThreadHook:
     """A hook that runs in the thread that made it, and that no other thread sees.
 
     A probe hooks modules that other threads are running: their passes must neither reach it nor leave their fast path.
+
+    Args:
+        holds: whether it still has something to do: an interrupt may come before anybody can take it away.
     """
 
-    def __init__(self, function: Callable):
-        self.function, self.thread = function, threading.get_ident()
+    def __init__(self, function: Callable, holds: Callable[[], bool] = lambda: True):
+        self.function, self.holds, self.thread = function, holds, threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs) if threading.get_ident() == self.thread else None
+        return self.function(*args, **kwargs) if self.acts() else None
+
+    def acts(self) -> bool:
+        """Whether it would do anything in this thread."""
+        return threading.get_ident() == self.thread and self.holds()
 
 
 def _seen(hooks: Mapping[int, Callable]) -> bool:
     """True if one of these hooks would do anything in this thread."""
-    thread = threading.get_ident()
-    return any(not isinstance(hook, ThreadHook) or hook.thread == thread for hook in list(hooks.values()))
+    return any(not isinstance(hook, ThreadHook) or hook.acts() for hook in list(hooks.values()))
 
 
 def touched(module: nn.Module) -> bool:

@@ -202,19 +202,20 @@ class Naive:
         return angles.cos().to(F64), angles.sin().to(F64)
 
 
-def columns(rows: Sequence[Naive], ids: Sequence[Sequence[int]], changes: Sequence[Change], write: bool) -> Tensor:
-    """Rows that share one ΔW: a column reads, and then writes in row order. Logits [B, T, V]."""
+def columns(rows: Sequence[Naive], ids: Sequence[Sequence], changes: Sequence[Change], write: bool) -> list[list]:
+    """Rows that share one ΔW: a column reads, and then writes in row order. Logits [T][B], None where ids are None."""
     found = []
-    for t in range(len(ids[0])):
-        for row, tokens in zip(rows, ids, strict=True):
-            row.settle(tokens[t])
+    for column in zip(*ids, strict=True):
+        here = [n for n, token in enumerate(column) if token is not None]
+        for n in here:
+            rows[n].settle(column[n])
         for row in rows:
             row.flush()
-        column = [r.step(i[t], c, write) for r, i, c in zip(rows, ids, changes, strict=True)]
+        logits = [rows[n].step(column[n], changes[n], write) if n in here else None for n in range(len(rows))]
         for row in rows:
             row.flush()
-        found.append(torch.stack(column))
-    return torch.stack(found, 1)
+        found.append(logits)
+    return found
 
 
 # ---- edits, said as changes of one token

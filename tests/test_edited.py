@@ -1,7 +1,9 @@
 """Blocks of `edited` and `capture`: what they reach, in which thread, and that nothing of them stays."""
 
+import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +96,7 @@ def test_an_edit_that_never_fired_is_warned_of_and_others_are_not():
     assert [str(w.message).split(",")[0] for w in seen] == ["edited(): edit 1", "edited(): edit 2"]
     assert "positions=(99,)" in str(seen[0].message)
     assert done[1] == done[2] == {}
+    assert {w.filename for w in seen} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(KeyError, match="mine"), fw.edited(model, fw.ablate("z")):
@@ -421,3 +424,112 @@ def test_no_hook_and_no_block_outlives_an_exception(interrupt):
         assert model.binding.tap is None
         assert model.binding.now is None
         assert torch.equal(model(ids), plain)
+
+
+def test_a_generator_made_inside_is_not_carried_to_another_thread():
+    model, found = tiny(), []
+
+    def elsewhere(steps):
+        try:
+            next(steps)
+        except ValueError as error:
+            found.append(str(error))
+
+    with fw.edited(model, fw.ablate("z")):
+        episode = fw.Episode(model)
+        thread = threading.Thread(target=elsewhere, args=(episode.generate([IDS], 3, stop_token_ids=()),))
+        thread.start()
+        thread.join()
+        model(torch.tensor([IDS]))
+    assert "belongs to another thread" in found[0]
+    assert episode.length == 0
+
+
+def test_lives_with_edits_in_threads_give_what_they_give_alone():
+    model, interval = tiny(F32), sys.getswitchinterval()
+    fw.attach(model, [1, 2], HEBB, rank=8)
+
+    def life(seed):
+        edit = fw.Edit(("z", "gate", "resid_mid", "pattern")[seed % 4], halve, layers=seed % 3)
+        episode, ids = fw.Episode(model), prompt(1, 5 + seed % 4, seed)
+        with fw.capture(model, ["mlp_out", "k"], layers=3) as trace:
+            found = [episode.feed(ids, edits=edit if seed % 2 else ())]
+        found += trace.sites.values()
+        with fw.edited(model, edit) as done:
+            found.append(model(ids))
+            found += [step.logits for step in episode.generate(None, 2, stop_token_ids=())]
+        found.append(episode.probe(ids, sites=["z"], sweep=[[], edit, fw.ablate("down.read")], at=[0, 3])["z"])
+        episode.feed([[4]])
+        return found, [*done], episode.path
+
+    alone = [life(seed) for seed in range(12)]
+    try:
+        sys.setswitchinterval(5e-6)
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(life, range(12)))
+    finally:
+        sys.setswitchinterval(interval)
+    for (found, done, path), (exact, was, path_alone) in zip(together, alone, strict=True):
+        assert done == was
+        assert path == path_alone == "cpu"
+        assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    assert no_hooks(model)
+
+
+def test_what_a_change_runs_itself_is_neither_edited_nor_captured():
+    """Otherwise it would change, and look at, itself without an end."""
+    model, found = tiny(), []
+    fw.attach(model, [1], HEBB, LINEARS)
+    other = [4, 5, 6, 7, 8, 9, 10, 11]
+    exact = [fw.Episode(model).feed([other]), fw.Episode(model).probe(other).logits, model(torch.tensor([other]))]
+    halved = fw.Episode(model).feed([other], edits=fw.Edit("act", halve))
+
+    def change(x, at):
+        found.append(fw.Episode(model).feed([other]))
+        found.append(fw.Episode(model).probe(other).logits)
+        found.append(model(torch.tensor([other])))
+        with fw.edited(model, fw.Edit("act", halve)), fw.capture(model, "act") as inner:
+            found.append(fw.Episode(model).feed([other]))
+        assert inner["act"].shape == (4, 1, 8, 52)
+        return x / 2
+
+    edit = fw.Edit("z", change, layers=2)
+    plain = fw.Episode(model).feed([IDS], edits=fw.Edit("z", halve, layers=2))
+    with fw.capture(model, ["act"]) as trace:
+        assert torch.equal(fw.Episode(model).feed([IDS], edits=edit), plain)
+    assert trace.input_ids.tolist() == [IDS]
+    with fw.edited(model, edit) as done:
+        assert torch.equal(fw.Episode(model).feed([IDS]), plain)
+        fw.Episode(model).probe(IDS)
+        model(torch.tensor([IDS]))
+    assert done[0] == {0: list(range(8))}
+    assert len(found) == 4 * 4
+    for number, logits in enumerate(found):
+        torch.testing.assert_close(logits, [*exact, halved][number % 4], rtol=1e-12, atol=1e-12)
+
+
+def test_a_capture_that_chooses_no_token_is_warned_of():
+    model = tiny()
+    with (
+        pytest.warns(UserWarning, match="positions chose none of the 8 tokens"),
+        fw.capture(model, "z", positions=99) as trace,
+    ):
+        model(torch.tensor([IDS]))
+    assert trace["z"].shape == (4, 1, 0, 4, 6)
+
+
+def test_an_event_that_waits_from_before_a_block_is_read_again_without_its_edits(tmp_path):
+    model = tiny()
+    fw.attach(model, [1], GRADIENT, LINEARS)
+    episode = fw.Episode(model)
+    episode.feed([IDS])
+    episode.save(tmp_path / "e")
+    with fw.capture(model, "z") as trace, fw.edited(model, fw.ablate("z", layers=0)):
+        child, loaded = episode.fork(rows=[0]), fw.Episode.load(model, tmp_path / "e")
+        fw.Episode(model).feed([[3]])
+    assert trace.input_ids.tolist() == [[3]]
+    for each in (episode, child, loaded):
+        each.feed([[4]])
+    exact = episode.delta_weight(1, "up_proj")
+    torch.testing.assert_close(child.delta_weight(1, "up_proj"), exact, **CLOSE)
+    torch.testing.assert_close(loaded.delta_weight(1, "up_proj"), exact, **CLOSE)

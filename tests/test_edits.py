@@ -1,10 +1,13 @@
 """Edits at every site, and the named edits, against the naive model, whatever the split of a prompt."""
 
+import json
+import random
+
 import pytest
 import torch
-from naive import LAYERED, WHOLE, Naive, bent, both, columns, twin
+from naive import HEADS, LAYERED, SQUARE, WHOLE, Naive, bent, both, columns, twin
 from test_model import VARIANTS
-from tiny import CONFIG, cached, fed, naive_cache, naive_of, prompt, tiny
+from tiny import CONFIG, cached, described, fed, naive_cache, naive_of, prompt, tiny
 
 import fastweights as fw
 
@@ -120,24 +123,45 @@ def test_a_gradient_event_is_zero_where_an_edit_cut_its_linear_off():
         torch.testing.assert_close(episode.feed([[7, 4]])[0], naive.feed([7, 4], write=True), **CLOSE)
 
 
-@pytest.mark.parametrize("site", ["z", "gate", "up.read", "gate.key", "up.value"])
-def test_edits_in_shared_episodes_equal_the_dense_loop(site):
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "site"),
+    [
+        *(("hebbian", site) for site in ("z", "gate", "up.read", "gate.key", "up.value")),
+        *(("gradient", site) for site in ("z", "up", "up.read")),
+    ],
+)
+def test_edits_in_shared_episodes_equal_the_dense_loop(rule, site, ragged):
     model, rows = tiny(), 3
-    fw.attach(model, [1, 2], HEBB, LINEARS, rank=64)
+    fw.attach(model, [1, 2], RULES[rule], LINEARS, rank=64)
     episode, ids = fw.Episode(model, rows, shared=True), prompt(rows, 6)
-    first = naive_of(model, HEBB)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    if ragged:
+        mask[0, :2] = mask[1, 3:] = mask[2, 4] = False
+    first = naive_of(model, RULES[rule])
     naive = [first, *(Naive(model.state_dict(), CONFIG, fast=first.fast) for _ in range(rows - 1))]
     edit = fw.Edit(site, lambda x, at: bent(x), positions=[1, 2, 4], rows=[0, 2])
     changed, same = twin(site, positions=[1, 2, 4]), twin("none")
-    exact = columns(naive, ids.tolist(), [changed, same, changed], write=True)
-    logits = torch.cat([episode.feed(part, edits=edit) for part in ids.split([2, 4], 1)], 1)
-    torch.testing.assert_close(logits, exact, **CLOSE)
+
+    def agrees(logits, exact, real):
+        for t, column in enumerate(exact):
+            for row, there in enumerate(column):
+                assert (there is not None) == bool(real[row, t])
+                if there is not None:
+                    torch.testing.assert_close(logits[row, t], there, **CLOSE)
+
+    tokens = [[int(i) if m else None for i, m in zip(*pair, strict=True)] for pair in zip(ids, mask, strict=True)]
+    exact = columns(naive, tokens, [changed, same, changed], write=True)
+    parts = zip(ids.split([2, 4], 1), mask.split([2, 4], 1), strict=True)
+    logits = torch.cat([episode.feed(part, edits=edit, attention_mask=real) for part, real in parts], 1)
+    agrees(logits, exact, mask)
     for address, fast in first.fast.items():
         torch.testing.assert_close(episode.delta_weight(*address), fast.dW, **CLOSE)
-    if not site.endswith(("key", "value")):  # nothing is written here
-        edit = fw.Edit(site, lambda x, at: bent(x), rows=1)
-        exact = columns(naive, ids.tolist(), [same, twin(site), same], write=False)
-        torch.testing.assert_close(episode.feed(ids, update="none", edits=edit), exact, **CLOSE)
+    if site.endswith(("key", "value")):
+        return
+    edit = fw.Edit(site, lambda x, at: bent(x), rows=1)  # nothing is written here
+    exact = columns(naive, ids.tolist(), [same, twin(site), same], write=False)
+    agrees(episode.feed(ids, update="none", edits=edit), exact, torch.ones_like(mask))
 
 
 def test_a_key_that_is_edited_in_a_full_log_is_compressed_as_it_was_edited():
@@ -298,3 +322,83 @@ def test_a_patch_of_some_places_equals_the_naive_model():
     exact = naive_of(model).feed(other, change)
     torch.testing.assert_close(fw.Episode(model).probe(other, edits=edits).logits[0], exact, **CLOSE)
     torch.testing.assert_close(fed(fw.Episode(model), [5, 1, 2], other, edits=edits), exact, **CLOSE)
+
+
+def test_edits_of_the_real_model_while_it_learns_equal_the_naive_model(smollm2, smollm2_folder):
+    model, tokenizer = smollm2
+    config = json.loads((smollm2_folder / "config.json").read_text())
+    ids = tokenizer.encode("The sky is red, and")
+    rule, linears = fw.Hebbian(rate=0.02), ["gate_proj", "up_proj", "down_proj"]
+    fw.attach(model, [11, 12], rule, linears)
+    try:
+        plastic = {(layer, linear): described(rule) for layer in (11, 12) for linear in linears}
+        naive, episode = Naive(model.state_dict(), config, plastic), fw.Episode(model)
+        places = [
+            ("resid_mid", {"layers": [3], "units": range(0, 576, 3), "positions": [1, 2]}),
+            ("q", {"layers": [5], "heads": [1, 7]}),
+            ("pattern", {"layers": [8], "heads": [2]}),
+            ("k_rot", {"layers": [10], "heads": [2], "positions": [0, 4]}),
+            ("gate", {"layers": [11], "positions": [2, 3]}),
+            ("down.read", {"layers": [11, 12], "positions": [4, 5, 6]}),
+            ("up.value", {"layers": [12], "positions": [1, 3]}),
+            ("z", {"layers": [23], "heads": [3]}),
+            ("result", {"layers": [25], "heads": [0], "units": [7, 8]}),
+        ]
+        edits = [fw.Edit(site, lambda x, at: bent(x), **own) for site, own in places]
+        change = both(*(twin(site, **own) for site, own in places))
+        logits = torch.cat([episode.feed([ids[:2]], edits=edits), episode.feed([ids[2:]], edits=edits)], 1)[0]
+        exact = naive.feed(ids, change, write=True)
+        torch.testing.assert_close(logits.double() / exact.abs().max(), exact / exact.abs().max(), rtol=0, atol=1e-4)
+        for step in episode.generate(None, 3, edits=edits, stop_token_ids=()):
+            assert int(step.token_ids) == int(exact[-1].argmax())
+            exact = naive.feed([int(step.token_ids)], change, write=True)
+        for address, fast in naive.fast.items():
+            ours = episode.delta_weight(*address).double()
+            assert float((ours - fast.dW).norm() / fast.dW.norm()) < 1e-4
+    finally:
+        fw.detach(model)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_any_edits_together_in_any_split_equal_the_dense_loop(seed):
+    draw = random.Random(seed)
+    variant = draw.choice(["grouped", "multi-query", "biases", "head_dim", "llama3 rope", "tied"])
+    config = {**CONFIG, **VARIANTS[variant]}
+    model, rule, linears = tiny(**VARIANTS[variant]), draw.choice([*RULES]), draw.sample(["gate_proj", "up_proj"], 1)
+    layers = draw.sample(range(4), 2)
+    fw.attach(model, layers, RULES[rule], linears, rank=64)
+    name = linears[0].removesuffix("_proj")
+    own = [f"{name}.read"] + ([] if rule == "gradient" else [f"{name}.key", f"{name}.value"])
+    edits, changes = [], []
+    for site in draw.sample([*LAYERED, *WHOLE, *own], draw.randint(2, 5)):
+        places = {}
+        if site in LAYERED or site in own:
+            places["layers"] = layers[:1] if site in own else draw.sample(range(4), draw.randint(1, 2))
+        if draw.random() < 0.6:
+            places["positions"] = draw.sample(range(12), draw.randint(1, 6))
+        if site in HEADS or site in SQUARE:
+            count = config["num_key_value_heads"] if site in GROUPED else 4
+            places["heads"] = draw.sample(range(count), draw.randint(1, count))
+        if site not in SQUARE and draw.random() < 0.5:
+            places["units"] = draw.sample(range(6), 3)
+        edits.append(fw.Edit(site, lambda x, at: bent(x), **places))
+        changes.append(twin(site, **places))
+    naive, episode = naive_of(model, RULES[rule], layers, linears, config), fw.Episode(model)
+    ids, written, start = [draw.randrange(61) for _ in range(11)], [draw.random() < 0.7 for _ in range(11)], 0
+    exact = naive.feed(ids, both(*changes), write=written)
+    found = []
+    while start < 11:
+        length = draw.randint(1, 11 - start)
+        part = slice(start, start + length)
+        found.append(episode.feed([ids[part]], update=[written[part]], edits=edits)[0])
+        start += length
+    torch.testing.assert_close(torch.cat(found), exact, **CLOSE)
+    torch.testing.assert_close(cached(episode), naive_cache(naive), **CLOSE)
+    for address, fast in naive.fast.items():
+        torch.testing.assert_close(episode.delta_weight(*address), fast.dW, **CLOSE)
+    asked = [edit for edit in edits if not edit.places.site.name.endswith((".key", ".value"))]
+    ids += ids[:1]  # a probe refuses positions that it does not have
+    swept = episode.probe(ids, sweep=[[], asked])
+    for number, each in enumerate(([], changes)):
+        naive.restart()
+        torch.testing.assert_close(swept.logits[number, 0], naive.feed(ids, both(*each)), **CLOSE)

@@ -324,7 +324,7 @@ def test_a_non_finite_event_is_named_and_nothing_is_written(rule):
         (lambda e: e.feed([1], update=torch.tensor([[True, False]])), r"update mask has shape \[1, 2\]"),
         (lambda e: e.feed([1], logits="first"), "logits='first': expected 'all' or 'last'"),
         (lambda e: e.probe([1], at="then"), "at='then'"),
-        (lambda e: e.probe([1], sites=["resid"]), "site 'resid' does not exist: choose from resid_pre"),
+        (lambda e: e.probe([1], sites=["resid"]), "site 'resid' does not exist: did you mean"),
         (lambda e: e.generate([1], top_p=0.0), r"generate\(top_p=0.0\): expected"),
         (lambda e: e.generate([1], temperature=-1.0), r"generate\(temperature=-1.0\): expected"),
         (lambda e: e.generate([1], max_new_tokens=-1), r"generate\(max_new_tokens=-1\)"),

@@ -12,6 +12,7 @@ import fastweights as fw
 FOLDER = str(Path(fw.__file__).parent)
 F32 = torch.float32
 STEP = 0
+EDITS = [fw.ablate("z", layers=1, heads=0), fw.ablate("pattern", layers=0, heads=1), fw.ablate("up.read", rows=1)]
 RULES = {"hebbian": fw.Hebbian(rate=0.1, decay=0.05), "gradient": fw.GradientAscent(rate=0.05)}
 
 
@@ -68,6 +69,8 @@ VERBS = {
     "a token": lambda e: e.feed(prompt(2, 1, seed=2)),
     "a ragged prompt": lambda e: e.feed([[1, 2, 3, 4, 5, 6, 7], [5, 6]]),
     "a generated token": lambda e: next(e.generate(None, 3, update="all", temperature=0.8, stop_token_ids=())),
+    "an edited prompt": lambda e: e.feed(prompt(2, 4, seed=1), edits=EDITS),
+    "an edited generated token": lambda e: next(e.generate(None, 3, update="all", edits=EDITS, stop_token_ids=())),
     "undo": lambda e: e.undo(1),
     "reset": lambda e: e.reset(),
     "restore": lambda e: e.restore(e.kept),
@@ -157,3 +160,46 @@ def test_a_refused_feed_inside_a_generation_leaves_the_text_where_it_was():
     handle.remove()
     assert same(facts(episode), before)
     assert len(list(episode.generate(None, 4, stop_token_ids=()))) == 4
+
+
+def nothing_stands(model):
+    """Nothing that is left of a block does anything in this thread."""
+    hooks = [h for m in model.modules() for each in (m._forward_hooks, m._forward_pre_hooks) for h in each.values()]
+    return not any(hook.acts() for hook in hooks) and model.binding.tap is None and not model.binding.taps
+
+
+LOOKS = {
+    "edited": lambda m, e: around(fw.edited(m, *EDITS[:2]), lambda: e.feed(prompt(2, 2, seed=1))),
+    "capture": lambda m, e: around(fw.capture(m, ["z", "scores", "mlp_out"], layers=1), lambda: m(prompt(2, 3))),
+    "sweep": lambda m, e: e.probe(prompt(2, 3), sites=["z", "q_rot"], at=[0, 5], sweep=[[], EDITS[0], EDITS[2]]),
+    "gradient": lambda m, e: e.probe(prompt(2, 3), sites=["gate", "resid_mid"], gradient=True, metric=torch.sum),
+}
+
+
+def around(block, run):
+    with block:
+        run()
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_an_interrupt_at_any_line_leaves_nothing_of_an_edit_or_a_look(name):
+    model, start = made(RULES["hebbian"], "grow")
+    question = prompt(2, 4, seed=5)
+    exact, fed, question_alone = start.probe(question).logits, start.fork().feed(question), model(question)
+    LOOKS[name](model, start.fork())  # what is made once for a model is made here
+    with Interrupt() as count:
+        LOOKS[name](model, start.fork())
+    for at in range(1, count.lines + 1, STEP or max(1, count.lines // 120)):
+        try:
+            with Interrupt(at):
+                LOOKS[name](model, start.fork())
+        except KeyboardInterrupt:
+            pass
+        else:  # caches are warmer than when the lines were counted
+            assert at > 0.5 * count.lines
+            break
+        assert nothing_stands(model), f"after line {at} of {count.lines}"
+        if at % 5 == 0:
+            assert torch.equal(start.probe(question).logits, exact)
+            assert torch.equal(start.fork().feed(question), fed)
+            assert torch.equal(model(question), question_alone)

@@ -377,3 +377,60 @@ def test_what_generate_refuses_is_refused_before_the_first_step_is_asked_for():
     episode.feed([IDS, IDS])
     with pytest.raises(ValueError, match="row 2 does not exist"):
         episode.generate(None, 3, edits=fw.ablate("z", rows=2))
+
+
+def test_what_a_change_returns_stays_the_callers():
+    """A tensor of the caller's own, or one row that stands for all, is never written into."""
+    model, ids = tiny(), [IDS, IDS]
+    constant = torch.linspace(-1, 1, 24, dtype=torch.float64).expand(2, 8, 24).clone()
+    kept, episode = constant.clone(), fw.Episode(model, 2)
+    reference = fw.Episode(model).probe(IDS, sites="resid_post")
+
+    def whole(x, at):
+        return constant
+
+    for first, what in (
+        (fw.Edit("resid_post", whole, layers=1), lambda x: kept[0, 0]),
+        (fw.Edit("resid_post", lambda x, at: constant[:1, :1].expand_as(x), layers=1), lambda x: kept[0, 0]),
+        (fw.ablate("resid_post", "mean", reference, layers=1), lambda x: reference["resid_post", 1][0].mean(0)),
+    ):
+        second = fw.Edit("resid_post", lambda x, at: x.mul_(2), layers=1, rows=0)
+        third = fw.Edit("resid_post", lambda x, at: x.add_(1), layers=1, rows=1, positions=[2])
+        exact = [
+            naive_of(model).feed(IDS, twin("resid_post", lambda x, what=what: 2 * what(x), layers=[1])),
+            naive_of(model).feed(
+                IDS,
+                lambda s, n, p, x, what=what: what(x) + (p == 2) if (s, n) == ("resid_post", 1) else x,
+            ),
+        ]
+        edits = [first, second, third]
+        torch.testing.assert_close(episode.probe(ids, edits=edits).logits, torch.stack(exact), **CLOSE)
+        torch.testing.assert_close(fw.Episode(model, 2).feed(ids, edits=edits), torch.stack(exact), **CLOSE)
+        episode.probe(ids, edits=edits, sites="resid_post", gradient=True, metric=torch.sum)
+        assert torch.equal(constant, kept)
+        assert not constant.requires_grad
+        if first.change is whole:
+            continue  # it speaks of two rows, and a sweep has more
+        swept = episode.probe(ids, edits=first, sweep=[[], second, third], sites="resid_post").logits
+        torch.testing.assert_close(swept[1, 0], exact[0], **CLOSE)
+        torch.testing.assert_close(swept[2, 1], exact[1], **CLOSE)
+        torch.testing.assert_close(swept[1, 1], swept[0, 0], **CLOSE)
+
+
+def test_what_a_change_is_told_is_a_copy():
+    model, ids = tiny(), torch.tensor([IDS, IDS])
+
+    def scribble(x, at):
+        for told in (at.token_ids, at.positions, at.rows):
+            told.fill_(0)
+        return x / 2
+
+    episode = fw.Episode(model, 2)
+    edits = [fw.Edit("z", scribble, layers=1), fw.Edit("z", lambda x, at: x + at.positions[..., None, None], layers=2)]
+    exact = naive_of(model).feed(
+        IDS, lambda s, n, p, x: x / 2 if (s, n) == ("z", 1) else x + p if (s, n) == ("z", 2) else x
+    )
+    with fw.edited(model, *edits) as done:
+        torch.testing.assert_close(episode.feed(ids)[1], exact, **CLOSE)
+    assert ids.tolist() == episode.token_ids == [IDS, IDS]
+    assert done[0] == {0: list(range(8)), 1: list(range(8))}

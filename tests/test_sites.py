@@ -463,3 +463,27 @@ def test_blocks_of_what_is_no_model_are_refused():
         pass
     with pytest.raises(ValueError, match="got a NoneType, expected the model"), fw.edited(None, fw.ablate("z")):
         pass
+
+
+def test_results_leave_a_hook_of_the_users_own_as_it_is():
+    model = tiny(attention_bias=True)
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    episode = fw.Episode(model)
+    exact = episode.probe(IDS).logits
+    for options in (
+        {"sites": "result"},
+        {"edits": fw.Edit("result", lambda x, at: x, layers=1)},
+        {"sites": "result", "gradient": True, "metric": torch.sum, "logits": "all"},
+    ):
+        torch.testing.assert_close(episode.probe(IDS, **options).logits, exact, rtol=1e-11, atol=1e-11)
+    handle.remove()
+
+
+def test_results_of_a_module_without_a_weight_are_refused():
+    model = tiny()
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = torch.nn.Sequential(attention.o_proj)
+    episode = fw.Episode(model)
+    assert episode.probe(IDS, sites="z")["z"].shape == (4, 1, 7, 4, 6)
+    with pytest.raises(ValueError, match="needs the weight of o_proj, but layer 1 has a Sequential"):
+        episode.probe(IDS, sites="result")

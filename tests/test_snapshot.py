@@ -148,16 +148,16 @@ def test_a_save_that_is_killed_half_way_leaves_the_old_file_whole(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
 import fastweights as fw
-from fastweights import snapshot
+from safetensors import torch as files
 from test_snapshot import RULES, plastic
 episode = fw.Episode(plastic(RULES["hebbian"]))
 episode.feed([3, 4, 5])
-write = snapshot.save_file
+write = files.save_file
 def half(tensors, path, metadata):
     write(tensors, path, metadata)
     os.truncate(path, 1000)
     os.kill(os.getpid(), signal.SIGKILL)
-snapshot.save_file = half
+files.save_file = half
 episode.save({str(tmp_path / "e")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from naive import LAYERED, WHOLE, Naive, bent
+from naive import LAYERED, WHOLE, Naive, bent, both, keep, twin
 from test_exam import ANSWERS, PROMPTS, tokenizer  # noqa: F401
 from tiny import CONFIG, least_bytes, naive_of, prompt, tiny
 
@@ -238,8 +238,8 @@ def test_the_last_tokens_of_an_exam_are_all_that_choose_a_token_of_an_answer(tok
 # ---- gradients
 
 
-def finite_difference(model, ids, site, layer, direction, metric, step=1e-5):
-    """Of the metric of the naive model, when `site` of that layer moves along `direction` [T, …]."""
+def finite_difference(model, ids, site, layer, direction, metric, first=keep, fast=None, step=1e-5):
+    """Of the metric of the naive model, when `site` of that layer moves along `direction` [T, …] after an edit."""
 
     def at(size):
         def change(name, n, position, x):
@@ -248,7 +248,7 @@ def finite_difference(model, ids, site, layer, direction, metric, step=1e-5):
             own = direction[:, position, : x.shape[1]] if site in ("scores", "pattern") else direction[position]
             return x + size * own
 
-        return metric(Naive(model.state_dict(), CONFIG).feed(ids, change))
+        return metric(Naive(model.state_dict(), CONFIG, fast=fast).feed(ids, both(first, change)))
 
     return float(at(step) - at(-step)) / (2 * step)
 
@@ -274,6 +274,48 @@ def test_gradients_equal_finite_differences_at_every_site(site):
     everything = [*LAYERED, *WHOLE]
     together = fw.Episode(model).probe(IDS, sites=everything, gradient=True, metric=metric)
     torch.testing.assert_close(together.gradients[site], trace.gradients[site], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("site", [*LAYERED, *WHOLE])
+def test_gradients_after_an_edit_of_the_same_site_equal_finite_differences(site):
+    model, places = tiny(), {} if site in WHOLE else {"layers": [1]}
+    layer = None if site in WHOLE else 1
+
+    def metric(logits):
+        return logits[..., -1, 3] - logits[..., 2, 7].square()
+
+    edits = [fw.Edit(site, lambda x, at: bent(x), positions=[1, 3, 5], **places), fw.ablate("act", layers=2, units=4)]
+    change = both(twin(site, positions=[1, 3, 5], **places), twin("act", torch.zeros_like, layers=[2], units=[4]))
+    trace = fw.Episode(model).probe(IDS, sites=[site, "z"], gradient=True, metric=metric, edits=edits)
+    gradient = trace.at(site, layer, trace.gradients)[0]
+    direction = torch.randn(gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    direction = direction.tril() if site in ("scores", "pattern") else direction
+    exact = finite_difference(model, IDS, site, layer, direction, metric, change)
+    assert float((gradient * direction).sum()) == pytest.approx(exact, rel=2e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("site", ["up.read", "down.read"])
+def test_gradients_of_what_a_linear_reads_equal_finite_differences(site):
+    model, episode = model_and_episode()
+    naive = naive_of(model, HEBB, linears=LINEARS)
+    naive.feed(prompt(1, 5, seed=5)[0].tolist(), write=True)
+
+    def metric(logits):
+        return logits[..., -1, 3] - logits[..., 2, 7].square()
+
+    columns = [2, 5]  # the metric sees these alone
+    trace = episode.probe(
+        IDS, sites=site, gradient=True, metric=lambda x: x[..., 1, 3] - x[..., 0, 7].square(), positions=columns
+    )
+    for layer in (1, 2):
+        gradient = trace.at(site, layer, trace.gradients)[0]
+        assert gradient.shape[0] == 2
+        direction = torch.zeros(6, gradient.shape[1], dtype=torch.float64)
+        direction[columns] = torch.randn(
+            gradient.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+        )
+        exact = finite_difference(model, IDS, site, layer, direction, metric, fast=naive.fast)
+        assert float((gradient * direction[columns]).sum()) == pytest.approx(exact, rel=2e-6, abs=1e-8)
 
 
 def test_gradients_of_many_lanes_are_those_of_each_alone(tokenizer):  # noqa: F811

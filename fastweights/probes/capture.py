@@ -202,6 +202,8 @@ class Recording(Look):
         if first.rows is not None:
             ids_BT, position_BT = ids_BT[list(first.rows)], position_BT[list(first.rows)]
         column = (position_BT >= 0).any(0).nonzero()[:, 0]
+        if not len(column):
+            warn(f"capture(): positions chose none of the {position_BT.shape[1]} tokens that ran inside the block")
         layers: dict[str, list[int]] = {}
         tensors: dict[str, list[Tensor]] = {}
         seen = {site.name for site, layer in self.named if self.seen[site.name, layer].parts}

@@ -107,7 +107,7 @@ class Bound:
         return self.acting
 
     def apply(self, own: Tensor, layer: int | None, rows: Rows, column_RT: Tensor | None) -> Tensor:
-        """The site after this edit; `own` is changed in place where the edit acts in some rows only.
+        """The site after this edit: `own`, changed in place.
 
         column_RT: [R, T′], which tokens of the pass `own` holds; None: all.
         """
@@ -128,7 +128,7 @@ class Bound:
         for row, positions in acting.fired:
             self.fired.setdefault(row, set()).update(positions)
         if acting.every:
-            return y
+            return own.copy_(y)  # y may be the caller's own tensor, or a row that is repeated
         own[acting.index_R] = y
         return own
 
@@ -264,8 +264,9 @@ class Tap:
         acting = [bound for bound in self.edits.get((site, layer), ()) if bound.in_rows(self.rows).any]
         if acting:
             own = x.clone()
-            for bound in acting:
-                own = bound.apply(own, layer, self.rows, column_RT)
+            with self.model.binding.untapped():
+                for bound in acting:
+                    own = bound.apply(own, layer, self.rows, column_RT)
             x = own if visible is None else own.masked_fill(~visible, fill)
         for look in self.looks.get((site, layer), ()):
             if look.gradient and not x.requires_grad:
@@ -313,19 +314,23 @@ class Tap:
         def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return self._result(layer, module, args[0], output) if site.name == "result" else through(output)
 
+        binding = self.model.binding
         if site.side == "input":
-            return module.register_forward_pre_hook(ThreadHook(before))
-        return module.register_forward_hook(ThreadHook(after))
+            return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self))
+        return module.register_forward_hook(ThreadHook(after, lambda: binding.tap is self))
 
     def _result(self, layer: int | None, o_proj: Any, z_BTM: Tensor, output_BTD: Tensor) -> Tensor:
         """What o_proj gives, with what each head adds to it edited."""
         z_BTHE = z_BTM.unflatten(-1, (-1, self.model.config.head_dim))
+        if not isinstance(getattr(o_proj, "weight", None), Tensor):
+            raise ValueError(
+                f"site 'result' needs the weight of o_proj, but layer {layer} has a {type(o_proj).__name__}"
+            )
         W_DHE = o_proj.weight.unflatten(1, z_BTHE.shape[2:])
         result_BTHD = torch.einsum("bthe,dhe->bthd", z_BTHE, W_DHE)
         edited_BTHD = self("result", layer, result_BTHD)
         if any(look.gradient for look in self.looks.get(("result", layer), ())):  # its gradient is that of the sum
-            whole = edited_BTHD.sum(2)
-            return whole if o_proj.bias is None else whole + o_proj.bias
+            return output_BTD.detach() + (edited_BTHD - result_BTHD.detach()).sum(2)
         if edited_BTHD is result_BTHD:
             return output_BTD
         return output_BTD + (edited_BTHD - result_BTHD).sum(2)
