@@ -40,7 +40,7 @@ LINEARS = ["gate_proj", "up_proj"]
         ([[2, 6]], [2, 6]),
         ([torch.tensor([2, 6])], [2, 6]),
     ],
-    ids=str,
+    ids=lambda value: "function" if callable(value) else str(value),
 )
 def test_positions_speak_the_language_of_update(positions, chosen):
     model = tiny()
@@ -249,7 +249,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("verb", ["feed", "generate", "probe", "sweep", "edited"])
-@pytest.mark.parametrize(("edit", "message"), REFUSED, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("edit", "message"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
 def test_after_a_refusal_an_episode_goes_on_with_the_same_bits(edit, message, verb):
     model = tiny()
     fw.attach(model, [1, 2], HEBB, LINEARS, rank=32)
