@@ -171,11 +171,11 @@ def test_a_probe_of_many_moments_keeps_to_its_budget():
         with Allocated() as bytes_:
             trace = episode.probe(question, at="every", positions=[19], max_bytes=max_bytes)
         assert len(trace.logits) == 81
-        return bytes_.peak
+        return bytes_.peak - bytes_.now  # the logs, whose views it counts as well, and the trace lie there at the end
 
     least = least_bytes(episode, question, at="every", positions=[19])
     small, large = needed(least), needed(1 << 28)
-    assert small < 2 * least
+    assert small <= least
     assert large > 4 * small
 
 
