@@ -14,12 +14,27 @@ PAIRS = [("John", "Mary"), ("Tom", "James"), ("Mark", "Sarah"), ("David", "Paul"
 STORY = "When {a} and {b} went to the store, {s} gave a drink to"
 DAYS = [" Monday", " Tuesday", " Wednesday", " Thursday", " Friday", " Saturday", " Sunday"]
 
+SUMMARY = """
+A model of 135M parameters does these tasks, and few heads carry them. Head 23.3 carries two at once, and not by
+copying: it attends to the name or number that is not to come again, and pushes it down. The heads that write
+successors by their weights are not the ones that the sequences need most: ask for both. The shares of single heads
+need not sum to the whole, as heads behind may make up for an ablated one."""
+
 
 def best(scores_LH, k=4, first=0):
     """The k heads with the largest score above 0: {"layer.head": score}; row 0 is layer `first`."""
     pairs = zip(*scores_LH.flatten().topk(k), strict=True)
     heads = scores_LH.shape[1]
     return {f"{first + int(i) // heads}.{int(i) % heads}": round(float(v), 2) for v, i in pairs if v > 0}
+
+
+def direct(episode, exam, part):
+    """What one part of the stream adds to the logits of each answer by itself: mean over the prompts, [A]."""
+    sites = ["embedding", "result", "mlp_out"]
+    names, parts = fw.decompose(episode.model, episode.probe(exam.rows, sites=sites, positions="last"))
+    answers = torch.tensor(exam.answer_ids)[..., 0]  # [P, A]
+    wrote = parts[names.index(part), :, -1]  # [P, D]
+    return torch.einsum("pd,pad->pa", wrote, episode.model.lm_head.weight[answers]).mean(0).tolist()
 
 
 def names(episode, tokenizer, pairs, layers):
@@ -43,8 +58,8 @@ def names(episode, tokenizer, pairs, layers):
     places = [(layer, p) for layer in range(depth) for p in (second, last)]
     stream = restored([fw.patch("resid_pre", source, layers=l, positions=p) for l, p in places]).reshape(depth, 2)
     sweep = [fw.patch("z", source, layers=l, heads=h, positions=last) for l in layers for h in range(heads)]
-    looks = source["pattern", 23][:, 3, last, second].mean()
-    return right, stream, restored(sweep).reshape(len(layers), heads), float(looks)
+    looks = float(source["pattern", 23][:, 3, last, second].mean())
+    return right, stream, restored(sweep).reshape(len(layers), heads), looks, direct(episode, clean, "L23 H3")
 
 
 def sequence(episode, tokenizer):
@@ -67,7 +82,7 @@ def sequence(episode, tokenizer):
                 tokenizer.encode(text), 11, tokenizer=tokenizer, edits=[edits[i] for i in order[:n]]
             )
             written[text, n] = "".join(step.text[0] for step in steps)
-    return before, change.reshape(-1, heads), written
+    return before, change.reshape(-1, heads), written, direct(episode, exam, "L23 H3")
 
 
 def share(model, sources, targets, sign=1):
@@ -81,17 +96,21 @@ def main(pairs=PAIRS, layers=range(16, 30)):
     model, tokenizer = fw.load()
     episode = fw.Episode(model)
 
-    right, stream, heads, looks = names(episode, tokenizer, pairs, list(layers))
+    right, stream, heads, looks, adds = names(episode, tokenizer, pairs, list(layers))
     first, mean = int((right.rank[:, 0] == 0).sum()), float(right.difference.mean())
-    print(f"names: the other name is the first choice in {first} of {len(right.rank)}, ahead by {mean:.2f} nats on average")
-    print("the stream of the clean run, put into the corrupt one, brings back of the answer (layer: at A again, at the end)")
+    print(f"names: the other name is the first choice in {first} of {len(right.rank)}, ahead by {mean:.2f} nats")
+    print(
+        "the stream of the clean run, put into the corrupt one, brings the answer back (layer: at A again, at the end)"
+    )
     print("   ", "  ".join(f"{l}: {stream[l, 0]:.2f} {stream[l, 1]:.2f}" for l in (0, 10, 18, 20, 21, 23, 24, 26)))
     print("one head at the end:", best(heads, first=min(layers)))
-    print(f"head 23.3 looks from the end at the subject that came twice, with {looks:.2f} of its attention")
+    print(f"head 23.3 looks from the end at the subject that came twice, with {looks:.2f} of its attention,")
+    print(f"and adds {adds[1]:+.1f} to the logit of that name and {adds[0]:+.1f} to the other's")
 
-    before, change, written = sequence(episode, tokenizer)
+    before, change, written, wrote = sequence(episode, tokenizer)
     print(f"\nsequences: the next number is ahead of the last one by {float(before.difference.mean()):.2f} nats")
     print("a head mean-ablated takes of that:", {name: -v for name, v in best(-change).items()})
+    print(f"head 23.3 adds {wrote[1]:+.1f} to the logit of the last number and {wrote[0]:+.1f} to the next one's")
     for (text, n), said in written.items():
         print(f"  {n} heads ablated while it writes: {text}{said!r}")
 
@@ -99,35 +118,27 @@ def main(pairs=PAIRS, layers=range(16, 30)):
     people = [tokenizer.encode(" " + name)[0] for pair in PAIRS for name in pair]
     days, digits = (share(model, tokens[:-1], tokens[1:]) for tokens in ids)
     copies, denies = share(model, people, people), share(model, people, people, sign=-1)
-    print("\nwhat a head writes about a token it attends to: share with the target among the five highest of all tokens")
+    print("\nwhat a head writes about a token it attends to: how often the target is among the five highest")
     print("the day after:", best(days), " the digit after:", best(digits))
     print("the name itself:", best(copies), " the name itself among the five LOWEST:", best(denies))
 
     random = torch.randint(1000, 40000, (4, 25), generator=torch.Generator().manual_seed(0)).tolist()
-    pattern = episode.probe([[0] + ids + ids for ids in random], sites="pattern")["pattern"]
+    pattern = episode.probe([[0, *ids, *ids] for ids in random], sites="pattern")["pattern"]
     induction = pattern.diagonal(1 - 25, -2, -1).mean((1, -1))  # from a token to the one behind its last occurrence
     previous = pattern.diagonal(-1, -2, -1).mean((1, -1))
     print("\nattention on random tokens, repeated: induction", best(induction), " previous token", best(previous))
-    print(
-        "\nA model of 135M parameters does these tasks, and few heads carry them. Head 23.3 does two at once, and not by\n"
-        "copying: it attends to the name or number that is not to come again and pushes it down. Heads alone do not\n"
-        "explain the answer: single patches add up to less than all of it, and other heads step in for an ablated one."
-    )
-    return {
+    print(SUMMARY)
+    found = {
         "first": first,
         "mean": mean,
+        "looks": looks,
+        "adds": adds,
+        "wrote": wrote,
         "stream": stream,
         "heads": heads,
-        "looks": looks,
-        "sequence": change,
-        "written": written,
-        "days": days,
-        "digits": digits,
-        "copies": copies,
-        "denies": denies,
-        "induction": induction,
-        "previous": previous,
     }
+    found |= {"sequence": change, "written": written, "days": days, "digits": digits}
+    return found | {"copies": copies, "denies": denies, "induction": induction, "previous": previous}
 
 
 if __name__ == "__main__":
