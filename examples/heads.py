@@ -11,6 +11,7 @@ import torch
 import fastweights as fw
 
 PAIRS = [("John", "Mary"), ("Tom", "James"), ("Mark", "Sarah"), ("David", "Paul")]
+NAMES = [" " + name for pair in PAIRS for name in pair]
 STORY = "When {a} and {b} went to the store, {s} gave a drink to"
 DAYS = [" Monday", " Tuesday", " Wednesday", " Thursday", " Friday", " Saturday", " Sunday"]
 
@@ -58,87 +59,79 @@ def names(episode, tokenizer, pairs, layers):
     places = [(layer, p) for layer in range(depth) for p in (second, last)]
     stream = restored([fw.patch("resid_pre", source, layers=l, positions=p) for l, p in places]).reshape(depth, 2)
     sweep = [fw.patch("z", source, layers=l, heads=h, positions=last) for l in layers for h in range(heads)]
+    single = restored(sweep).reshape(len(layers), heads)
     looks = float(source["pattern", 23][:, 3, last, second].mean())
-    return right, stream, restored(sweep).reshape(len(layers), heads), looks, direct(episode, clean, "L23 H3")
+    first, adds = int((right.rank[:, 0] == 0).sum()), direct(episode, clean, "L23 H3")
+    print(f"names: the other name is the first choice in {first} of {len(rows)}, ahead by {float(high):.2f} nats")
+    print("the clean stream in the corrupt run brings back of the answer, layer by layer (at A again, at the end)")
+    print("   ", "  ".join(f"{l}: {stream[l, 0]:.2f} {stream[l, 1]:.2f}" for l in (0, 10, 18, 20, 21, 23, 24, 26)))
+    print("one head at the end:", best(single, first=min(layers)))
+    print(f"head 23.3 looks from the end at the subject that came twice, with {looks:.2f} of its attention,")
+    print(f"and adds {adds[1]:+.1f} to the logit of that name and {adds[0]:+.1f} to the other's")
+    return {"first": first, "mean": float(high), "stream": stream, "heads": single, "looks": looks, "adds": adds}
 
 
 def sequence(episode, tokenizer):
     """Which heads the next number needs: all of them mean-ablated, one at a time, and the best ones while it writes."""
     depth, heads = episode.model.config.num_hidden_layers, episode.model.config.num_attention_heads
-    shown = range(1, 6)
-    answers = [[str(s + 4), str(s + 3)] for s in shown]  # the next number, or the last one again
-    exam = fw.Exam(tokenizer, [", ".join(map(str, range(s, s + 4))) + ", " for s in shown], answers)
+    starts = range(1, 6)
+    answers = [[str(s + 4), str(s + 3)] for s in starts]  # the next number, or the last one again
+    exam = fw.Exam(tokenizer, [", ".join(map(str, range(s, s + 4))) + ", " for s in starts], answers)
     shuffled = ["7, 2, 9, 4, ", "3, 8, 1, 6, ", "5, 1, 7, 2, ", "9, 6, 3, 8, ", "2, 4, 8, 5, ", "6, 9, 4, 1, "]
     reference = episode.probe([tokenizer.encode(text) for text in shuffled], sites="z")
-    every = [(layer, head) for layer in range(depth) for head in range(heads)]
-    edits = [fw.ablate("z", "mean", reference, layers=l, heads=h) for l, h in every]
-    before = episode.probe(exam).scores
-    change = (episode.probe(exam, sweep=edits).scores.difference - before.difference).mean(-1)
-    order = change.argsort().tolist()
-    written = {}
+    places = [(layer, head) for layer in range(depth) for head in range(heads)]
+    edits = [fw.ablate("z", "mean", reference, layers=l, heads=h) for l, h in places]
+    before = episode.probe(exam).scores.difference
+    change = (episode.probe(exam, sweep=edits).scores.difference - before).mean(-1)
+    adds = direct(episode, exam, "L23 H3")
+    print(f"\nsequences: the next number is ahead of the last one by {float(before.mean()):.2f} nats")
+    print("a head mean-ablated changes that by:", {name: -v for name, v in best(-change.reshape(depth, heads)).items()})
+    print(f"head 23.3 adds {adds[1]:+.1f} to the logit of the last number and {adds[0]:+.1f} to the next one's")
+    worst, written = change.argsort().tolist(), {}
     for text in ("1, 2, 3, 4,", "one, two, three, four,"):
         for n in (0, 1, 4, 6):
-            steps = episode.fork().generate(
-                tokenizer.encode(text), 11, tokenizer=tokenizer, edits=[edits[i] for i in order[:n]]
-            )
+            chosen = [edits[i] for i in worst[:n]]
+            steps = episode.fork().generate(tokenizer.encode(text), 11, tokenizer=tokenizer, edits=chosen)
             written[text, n] = "".join(step.text[0] for step in steps)
-    return before, change.reshape(-1, heads), written, direct(episode, exam, "L23 H3")
+            print(f"  {n} heads ablated while it writes: {text}{written[text, n]!r}")
+    return {"sequence": change.reshape(depth, heads), "written": written, "sequence_adds": adds}
 
 
-def share(model, sources, targets, sign=1):
-    """[L, H] how often a head that attends to a source puts its target among the five highest (sign −1: lowest)."""
-    wanted = torch.tensor(targets)
-    depth = range(model.config.num_hidden_layers)
-    return torch.stack([(fw.rank(sign * fw.ov(model, l, sources), wanted) < 5).float().mean(-1) for l in depth])
+def weights(model, tokenizer):
+    """What heads write about a token they attend to, read off their weights alone: [L, H] shares of five or better."""
+
+    def share(sources, targets, sign=1):
+        ranks = (
+            fw.rank(sign * fw.ov(model, l, sources), torch.tensor(targets)) for l in range(len(model.model.layers))
+        )
+        return torch.stack([(rank < 5).float().mean(-1) for rank in ranks])
+
+    days, digits, people = ([tokenizer.encode(t)[0] for t in texts] for texts in (DAYS, "0123456789", NAMES))
+    found = {"days": share(days[:-1], days[1:]), "digits": share(digits[:-1], digits[1:])}
+    found |= {"copies": share(people, people), "denies": share(people, people, sign=-1)}
+    print("\nwhat a head writes about a token it attends to: how often the target is among the five highest")
+    print("the day after:", best(found["days"]), " the digit after:", best(found["digits"]))
+    print("the name itself:", best(found["copies"]), " the name itself among the five LOWEST:", best(found["denies"]))
+    return found
+
+
+def attention(episode, length=25):
+    """Where heads look in random tokens that come twice: one diagonal of the pattern for each kind of head, [L, H]."""
+    tokens = torch.randint(1000, 40000, (4, length), generator=torch.Generator().manual_seed(0)).tolist()
+    pattern = episode.probe([[0, *row, *row] for row in tokens], sites="pattern")["pattern"]
+    induction = pattern.diagonal(1 - length, -2, -1).mean((1, -1))  # to the token behind the first occurrence
+    previous = pattern.diagonal(-1, -2, -1).mean((1, -1))
+    print("\nattention in random tokens that come twice: induction", best(induction), " previous token", best(previous))
+    return {"induction": induction, "previous": previous}
 
 
 def main(pairs=PAIRS, layers=range(16, 30)):
     model, tokenizer = fw.load()
     episode = fw.Episode(model)
-
-    right, stream, heads, looks, adds = names(episode, tokenizer, pairs, list(layers))
-    first, mean = int((right.rank[:, 0] == 0).sum()), float(right.difference.mean())
-    print(f"names: the other name is the first choice in {first} of {len(right.rank)}, ahead by {mean:.2f} nats")
-    print(
-        "the stream of the clean run, put into the corrupt one, brings the answer back (layer: at A again, at the end)"
-    )
-    print("   ", "  ".join(f"{l}: {stream[l, 0]:.2f} {stream[l, 1]:.2f}" for l in (0, 10, 18, 20, 21, 23, 24, 26)))
-    print("one head at the end:", best(heads, first=min(layers)))
-    print(f"head 23.3 looks from the end at the subject that came twice, with {looks:.2f} of its attention,")
-    print(f"and adds {adds[1]:+.1f} to the logit of that name and {adds[0]:+.1f} to the other's")
-
-    before, change, written, wrote = sequence(episode, tokenizer)
-    print(f"\nsequences: the next number is ahead of the last one by {float(before.difference.mean()):.2f} nats")
-    print("a head mean-ablated takes of that:", {name: -v for name, v in best(-change).items()})
-    print(f"head 23.3 adds {wrote[1]:+.1f} to the logit of the last number and {wrote[0]:+.1f} to the next one's")
-    for (text, n), said in written.items():
-        print(f"  {n} heads ablated while it writes: {text}{said!r}")
-
-    ids = [[tokenizer.encode(text)[0] for text in texts] for texts in (DAYS, "0123456789")]
-    people = [tokenizer.encode(" " + name)[0] for pair in PAIRS for name in pair]
-    days, digits = (share(model, tokens[:-1], tokens[1:]) for tokens in ids)
-    copies, denies = share(model, people, people), share(model, people, people, sign=-1)
-    print("\nwhat a head writes about a token it attends to: how often the target is among the five highest")
-    print("the day after:", best(days), " the digit after:", best(digits))
-    print("the name itself:", best(copies), " the name itself among the five LOWEST:", best(denies))
-
-    random = torch.randint(1000, 40000, (4, 25), generator=torch.Generator().manual_seed(0)).tolist()
-    pattern = episode.probe([[0, *ids, *ids] for ids in random], sites="pattern")["pattern"]
-    induction = pattern.diagonal(1 - 25, -2, -1).mean((1, -1))  # from a token to the one behind its last occurrence
-    previous = pattern.diagonal(-1, -2, -1).mean((1, -1))
-    print("\nattention on random tokens, repeated: induction", best(induction), " previous token", best(previous))
+    found = names(episode, tokenizer, pairs, list(layers)) | sequence(episode, tokenizer)
+    found |= weights(model, tokenizer) | attention(episode)
     print(SUMMARY)
-    found = {
-        "first": first,
-        "mean": mean,
-        "looks": looks,
-        "adds": adds,
-        "wrote": wrote,
-        "stream": stream,
-        "heads": heads,
-    }
-    found |= {"sequence": change, "written": written, "days": days, "digits": digits}
-    return found | {"copies": copies, "denies": denies, "induction": induction, "previous": previous}
+    return found
 
 
 if __name__ == "__main__":

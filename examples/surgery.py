@@ -24,8 +24,8 @@ after which token: these rules amplify what the model just did, and do not carry
 
 
 def table(record, every=1):
-    """What the question gave after each event; distances are of the last layer, relative to the target's length."""
-    print("event  token        log p(A) log p(B)  first    distance layer 14   ‖ΔW‖")
+    """What the question gave after each event; distances after the last layer and after 14, relative to the target."""
+    print("event  token        log p(A) log p(B)  first    distance after 14   ‖ΔW‖")
     for row, number in enumerate(record.probed):
         if row % every and row < len(record.probed) - 1:
             continue
@@ -64,9 +64,7 @@ def main():
         steps = episode.fork().generate(None, 6, update="none", tokenizer=tokenizer)
         continuations.append((event.position, event.token, "".join(step.text[0] for step in steps)))
 
-    print(
-        f"formula A, Hebbian, after the tokens at {TOKENS_TO_BE_UPDATED} of the text and what the model writes after it"
-    )
+    print(f"formula A, Hebbian, after the tokens at {TOKENS_TO_BE_UPDATED} of the text and of what follows")
     options = {"update": TOKENS_TO_BE_UPDATED, "max_new_tokens": 2}
     a = operate(fw.Hebbian(rate=0.3), on_event=test_model, **options)
     table(a)
@@ -87,9 +85,10 @@ def main():
         moved = float(record.distance[-1, -1] / record.distance[0, -1]) - 1
         lead[name] = (before, after, moved, nearer)
         print(
-            f"{name:16} A ahead of B: {before:.2f} → {after:.2f} nats; the last layer's distance {moved:+.1%}, ", end=""
+            f"{name:16} A ahead of B: {before:.2f} → {after:.2f} nats; last layer {moved:+.1%} from the target, ",
+            end="",
         )
-        print(f"nearer to the target in {nearer} of {record.distance.shape[1]} places")
+        print(f"nearer in {nearer} of {record.distance.shape[1]} layers")
     print(SUMMARY)
     return {"ascent": ascent, "a": a, "b": b, "slow": slow, "apart": apart, "lead": lead, "tests": continuations}
 

@@ -59,7 +59,7 @@ def test_heads_shows_where_names_travel_and_what_head_23_3_does(example):
     assert found["looks"] > 0.5
     assert found["adds"][1] < -1.5
     assert abs(found["adds"][0]) < 0.5
-    assert found["wrote"][1] < -0.7
+    assert found["sequence_adds"][1] < -0.7
     assert found["sequence"].argmin() == 23 * 9 + 3
     assert found["sequence"][23, 3] == pytest.approx(-3.34, abs=0.3)
     assert found["written"]["1, 2, 3, 4,", 0] == " 5, 6, 7, 8"
