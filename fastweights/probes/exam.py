@@ -65,7 +65,7 @@ class Exam:
         columns: the columns of the rows whose logits `score` needs, over all rows, sorted.
         row_columns: the same per row.
         starts: per row the column of the prompt's last token. From there on each column chooses an answer's token.
-        prompt_ids, answer_ids: [P] and [P][A] lists of ids.
+        prompt_ids, answer_ids: lists of ids, one for each prompt, and one for each prompt and answer.
 
     Raises:
         ValueError: no prompts, an empty text, answers that are no lists of texts or differ in number, or two answers

@@ -73,23 +73,25 @@ def linear_probe(x: Tensor, y: Sequence | Tensor | np.ndarray, folds: int = 5, s
         from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
     except ImportError:
         raise ImportError('linear_probe() needs scikit-learn: pip install "fastweights[probes]"') from None
     make: Callable[[], Any] = (lambda: LogisticRegression(max_iter=1000)) if classes else Ridge
     split = (StratifiedKFold if classes else KFold)(folds, shuffle=True, random_state=seed)
     shuffled_N = np.random.default_rng(seed).permutation(y_N)
     score, control, weights, bias = [], [], [], []
-    for x_ND in x_LND:
-        score.append(cross_val_score(make_pipeline(StandardScaler(), make()), x_ND, y_N, cv=split))
-        control.append(cross_val_score(make_pipeline(StandardScaler(), make()), x_ND, shuffled_N, cv=split))
-        scaler, fit = StandardScaler(), make()
-        fit.fit(scaler.fit_transform(x_ND), y_N)
-        w_CD = np.atleast_2d(fit.coef_) / scaler.scale_
-        b_C = np.atleast_1d(fit.intercept_) - w_CD @ scaler.mean_
-        if len(classes) == 2:  # one row of log-odds: half for the second class, half against the first
-            w_CD, b_C = np.concatenate([-w_CD, w_CD]) / 2, np.concatenate([-b_C, b_C]) / 2
-        weights.append(w_CD)
-        bias.append(b_C)
+    with threadpool_limits(1):  # the products are small: threads wait for each other longer than they compute
+        for x_ND in x_LND:
+            score.append(cross_val_score(make_pipeline(StandardScaler(), make()), x_ND, y_N, cv=split))
+            control.append(cross_val_score(make_pipeline(StandardScaler(), make()), x_ND, shuffled_N, cv=split))
+            scaler, fit = StandardScaler(), make()
+            fit.fit(scaler.fit_transform(x_ND), y_N)
+            w_CD = np.atleast_2d(fit.coef_) / scaler.scale_
+            b_C = np.atleast_1d(fit.intercept_) - w_CD @ scaler.mean_
+            if len(classes) == 2:  # one row of log-odds: half for the second class, half against the first
+                w_CD, b_C = np.concatenate([-w_CD, w_CD]) / 2, np.concatenate([-b_C, b_C]) / 2
+            weights.append(w_CD)
+            bias.append(b_C)
     return LinearProbe(
         torch.from_numpy(np.stack(score)),
         torch.from_numpy(np.stack(control)),
