@@ -28,7 +28,8 @@ def answers(model, tokenizer, pairs):
     """What the model says to each sum, three digits."""
     ids = [tokenizer.encode(question(a, b)) for a, b in pairs]
     said = [""] * len(pairs)
-    for step in fw.Episode(model, len(pairs)).generate(ids, 3, tokenizer=tokenizer):
+    episode = fw.Episode(model, len(pairs), max_length=max(map(len, ids)) + 3)  # as much KV cache as is needed
+    for step in episode.generate(ids, 3, tokenizer=tokenizer):
         said = [text + new for text, new in zip(said, step.text, strict=True)]
     return said
 
