@@ -255,8 +255,8 @@ class Episode:
             sweep: alternatives, each an edit or a list of them ([] = none), all in one batch with the moments.
             metric: (logits [B, T′, V]) → a number or tensor, called for each moment and alternative.
             gradient: also the gradient of the metric's sum (of an exam: of its differences) at every kept site.
-            logits: "all"; "last": only the last real token of each row, in the sites too, as `positions="last"`. None:
-                all, but none with a metric or an exam.
+            logits: "all": of the kept columns; "last": of the last real token of each row alone, whatever `positions`
+                says. None: all, but none with a metric or an exam.
             positions: columns of the prompt to keep in logits and sites; "last": the last real token of each row;
                 None = all.
             max_bytes: for what is kept and computed; a batch takes about a sixteenth of it.

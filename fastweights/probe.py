@@ -36,13 +36,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a probe is to answer with. logits: whether they are kept; width: the kept columns among those computed."""
+    """What a probe is to answer with. logits: whether they are kept; shown: which of those computed they are."""
 
     logits: bool
     metric: Metric | None
     exam: Exam | None
     exam_BC: Tensor | None
-    width: int
+    shown: slice
     gradient: bool
 
 
@@ -84,7 +84,7 @@ def probe(
     reading = Reading.of(ids_BT, positions_BT, whole=True)
     if exam is not None:
         reading = replace(reading, start_B=torch.tensor(_per_row(exam.starts, len(ids_BT))))
-    column_BT = _columns(positions, logits, reading)
+    column_BT = _columns(positions, reading)
     points, names = _points(model, linears, sites, layers)
     wanted_moments = _moments(state, at)
     bounds = _checked(bind(edits, model, linears), reading)
@@ -97,7 +97,7 @@ def probe(
         for number, bounds_of in enumerate(() if sweep is None else _sweep(sweep, model, linears))
     ]
     keep = logits is not None or (exam is None and metric is None and "logits" not in names)
-    wanted, logit_BT = _wanted(keep, metric, exam, gradient, column_BT, reading, names)
+    wanted, logit_BT = _wanted(keep, logits == "last", metric, exam, gradient, column_BT, reading, names)
     here = [None if c is None else c.to(model.device) for c in (column_BT, logit_BT)]
     question = Question(ids_BT.to(model.device), positions_BT, reading, points, *here)
     whole = touched(model) or touched(model.model)
@@ -137,9 +137,9 @@ class Answer:
         logits = logits_RTV.unflatten(0, (-1, rows))  # [lanes, B, T″, V]
         total: list[Tensor] = []
         if wanted.logits:
-            self.logits = self._spread(self.logits, logits[:, :, : wanted.width].detach())
+            self.logits = self._spread(self.logits, logits[:, :, wanted.shown].detach())
         if wanted.metric is not None:
-            values = _measured(wanted.metric, logits[:, :, : wanted.width])
+            values = _measured(wanted.metric, logits[:, :, wanted.shown])
             total.append(sum((value.sum() for value in values), torch.zeros(())))
             self.metric = self._spread(self.metric, torch.stack([value.detach() for value in values]))
         if wanted.exam is not None:
@@ -248,17 +248,15 @@ def _asked(model: Llama, state: EpisodeState, input_ids: Ids | Exam, mask: Mask)
     return ids_BT, Positions.alone((len(ids_BT), width), mask_BT, model.device)
 
 
-def _columns(positions: Any, logits: str | None, reading: Reading) -> Tensor | None:
+def _columns(positions: Any, reading: Reading) -> Tensor | None:
     """The columns to keep, [B, T′] on the CPU; None: all."""
     rows, width = reading.ids_BT.shape
+    if positions is None:
+        return None
     if isinstance(positions, str):
         if positions != "last":
             raise ValueError(f"probe(positions={positions!r}): expected columns, or 'last'")
         return reading.last_B[:, None]
-    if positions is None:
-        return reading.last_B[:, None] if logits == "last" else None
-    if logits == "last":
-        raise ValueError("probe(logits='last', positions=...): expected one of them")
     try:
         columns = torch.as_tensor(positions).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
@@ -335,6 +333,7 @@ def _per_row(each: Sequence[Any], rows: int) -> list[Any]:
 
 def _wanted(
     keep: bool,
+    last: bool,
     metric: Metric | None,
     exam: Exam | None,
     gradient: bool,
@@ -342,19 +341,29 @@ def _wanted(
     reading: Reading,
     names: Sequence[str],
 ) -> tuple[Wanted, Tensor | None]:
-    """What to answer with, and the columns whose logits it takes, [B, T″] on the CPU: those kept, then the exam's."""
+    """What to answer with, and the columns whose logits it takes, [B, T″] on the CPU; None: all.
+
+    They are the kept columns where sites behind the last block or logits want them, then the last ones where logits are
+    to be those, then the exam's.
+    """
     rows, width = reading.ids_BT.shape
-    exam_BC, kept = None, width if column_BT is None else column_BT.shape[1]
-    if exam is None:
-        return Wanted(keep, metric, None, None, kept, gradient), column_BT
-    columns = _per_row(exam.row_columns, rows)
-    most = max(map(len, columns))
-    exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns])
-    logit_BT = exam_BC.clamp(min=0)
-    if keep or {"logits", "final_norm"} & set(names):
-        every_BT = torch.arange(width).expand(rows, -1) if column_BT is None else column_BT
-        logit_BT = torch.cat([every_BT, logit_BT], dim=1)
-    return Wanted(keep, None, exam, exam_BC, kept, gradient), logit_BT
+    every_BT = torch.arange(width).expand(rows, -1) if column_BT is None else column_BT
+    shows, parts = keep or metric is not None, []
+    if (shows and not last) or {"logits", "final_norm"} & set(names):
+        parts.append(every_BT)
+    shown = slice(0, every_BT.shape[1])
+    if shows and last:
+        before = sum(part.shape[1] for part in parts)
+        shown = slice(before, before + 1)
+        parts.append(reading.last_B[:, None])
+    exam_BC = None
+    if exam is not None:
+        columns = _per_row(exam.row_columns, rows)
+        most = max(map(len, columns))
+        exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns])
+        parts.append(exam_BC.clamp(min=0))
+    logit_BT = column_BT if len(parts) == 1 and parts[0] is every_BT else torch.cat(parts, dim=1)
+    return Wanted(keep, metric, exam, exam_BC, shown, gradient), logit_BT
 
 
 # ---- memory
@@ -387,7 +396,7 @@ def _lanes_at_once(runner: Runner, wanted: Wanted, max_bytes: int) -> int:
         for letter, size in zip(site.axes, site.sizes(config), strict=True):
             numbers_ *= sizes.get(letter, 0) if size is None else size
         kept += numbers_
-    kept += question.width * config.vocab_size if wanted.logits else 0
+    kept += (wanted.shown.stop - wanted.shown.start) * config.vocab_size if wanted.logits else 0
     kept *= rows * runner.kept.moments * max(1, len(runner.alternatives)) * model.dtype.itemsize
     if kept + one > max_bytes:
         raise ValueError(

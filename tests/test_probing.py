@@ -58,6 +58,21 @@ def test_some_moments_columns_and_ragged_questions():
     torch.testing.assert_close(episode.probe([8, 9]).logits[0], every.logits[9, 1, :2], **CLOSE)
 
 
+def test_the_last_logits_alone_leave_the_sites_whole():
+    _, episode = fed()
+    questions, sites = [[3, 4, 5, 6, 7], [8, 9]], ["resid_post", "final_norm"]
+    every = episode.probe(questions, sites=sites, at="every")
+    last = torch.stack([every.logits[:, 0, 4], every.logits[:, 1, 1]], 1)[:, :, None]
+    for positions in (None, [0, 3]):
+        trace = episode.probe(questions, sites=sites, at="every", logits="last", positions=positions)
+        torch.testing.assert_close(trace.logits, last, **CLOSE)
+        for site in sites:
+            kept = every[site] if positions is None else every[site][..., positions, :]
+            torch.testing.assert_close(trace[site], kept, **CLOSE)
+    metric = episode.probe(questions, sites=sites, logits="last", metric=lambda logits: logits).metric
+    torch.testing.assert_close(metric, last[-1], **CLOSE)
+
+
 def dense_probe(model, episode, question, change):
     """The frozen model with `change(site, U, K, w)` added to its weights."""
     twin = tiny()

@@ -390,7 +390,6 @@ def test_attribution_patching_approximates_activation_patching_for_a_small_diffe
         ({"gradient": True, "sites": "z", "metric": lambda x: 3.0}, "the metric does not depend on the logits"),
         ({"positions": "first"}, "positions='first'"),
         ({"positions": [6]}, r"positions=\[6\]\): expected columns from 0 to 5"),
-        ({"logits": "last", "positions": [0]}, "expected one of them"),
         ({"positions": [True] * 6}, r"positions=\[True.*expected columns from 0 to 5, or 'last'"),
         ({"positions": [1.5]}, r"positions=\[1.5\]\): expected columns from 0 to 5"),
         ({"positions": ["a"]}, "expected columns from 0 to 5"),
