@@ -225,13 +225,14 @@ def _run(
 @torch.no_grad()
 def _lens(model: Llama, tokenizer: Tokenizer, *states_LD: Tensor) -> list[list[list[tuple[str, float]]]]:
     """The likeliest tokens of every residual stream, as `Record.top` has them."""
-    tables = []
-    for hidden_LD in states_LD:
-        logprob_LV = model.unembed(hidden_LD.to(model.device, model.dtype)[None])[0].double().log_softmax(-1)
-        best = logprob_LV.topk(min(5, logprob_LV.shape[-1]))
-        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        tables.append([list(zip(tokenizer.tokens(ids), values, strict=True)) for ids, values in rows])
-    return tables
+    hidden_ND = torch.cat(states_LD).to(model.device, model.dtype)
+    logits_NV = model.unembed(hidden_ND[None])[0].to(torch.promote_types(model.dtype, torch.float32))
+    best = logits_NV.topk(min(5, logits_NV.shape[-1]))
+    logprob_NK = best.values - logits_NV.logsumexp(-1, keepdim=True)
+    rows = zip(best.indices.tolist(), logprob_NK.tolist(), strict=True)
+    table = [list(zip(tokenizer.tokens(ids), values, strict=True)) for ids, values in rows]
+    depth = len(states_LD[0])
+    return [table[n : n + depth] for n in range(0, len(table), depth)]
 
 
 class _Reading:
