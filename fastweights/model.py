@@ -22,6 +22,10 @@ from .config import LlamaConfig
 from .kernels.attention import attention
 from .kernels.linear import linear
 
+# The first call of MKL's vector functions in a process sets them up. If two threads of one operation make it together,
+# one may compute its half to 11 bits: the cosines of rope were off by 1.5e-4 then. So one thread makes it here.
+torch.zeros(1, device="cpu").cos()
+
 
 class RMSNorm(nn.Module):
     """x · w / sqrt(mean(x²) + eps), Zhang & Sennrich 2019; half precision is normalised in float32."""
