@@ -22,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from ..cache import Positions
 from ..model import Llama
 from ..watch import ThreadHook
-from .edits import At, Edit
+from .changes import At
+from .edits import Edit
 from .places import Reading
 from .sites import TABLE, Site
 
