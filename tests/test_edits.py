@@ -402,3 +402,14 @@ def test_any_edits_together_in_any_split_equal_the_dense_loop(seed):
     for number, each in enumerate(([], changes)):
         naive.restart()
         torch.testing.assert_close(swept.logits[number, 0], naive.feed(ids, both(*each)), **CLOSE)
+
+
+def test_an_edited_resid_mid_flows_on_where_somebodys_hook_gives_the_norm_another_tensor():
+    model, ids = tiny(), prompt(1, 5)
+    model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _module, args: (args[0] * 1.0,))
+    exact = fw.Episode(model).probe(ids, sites="resid_mid")["resid_mid", 1]
+    edit = fw.Edit("resid_mid", lambda x, at: x + 1, layers=1)
+    zero = fw.ablate("mlp_out", layers=1)
+    trace = fw.Episode(model).probe(ids, sites=["resid_mid", "resid_post"], edits=[edit, zero])
+    torch.testing.assert_close(trace["resid_mid", 1], exact + 1, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(trace["resid_post", 1], exact + 1, rtol=1e-12, atol=1e-12)

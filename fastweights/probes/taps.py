@@ -316,8 +316,9 @@ class Tap:
             return self._result(layer, module, args[0], output) if site.name == "result" else through(output)
 
         binding = self.model.binding
-        if site.side == "input":
-            return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self))
+        if site.side == "input":  # resid_mid before anybody's hook, which may give the norm another tensor
+            first = site.name == "resid_mid"
+            return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self), prepend=first)
         return module.register_forward_hook(ThreadHook(after, lambda: binding.tap is self))
 
     def _result(self, layer: int | None, o_proj: Any, z_BTM: Tensor, output_BTD: Tensor) -> Tensor:
