@@ -271,8 +271,8 @@ PLACES = [
     ("z", {"positions": 1.5}, "positions=1.5"),
     ("z", {"positions": [[0], [1], [2]]}, "lists for 3 rows, but there are 2"),
     ("blocks.1.attn.hook_z", {"layers": 2}, "names layer 1, but layers=2"),
-    ("gate.read", {}, "gate_proj of every layer is not plastic"),
-    ("down.value", {"layers": 2}, "down_proj of layer 2 is not plastic"),
+    ("gate.read", {}, "no gate_proj of this model is plastic"),
+    ("down.value", {"layers": 2}, "no down_proj of this model is plastic"),
 ]
 
 

@@ -72,8 +72,11 @@ def check_plastic(places: Places, linears: Mapping[tuple[int, str], Any]) -> Non
     wanted = layers if places.layers is None else places.layers
     missing = sorted(set(wanted) - set(layers))
     if missing or not layers:
-        where = f"layer {missing[0]}" if missing else "every layer"
-        raise ValueError(f"site {places.site.name!r}: {name} of {where} is not plastic; plastic are layers {layers}")
+        if not layers:
+            raise ValueError(f"site {places.site.name!r}: no {name} of this model is plastic (fw.attach makes it so)")
+        raise ValueError(
+            f"site {places.site.name!r}: {name} of layer {missing[0]} is not plastic; plastic are layers {layers}"
+        )
     check_events(places, linears)
 
 
