@@ -121,7 +121,8 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
     wide = U_SO.dtype == torch.float64
     best = (_by_qr if wide else _by_grams)(U, K, w_S, keep)
     U_RO, K_RI = best.U_RO.to(U_SO.dtype), best.K_RI.to(K_SI.dtype)
-    if not bool(U_RO.isfinite().all() & K_RI.isfinite().all()):
+    fits = math.isfinite(float(U_RO.sum() + K_RI.sum()))  # a sum may overflow by itself: only then look at every number
+    if not fits and not bool(U_RO.isfinite().all() & K_RI.isfinite().all()):
         raise ValueError(f"the sum of the events, of norm {float(best.sigma_R.norm()):.3g}, does not fit {U_SO.dtype}")
     info, root_R = torch.finfo(U_SO.dtype), best.sigma_R.sqrt()
     eta, t = (0.0, 0.0) if wide else (info.eps / 2, info.smallest_normal * info.eps / 2)
