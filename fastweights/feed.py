@@ -34,6 +34,7 @@ class Reader:
         self.engine, self.state = Engine(model, state), state
         self.linears = self.engine.linears
 
+    @torch.no_grad()
     def read(
         self,
         ids_BT: Tensor,
@@ -50,26 +51,8 @@ class Reader:
         Raises:
             ValueError: the tokens, the update, an edit or an event is refused; nothing has changed then.
         """
-        binding = self.engine.model.binding
-        if not edits and not binding.taps:
-            return self._read(ids_BT, mask_BT, update, generated, logits, None)
-        reading = Taps(edits)
-        with binding.tapped(reading):
-            return self._read(ids_BT, mask_BT, update, generated, logits, reading)
-
-    @torch.no_grad()
-    def _read(
-        self,
-        ids_BT: Tensor,
-        mask_BT: Tensor | None,
-        update: Update,
-        generated: bool,
-        logits: str,
-        own: Taps | None,
-    ) -> Tensor:
-        """`read`, with the taps of this feed; None where there are no taps at all."""
-        state, model = self.state, self.engine.model
-        watch, seen = self.engine.check(), Taps()
+        state, binding = self.state, self.engine.model.binding
+        watch = self.engine.check()
         positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
         write_BT = written(update, ids_BT, positions.position_BT, generated)
         if positions.real_BT is not None:
@@ -77,21 +60,35 @@ class Reader:
         check_targets(self.linears, state.batch_size, positions.position_BT, write_BT)
         tokens = Tokens(ids_BT, positions, write_BT, logits)
         by_column = self._check_room(tokens)
-        if own is not None:
-            own.reading = Reading.of(ids_BT, positions, generated)
-            whole = Taps.together([call.what for call in model.binding.taps])
-            whole.begin(own.reading)
-            seen = whole
-            if any(tokens.counts):
-                for bound in whole.edits:
-                    check_events(bound.edit.places, self.linears)
-                by_column = by_column or whole.plastic(model)
-        state.cache.reserve(positions.end)
+        if not edits and not binding.taps:
+            return self._passes(tokens, watch, by_column, None, Taps())
+        own = Taps(edits, reading=Reading.of(ids_BT, positions, generated))
+        with binding.tapped(own):
+            taps = self._taps(own, tokens)
+            by_column = by_column or (any(tokens.counts) and taps.plastic(self.engine.model))
+            return self._passes(tokens, watch, by_column, own, taps)
+
+    def _taps(self, own: Taps, tokens: Tokens) -> Taps:
+        """The taps of this feed and those around it; refuses edits that cannot be made on its tokens."""
+        taps = Taps.together([call.what for call in self.engine.model.binding.taps])
+        assert own.reading is not None
+        taps.begin(own.reading)
+        for bound in taps.edits if any(tokens.counts) else ():
+            check_events(bound.edit.places, self.linears)
+        return taps
+
+    def _passes(self, tokens: Tokens, watch: Watch, by_column: bool, own: Taps | None, taps: Taps) -> Tensor:
+        """All of the feed or nothing, in one pass or in one per column.
+
+        own: the taps of this feed, which are told the column; None: no edit or capture. taps: all that stand.
+        """
+        state = self.state
+        state.cache.reserve(tokens.positions.end)
         try:
-            with state.attempt(), seen.attempt():
+            with state.attempt(), taps.attempt():
                 return self._columns(tokens, own) if by_column else self._whole(tokens, watch)
         except OneByOne:
-            with state.attempt(), seen.attempt():
+            with state.attempt(), taps.attempt():
                 return self._columns(tokens, own)
 
     def _whole(self, tokens: Tokens, watch: Watch) -> Tensor:

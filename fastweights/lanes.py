@@ -142,7 +142,7 @@ class Runner:
     Args:
         moments: None: the weights as they are now.
         edits: of every lane.
-        early: every lane runs from the embedding on, as a hook on the whole model or a gradient needs it.
+        gradient, whole: every lane runs from the embedding on, for gradients or for a hook on the whole model.
     """
 
     def __init__(
@@ -157,7 +157,6 @@ class Runner:
         whole: bool,
     ):
         self.model, self.state, self.question, self.whole = model, state, question, whole
-        self.alternatives = alternatives
         self.depth, early = len(model.model.layers), gradient or whole
         plastic = min((layer for layer, _ in state.logs), default=self.depth)
         # the layer before which the moments part
@@ -194,7 +193,7 @@ class Runner:
             x_BTD = self._lanes(self._at(stage, moments, chosen, base), x_BTD)
         if self.whole:
             ids_RT = self.question.ids_BT.repeat(len(self.kept.lanes), 1)
-            return self._kept_logits(self.model(ids_RT, positions=self.there))
+            return self._narrow(self.model(ids_RT, positions=self.there))
         x_BTD = self._embedded() if x_BTD is None else x_BTD
         return self._unembed(self.model.model.blocks(x_BTD, self.there, start=max(layer, 0)))
 
@@ -267,12 +266,10 @@ class Runner:
     def _unembed(self, x_BTD: Tensor) -> Tensor:
         column_RT = self._column_RT()
         if column_RT is not None:
-            x_BTD = x_BTD.gather(1, column_RT[..., None].expand(-1, -1, x_BTD.shape[2]))
             self.tap.columns = {"final_norm": column_RT, "logits": column_RT}
-        return self.model.unembed(x_BTD)
+        return self.model.unembed(self._narrow(x_BTD))
 
-    def _kept_logits(self, logits_BTV: Tensor) -> Tensor:
+    def _narrow(self, x: Tensor) -> Tensor:
+        """The columns whose logits are wanted, of [R, T, …]."""
         column_RT = self._column_RT()
-        if column_RT is None:
-            return logits_BTV
-        return logits_BTV.gather(1, column_RT[..., None].expand(-1, -1, logits_BTV.shape[2]))
+        return x if column_RT is None else x.gather(1, column_RT[..., None].expand(-1, -1, x.shape[2]))

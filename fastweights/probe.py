@@ -397,7 +397,7 @@ def _lanes_at_once(runner: Runner, wanted: Wanted, max_bytes: int) -> int:
             numbers_ *= sizes.get(letter, 0) if size is None else size
         kept += numbers_
     kept += (wanted.shown.stop - wanted.shown.start) * config.vocab_size if wanted.logits else 0
-    kept *= rows * runner.kept.moments * max(1, len(runner.alternatives)) * model.dtype.itemsize
+    kept *= rows * runner.kept.moments * max(1, len(runner.kept.alternatives)) * model.dtype.itemsize
     if kept + one > max_bytes:
         raise ValueError(
             f"this probe needs {kept + one} bytes, {kept} of them for what it keeps, but max_bytes={max_bytes}: "

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from oracle import F64, FastLinear, Plastic, affine, inverse_frequencies, rotate, silu
+from oracle import F64, FastLinear, Frozen, Plastic, affine, rotate, silu
 from torch import Tensor
 
 # (site, layer or None, position, x of one token) → x
@@ -29,7 +29,7 @@ def keep(site: str, layer: int | None, position: int, x: Tensor) -> Tensor:
     return x
 
 
-class Naive:
+class Naive(Frozen):
     """One sequence. `sites[site, layer]` is what each of its tokens held there, after the change.
 
     fast: the plastic linears of another sequence, where both read and write one ΔW.
@@ -42,14 +42,7 @@ class Naive:
         plastic: dict[tuple[int, str], Plastic] | None = None,
         fast: dict[tuple[int, str], FastLinear] | None = None,
     ):
-        self.weights = {name: t.detach().to("cpu", F64) for name, t in weights.items()}
-        self.L, self.H = config["num_hidden_layers"], config["num_attention_heads"]
-        self.G = config.get("num_key_value_heads") or self.H
-        self.E = config.get("head_dim") or config["hidden_size"] // self.H
-        self.eps = config.get("rms_norm_eps", 1e-6)
-        self.inv_freq = inverse_frequencies(config, self.E)
-        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in self.weights
-        self.unembedding = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        super().__init__(weights, config)
         self.fast = fast if fast is not None else {}
         for (layer, linear), rule in (plastic or {}).items():
             W, b = self.frozen(f"model.layers.{layer}.mlp.{linear}")
@@ -64,9 +57,6 @@ class Naive:
         self.position = 0
         self.pending = None
         self.queue: list[tuple[FastLinear, Tensor, Tensor, Tensor]] = []  # linear, u, k, scale of Δb
-
-    def frozen(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.weights[name + ".weight"], self.weights.get(name + ".bias")
 
     def stacked(self, site: str, layer: int | None = None) -> Tensor:
         """[T, …]; scores and pattern [H, T, S]."""

@@ -106,7 +106,24 @@ class FastLinear:
         self.values.append(u)
 
 
-class Oracle:
+class Frozen:
+    """A checkpoint in float64, and what its config.json says of it."""
+
+    def __init__(self, weights: dict[str, Tensor], config: dict):
+        self.weights = {name: t.detach().to("cpu", F64) for name, t in weights.items()}
+        self.L, self.H = config["num_hidden_layers"], config["num_attention_heads"]
+        self.G = config.get("num_key_value_heads") or self.H
+        self.E = config.get("head_dim") or config["hidden_size"] // self.H
+        self.eps = config.get("rms_norm_eps", 1e-6)
+        self.inv_freq = inverse_frequencies(config, self.E)
+        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in self.weights
+        self.unembedding = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+    def frozen(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return self.weights[name + ".weight"], self.weights.get(name + ".bias")
+
+
+class Oracle(Frozen):
     """One sequence read token by token.
 
     state_dict: a checkpoint's tensors under Hugging Face's names, any float dtype.
@@ -118,14 +135,7 @@ class Oracle:
     """
 
     def __init__(self, state_dict: dict[str, Tensor], config: dict, plastic: dict[tuple[int, str], Plastic]):
-        self.weights = {name: t.detach().to("cpu", F64) for name, t in state_dict.items()}
-        self.L, self.H = config["num_hidden_layers"], config["num_attention_heads"]
-        self.G = config.get("num_key_value_heads") or self.H
-        self.E = config.get("head_dim") or config["hidden_size"] // self.H
-        self.eps = config.get("rms_norm_eps", 1e-6)
-        self.inv_freq = inverse_frequencies(config, self.E)
-        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in self.weights
-        self.unembedding = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        super().__init__(state_dict, config)
         self.fast: dict[tuple[int, str], FastLinear] = {}
         for (layer, linear), rule in plastic.items():
             if not 0 <= layer < self.L or linear not in LINEARS:
@@ -134,9 +144,6 @@ class Oracle:
             self.fast[layer, linear] = FastLinear(W, b, rule, has_silu=linear == "gate_proj")
         self.by_gradient = [key for key, fast in self.fast.items() if fast.plastic.kind == "gradient-ascent"]
         self.reset_context()
-
-    def frozen(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.weights[name + ".weight"], self.weights.get(name + ".bias")
 
     def reset_context(self) -> None:
         """Forgets tokens, positions, and a gradient event still waiting for its next token; keeps ΔW."""

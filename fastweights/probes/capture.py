@@ -126,13 +126,6 @@ def edited(model: Llama, *edits: Edit) -> Iterator[Done]:
             warn(f"edited(): edit {number}, {bound.edit!r}, never acted")
 
 
-class Seen:
-    """What one site of one layer held in the passes so far."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[int, Tensor]] = []  # number of the pass, [B, T, …]
-
-
 class Recording(Look):
     """A look that keeps named sites of every pass, but of probes."""
 
@@ -148,7 +141,8 @@ class Recording(Look):
         self.named = list(self.places)
         self.passes: list[tuple[Tensor, Tensor]] = []  # ids and positions [B, T] of each, −1 where nothing is kept
         self.rows: Rows | None = None
-        self.seen: dict[tuple[str, int | None], Seen] = {(site.name, layer): Seen() for site, layer in self.named}
+        # of each site and layer, per pass that came by: [B, T, …]
+        self.seen: dict[tuple[str, int | None], dict[int, Tensor]] = {(site.name, n): {} for site, n in self.named}
 
     def points(self, model: Llama) -> Iterable[tuple[Site, int | None]]:
         """The sites that it looks at, and their layers."""
@@ -169,7 +163,7 @@ class Recording(Look):
             x = x.index_select(1 if site.square else 2, torch.tensor(places.heads, device=x.device))
         if places.units is not None:
             x = x[..., list(places.units)]
-        self.seen[site.name, layer].parts.append((len(self.passes) - 1, x.clone()))
+        self.seen[site.name, layer][len(self.passes) - 1] = x.clone()
 
     def _begin(self, rows: Rows) -> None:
         reading, columns = rows.reading, rows.columns
@@ -193,8 +187,8 @@ class Recording(Look):
         """Forgets the passes after so many."""
         del self.passes[after:]
         self.rows = None
-        for seen in self.seen.values():
-            seen.parts = [(number, x) for number, x in seen.parts if number < after]
+        for name, parts in self.seen.items():
+            self.seen[name] = {number: x for number, x in parts.items() if number < after}
 
     def trace(self) -> Trace:
         """What was kept, the passes behind one another; tokens that no row chose are left out."""
@@ -209,10 +203,10 @@ class Recording(Look):
             warn(f"capture(): positions chose none of the {position_BT.shape[1]} tokens that ran inside the block")
         layers: dict[str, list[int]] = {}
         tensors: dict[str, list[Tensor]] = {}
-        seen = {site.name for site, layer in self.named if self.seen[site.name, layer].parts}
+        seen = {site.name for site, layer in self.named if self.seen[site.name, layer]}
         for site, layer in self.named:
             frozen = site.side == "plastic" and self.places[site, layer].layers is None and site.name in seen
-            if frozen and not self.seen[site.name, layer].parts:
+            if frozen and not self.seen[site.name, layer]:
                 continue  # of all layers, those that are plastic
             whole = self._joined(site, layer, self.seen[site.name, layer])
             axis = 2 if site.square else 1
@@ -222,12 +216,12 @@ class Recording(Look):
         sites = {name: torch.stack(parts) if name in layers else parts[0] for name, parts in tensors.items()}
         return Trace(sites, layers, ids_BT[:, column], position_BT[:, column])
 
-    def _joined(self, site: Site, layer: int | None, seen: Seen) -> Tensor:
+    def _joined(self, site: Site, layer: int | None, parts: dict[int, Tensor]) -> Tensor:
         """[B, T′, …] over all passes; zeros where a pass did not come by: an event that was not written."""
-        if not seen.parts:
+        if not parts:
             where = "" if layer is None else f" of layer {layer}"
             raise ValueError(f"capture(): no run inside the block came by {site.name!r}{where}")
-        parts, example = dict(seen.parts), seen.parts[0][1]
+        example = next(iter(parts.values()))
         axis, keys = (2 if site.square else 1), max(x.shape[-1] for x in parts.values())
         whole = []
         for number, (ids_BT, _) in enumerate(self.passes):
