@@ -112,13 +112,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(O, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # on CUDA one kernel may compute silu(gate) · up; it returns None where it cannot
-        both = getattr(self.gate_proj, "gate_and_up", None)
-        act_BTO = both(self.up_proj, x_BTD) if both else None
-        if act_BTO is None:
-            # a hook may keep what gate_proj gave, so that is not changed in place; what SiLU gives is ours
-            act_BTO = F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD))
-        return self.down_proj(act_BTO)
+        # a hook may keep what gate_proj gave, so that is not changed in place; what SiLU gives is ours
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD)))
 
 
 class Block(nn.Module):
