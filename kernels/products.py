@@ -24,6 +24,8 @@ from torch import Tensor
 from .values import FUSED, jit, require_triton, tl, triton
 
 MOST_ROWS = 64  # more rows than this are a matter of torch's GEMM
+# how `tl.dot` multiplies float32: three terms of TF32 have its accuracy; AMD's matrix cores take float32 itself
+SINGLE = "ieee" if torch.version.hip else "tf32x3"
 
 
 class Frozen(NamedTuple):
@@ -228,7 +230,7 @@ def _launch(x_BI: Tensor, norm: Norm | None, linears: Sequence[Frozen], y_BO: Te
     grid = (sum(triton.cdiv(O, 32) for O in outputs),)
     _rows[grid](
         h_BI, *matrices, y_BO, B, I, y_BO.stride(0),
-        ADD=add, BM=BM, BN=32, BK=64 if h_BI.dtype == torch.float32 else 128, PRECISION="ieee", num_warps=4,
+        ADD=add, BM=BM, BN=32, BK=32 if h_BI.dtype == torch.float32 else 128, PRECISION=SINGLE, num_warps=4,
         num_stages=3, **options,
     )  # fmt: skip
 

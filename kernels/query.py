@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .products import announce, chained, wait
+from .products import SINGLE, announce, chained, wait
 from .values import jit, require_triton, tl, triton
 
-KEYS = 64  # of one tile
-PROGRAMS = 264  # about two for each multiprocessor; fewer keys than one tile are not shared
+KEYS = 64  # of one program at least
+PROGRAMS = 264  # about two for each multiprocessor
 
 
 class Where(NamedTuple):
@@ -164,10 +164,11 @@ def launch(qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, heads: 
     most, z_BO = triton.cdiv(end, per), torch.empty(B, heads * E, dtype=qkv_BO.dtype, device=device)
     acc, sums = (torch.empty(B * heads * most * n, dtype=torch.float32, device=device) for n in (E, 2))
     G = heads // KH
+    BS = 32 if K_BKSE.dtype == torch.float32 or torch.version.hip else 64  # what the registers hold
     _attend[(KH, most, B)](
         qkv_BO, *where, K_BKSE, V_BKSE, z_BO, acc, sums, arrived, heads, KH, places, per, 1.4426950408889634 / E**0.5,
-        G=G, BG=max(16, triton.next_power_of_2(G)), E=E, BE=max(16, triton.next_power_of_2(E)), BS=KEYS,
-        PRECISION="ieee", num_warps=4, num_stages=2, **chained(device),
+        G=G, BG=max(16, triton.next_power_of_2(G)), E=E, BE=max(16, triton.next_power_of_2(E)), BS=BS,
+        PRECISION=SINGLE, num_warps=4, num_stages=2, **chained(device),
     )  # fmt: skip
     return z_BO
 
@@ -184,8 +185,8 @@ def attend_(
 ) -> Tensor:
     """z [B, H · E] of one token of each row; stores its key and value.
 
-    qkv [B, (H + 2 KH) E]: queries, keys and values before rope, contiguous; K and V [B, KH, places, E]: a layer's cache,
-    contiguous; end: no position is larger than end − 1; arrived [B, KH] int32: zeros, and zeros again afterwards.
+    qkv [B, (H + 2 KH) E]: queries, keys and values before rope; K and V [B, KH, places, E]: a layer's cache; all are
+    contiguous. end: no position is larger than end − 1. arrived [B, KH] int32: zeros, and zeros again afterwards.
     """
     if backend == "torch":
         return reference(qkv_BO, where, K_BKSE, V_BKSE, heads, end)

@@ -170,7 +170,7 @@ def _coefficients(
         if r < first.R:
             _coefficient(b, r, x_ptr + b * I, g_ptr, first, I, eps, BI)
     else:
-        if PAIR:  # Triton 3.6 cannot compare a group with None
+        if PAIR:  # noqa: SIM102  Triton 3.6 cannot compare a group with None
             if r < second.R:
                 _coefficient(b, r, x_ptr + b * I, g_ptr, second, I, eps, BI)
 
@@ -259,7 +259,7 @@ def _gate_up(
     MADE: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(a_gate) ⊙ a_up of BN neurons of one row; MADE: their products are made already. GATE, UP: values of rules."""
+    """silu(a_gate) ⊙ a_up of BN neurons of one row; MADE: their products are made already. GATE, UP: rules' values."""
     announce(PDL)
     n, b = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
     if MADE:

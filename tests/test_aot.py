@@ -165,8 +165,12 @@ def test_scan(rule, target, tmp_path):
 
 def wide_loads(listing, target):
     """The most 128-bit loads that an innermost loop has."""
-    wide = r"global_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
+    wide = r"(?:global|buffer)_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
     return max(len(re.findall(wide, loop)) for loop in innermost_loops(listing))
+
+
+def precision(target):
+    return "ieee" if target == "gfx942" else "tf32x3"
 
 
 def dependent(target):
@@ -201,7 +205,7 @@ def test_products_of_one_row(role, matrices, tile, target, tmp_path):
 def test_products_of_rows(dtype, BM, target, tmp_path):
     types = {"h_ptr": dtype, "W0": dtype, "b0": None, "O0": "i32", "y_ptr": WORD}
     types |= dict.fromkeys(("W1", "b1", "O1", "W2", "b2", "O2"))
-    constants = {"ADD": True, "BM": BM, "BN": 32, "BK": 128 if dtype == HALF else 64, "PRECISION": "ieee"}
+    constants = {"ADD": True, "BM": BM, "BN": 32, "BK": 128 if dtype == HALF else 32, "PRECISION": precision(target)}
     binary = compiled(products._rows, constants | dependent(target), target, 4, types, ODD)
     check_resources(binary, target, tmp_path)
     binary = compiled(
@@ -220,7 +224,8 @@ def test_products_of_rows(dtype, BM, target, tmp_path):
 def test_attention_of_one_query(E, dtype, target, tmp_path):
     types = dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "K_ptr", "V_ptr", "z_ptr"), dtype)
     types |= {"position_ptr": "*i64", "place_ptr": "*i64", "arrived_ptr": "*i32", "scale": "fp32"}
-    constants = {"G": 4, "BG": 16, "E": E, "BE": triton.next_power_of_2(E), "BS": 64, "PRECISION": "ieee"}
+    constants = {"G": 4, "BG": 16, "E": E, "BE": triton.next_power_of_2(E), "PRECISION": precision(target)}
+    constants["BS"] = 64 if dtype == HALF and target != "gfx942" else 32
     binary = compiled(query._attend, constants | dependent(target), target, 4, types, (*ODD, "places"))
     check_resources(binary, target, tmp_path)
 

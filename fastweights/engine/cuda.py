@@ -111,7 +111,7 @@ class Cuda:
         self.replayed, self.recordings = False, 0
 
     def _unable(self) -> str | None:
-        if self.backend == "triton" and (self.record is None or self.model.device.type != "cuda"):
+        if self.record is None and (not self.linears or any(x.backend != self.backend for x in self.linears.values())):
             return "the model is not on a GPU"
         if self.backend == "triton" and values.triton is None:
             return "triton is not installed"
