@@ -264,7 +264,7 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     for layer, block in enumerate(model.model.layers._modules.values()):
         linears = block._modules["mlp"]._modules  # type: ignore[union-attr]
         for name in ACTIVATIONS:
-            if type(linear := linears[name]) is PlasticLinear:
+            if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
     return found
 
