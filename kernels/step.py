@@ -416,8 +416,8 @@ def _check(linear: StepLinear, rows: int, backend: str) -> None:
         if tuple(shape) != (B, R):
             raise ValueError(f"the step got {name} for [rows, slots] {list(shape)}, expected {[B, R]}")
     for name, x in (("slot", inputs.slot_B), ("event", inputs.event_B), ("write", inputs.write_B)):
-        if tuple(x.shape) != (B,):
-            raise ValueError(f"the step got {name} of shape {list(x.shape)}, expected {[B]}")
+        if tuple(x.shape) != (B,) or not x.is_contiguous():
+            raise ValueError(f"the step got {name} of shape {list(x.shape)}, expected {[B]}, contiguous")
     bad = inputs.bad_B
     if bad.shape != inputs.slot_B.shape or bad.dtype != torch.int32:
         raise ValueError(f"the step got bad of {bad.dtype} {list(bad.shape)}, expected torch.int32 {[B]}")

@@ -206,7 +206,7 @@ def step_case(backend, dtype, B, T, O, I, R, rule, number, write, tolerance, whi
             age = n[:, None] - 1 - logs[name][3]
             w = torch.where(logs[name][3] >= 0, (1 - decay) ** age.to(work), 0)
             known = step_rule(rule, phis[name], mu, clip)
-            turn = (w, n % R, n, write[:, t].to(DEVICE), rate[name], known, p0[name], target[name][:, t])
+            turn = (w, n % R, n, write[:, t].contiguous().to(DEVICE), rate[name], known, p0[name], target[name][:, t])
             linear = plastic(W[name], bias[name], logs[name], *turn)
             linears.append(linear if name in which else linear._replace(plastic=None))
         x_BD = x[:, t].contiguous()
