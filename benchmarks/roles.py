@@ -27,7 +27,7 @@ def step_kernels(bed: Bed, rows: int = 1, context: int = CONTEXT) -> Experiment:
     episode.feed(bed.ids(context).expand(rows, -1), update="none", logits="last")
     path = Cuda(model, {}, episode.state, lambda run: run, "triton" if cuda else "torch")
     path.unable = None  # on a CPU its definitions in torch
-    path._renew(episode.engine.check(), path.cache.bucket(context + 1), False)
+    path.renew(episode.engine.check(), path.cache.bucket(context + 1), False)
     backend, layers, heads = path.backend, path.layers, config.num_attention_heads
     x_BD = torch.randn(rows, config.hidden_size, device=bed.device, dtype=path.stream)
     h_BD = x_BD.to(bed.dtype)

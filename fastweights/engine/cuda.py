@@ -169,7 +169,7 @@ class Cuda:
             log.reserve(counts)
         # a model without events that writes none is the frozen one, to the bit
         writes = any(any(counts) or log.used for log in self.logs.values())
-        changed = self._renew(watch, self.cache.bucket(max(after)), writes)
+        changed = self.renew(watch, self.cache.bucket(max(after)), writes)
         if any(counts):
             self._keep(counts)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
@@ -236,7 +236,7 @@ class Cuda:
 
     # ---- what a recording relies on
 
-    def _renew(self, watch: Watch, end: int, writes: bool) -> bool:
+    def renew(self, watch: Watch, end: int, writes: bool) -> bool:
         """Makes the step's buffers again if anything it relies on has changed; says whether. Runs at every token."""
         buffers = [log.U_BRO for log in self.logs.values()]
         changed = (
