@@ -1,4 +1,7 @@
-"""config.json and generation_config.json → LlamaConfig: every key is read, known to be harmless, named, or refused."""
+"""config.json and generation_config.json → LlamaConfig: every key is read, known to be harmless, named, or refused.
+
+What differs between the families is in `families`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .families import FAMILIES, Family
 from .files import read_json, warn
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -43,10 +47,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A Llama's shape, under Hugging Face's names; refuses values that no Llama can have.
+    """A model's shape, under Hugging Face's names; refuses values that no model of its family can have.
 
-    `rope_scaling` is None for plain rope. `eos_token_ids` holds every id that ends a text (possibly none).
-    `dtype` is what config.json says; the tensors themselves decide what is loaded.
+    `rope_scaling` is None for plain rope. `attention_bias` is that of q, k and v; `output_bias` says whether o has one
+    as well. `eos_token_ids` holds every id that ends a text (possibly none). `dtype` is what config.json says; the
+    tensors themselves decide what is loaded. `model_type` is a row of `families`.
     """
 
     vocab_size: int
@@ -67,8 +72,11 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dtype: str | None = None
+    model_type: str = "llama"
 
     def __post_init__(self) -> None:
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type is {self.model_type!r}, expected one of {', '.join(FAMILIES)}")
         for key in _POSITIVE_INTS:
             _check_positive_int(key, getattr(self, key))
         for key in ("rms_norm_eps", "rope_theta"):
@@ -85,6 +93,15 @@ class LlamaConfig:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number (rope turns pairs of channels)")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        return self.attention_bias and self.family.qkv_bias is None
 
     @classmethod
     def from_folder(cls, folder: str | Path, strict: bool = False) -> LlamaConfig:
@@ -115,7 +132,8 @@ class LlamaConfig:
         """Reads the keys of any Llama generation's config.json; `path` is named in errors.
 
         A key that transformers reads and that changes the logits here or there is refused unless it is
-        implemented. Keys that transformers' Llama does not read are named in one warning, or refused if `strict`.
+        implemented. Keys that transformers does not read for this family are named in one warning, or refused if
+        `strict`.
         """
         if not isinstance(hf, Mapping):
             raise ValueError(f"{path} holds a {type(hf).__name__}, expected an object of settings")
@@ -128,17 +146,20 @@ class LlamaConfig:
             raise ValueError(f"{path}: {error}") from None
         if unread:
             names = ", ".join(sorted(unread))
-            warn(f"{path}: ignoring {names}, which transformers' Llama does not read (strict=True refuses)")
+            kind = config.family.architecture.removesuffix("ForCausalLM")
+            warn(f"{path}: ignoring {names}, which transformers' {kind} does not read (strict=True refuses)")
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json with the older rope keys, which every version of transformers reads."""
         hf: dict[str, Any] = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.family.architecture],
             "hidden_act": "silu",
         }
         hf |= asdict(self)
+        if self.family.qkv_bias is not None:  # the family itself says it; and no window cuts what is loaded here
+            del hf["attention_bias"], hf["mlp_bias"]
+            hf["sliding_window"] = None
         hf["rope_scaling"] = self.rope_scaling.to_dict() if self.rope_scaling else None
         eos = hf.pop("eos_token_ids")
         hf["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
@@ -175,7 +196,6 @@ _HANDLED = {
 
 # Keys that would change the numbers, and the only values that leave them alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "quantization_config": (None,),
     "sliding_window": (None,),
@@ -249,20 +269,30 @@ _HARMLESS = {
 def _read(hf: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
     """The fields of LlamaConfig from a config.json's keys; those that no Llama reads are added to `unread`."""
     if "model_type" not in hf:
-        raise ValueError("model_type is missing, expected 'llama'")
+        raise ValueError(f"model_type is missing, expected {_list(tuple(FAMILIES))}")
+    if hf["model_type"] not in FAMILIES:
+        raise ValueError(
+            f"model_type is {_short(hf['model_type'])}, and fastweights implements only {_list(tuple(FAMILIES))}"
+        )
+    family = FAMILIES[hf["model_type"]]
+    given, hf = hf, {**family.defaults, **hf}
     for key, allowed in _ONLY.items():
         if key in hf and hf[key] not in allowed:
-            if key == "sliding_window" and hf.get("use_sliding_window") is False:
+            if key == "sliding_window" and (hf.get("use_sliding_window") is False or _as_long_as_any_text(hf)):
                 continue
             raise ValueError(f"{key} is {_short(hf[key])}, and fastweights implements only {_list(allowed)}")
     if any(kind not in ("full_attention", "attention") for kind in hf.get("layer_types") or ()):
         raise ValueError(
             f"layer_types is {_short(hf['layer_types'])}, and fastweights implements only 'full_attention'"
         )
-    if hf.get("use_sliding_window"):
+    if hf.get("use_sliding_window") and not _as_long_as_any_text(hf):
         raise ValueError("use_sliding_window is true, and fastweights implements only full attention")
-    known = _HANDLED | _ONLY.keys() | _HARMLESS | {"layer_types", "use_sliding_window"}
-    unread += hf.keys() - known
+    known = _HANDLED | _ONLY.keys() | _HARMLESS | {"model_type", "layer_types", "use_sliding_window"} | family.idle
+    unread += given.keys() - known
+    biases = {key: _first(hf.get(key), False) for key in ("attention_bias", "mlp_bias")}
+    if family.qkv_bias is not None:
+        unread += [key for key in biases if given.get(key) not in (None, family.qkv_bias and key == "attention_bias")]
+        biases = {"attention_bias": family.qkv_bias, "mlp_bias": False}
     if hf.get("auto_map"):  # code of the repository, which transformers runs only if told to trust it
         unread.append("auto_map")
 
@@ -293,12 +323,20 @@ def _read(hf: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
         "rms_norm_eps": hf["rms_norm_eps"],
         "rope_theta": theta,
         "rope_scaling": scaling,
-        **{key: _first(hf.get(key), False) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")},
+        **biases,
+        "tie_word_embeddings": _first(hf.get("tie_word_embeddings"), False),
         "bos_token_id": _token_id("bos_token_id", hf.get("bos_token_id", 1)),
         "eos_token_ids": eos_ids(hf.get("eos_token_id", 2)),
         "pad_token_id": _token_id("pad_token_id", hf.get("pad_token_id")),
         "dtype": dtype.removeprefix("torch.") if isinstance(dtype, str) and dtype != "auto" else None,
+        "model_type": hf["model_type"],
     }
+
+
+def _as_long_as_any_text(hf: Mapping[str, Any]) -> bool:
+    """Whether the sliding window never moves."""
+    window, length = hf.get("sliding_window"), hf.get("max_position_embeddings")
+    return isinstance(window, int) and isinstance(length, int) and window >= length
 
 
 def _rope(hf: Mapping[str, Any], length: int, unread: list[str]) -> tuple[float, RopeScaling | None]:

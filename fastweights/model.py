@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=bias)
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
-        self.o_proj = Linear(config.num_attention_heads * E, D, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * E, D, bias=config.output_bias)
 
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], positions: Positions, cache: KVCache | None

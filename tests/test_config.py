@@ -233,7 +233,9 @@ def test_llama_1_and_2_default_to_the_values_they_were_trained_with():
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 
 REFUSED = [
-    ({"model_type": "mistral"}, 'model_type is "mistral", and fastweights implements only "llama"'),
+    ({"model_type": "gemma3_text"}, 'model_type is "gemma3_text", and fastweights implements only "llama" or "qwen2"'),
+    ({"model_type": "mistral"}, "sliding_window is 4096, and fastweights implements only null"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding_window is 64"),
     ({"hidden_act": "gelu"}, 'hidden_act is "gelu", and fastweights implements only "silu" or "swish"'),
     ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}'),
     ({"sliding_window": 4096}, "sliding_window is 4096, and fastweights implements only null"),

@@ -12,7 +12,7 @@ FOLDER = Path(fastweights.__file__).parent
 ORDER = [
     *("files", "version", "progress"),
     *("flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
-    *("config", "state", "cache", "model"),
+    *("families", "config", "state", "cache", "model"),
     *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights", "anatomy"),  # checkpoints
     *("sae_files", "sae"),
     "probes",
