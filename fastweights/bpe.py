@@ -17,6 +17,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # every digit by itself
 _DEFAULT = (
     r"[\p{P}\$\+<=>\^~\|]+",
     _GPT2,
@@ -33,6 +34,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("exaone", "minerva-7b", "mellum2"), (_DIGIT, _GPT2)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"), (LLAMA3,)),
     **dict.fromkeys(("midm-2.0", "lfm2", "jina-v5-nano", "smaug-bpe", "dbrx"), (LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2,)),
     "default": _DEFAULT,
 }
 NOT_LLAMA_3 = ("smaug-bpe", "dbrx")  # split like Llama 3, but merge every word and write BOS only if told to
@@ -54,6 +56,8 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
         for p in PRE_TOKENIZERS[pre]
     ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if PRE_TOKENIZERS[pre] == (_QWEN2,):
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend

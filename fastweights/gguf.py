@@ -45,6 +45,8 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
+# The architectures that are read, and whether llama.cpp reorders the rows of their q and k.
+PERMUTED = {"llama": True, "qwen2": False}
 # Tokens that end a turn or a text whatever the metadata says: llama.cpp knows them by their text.
 _ENDS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>"),
@@ -57,7 +59,7 @@ _ENDS = {
 
 
 class GgufFile:
-    """An opened .gguf file of Llama architecture; refuses anything else with a one-line ValueError.
+    """An opened .gguf file of an architecture in PERMUTED; refuses anything else with a one-line ValueError.
 
     `config` is ready; `tensors()` yields Hugging Face names with float32 values, one at a time; `tokenizer()`
     rebuilds the tokenizer from the file's vocabulary and merges.
@@ -71,10 +73,11 @@ class GgufFile:
         self._dequantize: Callable[..., np.ndarray] = gguf.quants.dequantize
         self.path, self._readers = _parts(Path(path), gguf.GGUFReader)
         self._reader = self._readers[0]  # the metadata is in the first part
-        architecture = self._get("general.architecture")
-        if architecture != "llama":
+        self.architecture: str = self._get("general.architecture")
+        if self.architecture not in PERMUTED:
             raise ValueError(
-                f"{self.path} has the architecture {architecture!r}, and fastweights implements only 'llama'"
+                f"{self.path} has the architecture {self.architecture!r}, and fastweights implements only "
+                f"{' and '.join(map(repr, PERMUTED))}"
             )
         self._tensors = [tensor for reader in self._readers for tensor in reader.tensors]
         self._shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in self._tensors}
@@ -106,9 +109,9 @@ class GgufFile:
                 ) from None
             # a copy: float32 data would otherwise be a read-only view of the file
             values = np.array(values, dtype=np.float32).reshape(self._shapes[tensor.name])
-            if "q_proj" in name:
+            if "q_proj" in name and PERMUTED[self.architecture]:
                 values = unpermute(values, self.config.num_attention_heads)
-            elif "k_proj" in name:
+            elif "k_proj" in name and PERMUTED[self.architecture]:
                 values = unpermute(values, self.config.num_key_value_heads)
             yield name, torch.from_numpy(values)
 
@@ -164,6 +167,10 @@ class GgufFile:
             return default[0]
         raise ValueError(f"{self.path}: the key {key} is missing, and the model cannot be built without it")
 
+    def _own(self, key: str, *default: Any) -> Any:
+        """A key of the architecture."""
+        return self._get(f"{self.architecture}.{key}", *default)
+
     def _special(self, name: str) -> int | None:
         """The id that the metadata gives a special token, or that llama.cpp takes where it is silent."""
         key = f"tokenizer.ggml.{name}_token_id"
@@ -203,7 +210,7 @@ class GgufFile:
         if name not in PRE_TOKENIZERS:
             raise ValueError(
                 f"{self.path}: tokenizer.ggml.pre is {name!r}, and fastweights implements only command-r, default, "
-                "gpt-2, llama-bpe, smollm and what llama.cpp splits like one of them"
+                "gpt-2, llama-bpe, qwen2, smollm and what llama.cpp splits like one of them"
             )
         return name
 
@@ -224,30 +231,36 @@ class GgufFile:
     def _config(self) -> LlamaConfig:
         if "token_embd.weight" not in self._shapes:
             raise ValueError(f"{self.path}: the tensor token_embd.weight is missing")
-        if experts := self._get("llama.expert_count", 0):
-            raise ValueError(f"{self.path}: llama.expert_count is {experts}, and fastweights implements no experts")
-        heads, width = self._get("llama.attention.head_count"), self._get("llama.embedding_length")
+        if experts := self._own("expert_count", 0):
+            raise ValueError(
+                f"{self.path}: {self.architecture}.expert_count is {experts}, and fastweights implements no experts"
+            )
+        heads, width = self._own("attention.head_count"), self._own("embedding_length")
         for key, value in (
             ("head_count", heads),
-            ("head_count_kv", self._get("llama.attention.head_count_kv", heads)),
+            ("head_count_kv", self._own("attention.head_count_kv", heads)),
         ):
             if not isinstance(value, int):
-                raise ValueError(f"{self.path}: llama.attention.{key} differs between layers, expected one number")
-        head_dim = self._get("llama.attention.key_length", width // heads)
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if (value := self._get(key, head_dim)) != head_dim:
-                raise ValueError(f"{self.path}: {key} is {value}, expected the head width {head_dim}")
-        theta = _shortest(self._get("llama.rope.freq_base", 10000.0))
+                raise ValueError(
+                    f"{self.path}: {self.architecture}.attention.{key} differs between layers, expected one number"
+                )
+        head_dim = self._own("attention.key_length", width // heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if (value := self._own(key, head_dim)) != head_dim:
+                raise ValueError(
+                    f"{self.path}: {self.architecture}.{key} is {value}, expected the head width {head_dim}"
+                )
+        theta = _shortest(self._own("rope.freq_base", 10000.0))
         return LlamaConfig(
             vocab_size=self._shapes["token_embd.weight"][0],
             hidden_size=width,
-            intermediate_size=self._get("llama.feed_forward_length"),
-            num_hidden_layers=self._get("llama.block_count"),
+            intermediate_size=self._own("feed_forward_length"),
+            num_hidden_layers=self._own("block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=self._get("llama.attention.head_count_kv", heads),
+            num_key_value_heads=self._own("attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_position_embeddings=self._get("llama.context_length"),
-            rms_norm_eps=_shortest(self._get("llama.attention.layer_norm_rms_epsilon")),
+            max_position_embeddings=self._own("context_length"),
+            rms_norm_eps=_shortest(self._own("attention.layer_norm_rms_epsilon")),
             rope_theta=theta,
             rope_scaling=self._rope_scaling(theta, head_dim),
             attention_bias="blk.0.attn_q.bias" in self._shapes,
@@ -257,14 +270,15 @@ class GgufFile:
             eos_token_ids=self._stops(),
             pad_token_id=self._special("padding"),
             dtype="float32",
+            model_type=self.architecture,
         )
 
     def _rope_scaling(self, theta: float, head_dim: int) -> RopeScaling | None:
-        kind = self._get("llama.rope.scaling.type", "linear")
-        factor = self._get("llama.rope.scaling.factor", self._get("llama.rope.scale_linear", 0.0))
+        kind = self._own("rope.scaling.type", "linear")
+        factor = self._own("rope.scaling.factor", self._own("rope.scale_linear", 0.0))
         if kind not in ("none", "linear"):
             raise ValueError(
-                f"{self.path}: llama.rope.scaling.type is {kind!r}, "
+                f"{self.path}: {self.architecture}.rope.scaling.type is {kind!r}, "
                 "and fastweights implements only 'none', 'linear' and Llama 3's"
             )
         linear = None

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import LlamaConfig as HFConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.tokenization_utils_base import generate_merges
 
 import fastweights as fw
@@ -74,7 +74,9 @@ def byte_level_vocabulary():
 def write(path, model, quantization="F32", vocabulary="gpt2", drop=(), tensors=None, rename=None, **meta):
     """A .gguf as llama.cpp's converter would write it for `model`; `rename` gives normal tokens another text."""
     config = model.config
-    writer = gguf.GGUFWriter(path, meta.pop("architecture", "llama"))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    architecture = meta.pop("architecture", "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     keys = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -82,15 +84,15 @@ def write(path, model, quantization="F32", vocabulary="gpt2", drop=(), tensors=N
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": head_dim,
     }
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if head_dim * config.num_attention_heads != config.hidden_size:
+        keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     for key, value in keys.items():
         if key not in drop:
-            writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    writer.add_float32("llama.rope.freq_base", config.rope_parameters["rope_theta"])
+            writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    writer.add_float32(f"{architecture}.rope.freq_base", config.rope_parameters["rope_theta"])
     for key, value in meta.items():
         add = {
             str: writer.add_string,
@@ -122,9 +124,9 @@ def write(path, model, quantization="F32", vocabulary="gpt2", drop=(), tensors=N
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.numpy()
-        if "q_proj" in name:
+        if "q_proj" in name and architecture == "llama":
             values = llama_cpp_rows(values, config.num_attention_heads)
-        if "k_proj" in name:
+        if "k_proj" in name and architecture == "llama":
             values = llama_cpp_rows(values, config.num_key_value_heads)
         for theirs, ours in {
             "model.embed_tokens": "token_embd",
@@ -167,6 +169,23 @@ def test_float32_gguf_is_the_same_model(tmp_path, changes):
         assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-5
     assert model.config.rms_norm_eps == 1e-5  # stored as the float32 9.99999975e-06
     assert (model.config.bos_token_id, model.config.eos_token_ids) == (1, (2,))
+
+
+def test_a_qwen2_gguf_is_the_same_model(tmp_path):
+    torch.manual_seed(0)
+    theirs = Qwen2ForCausalLM(Qwen2Config(**SHAPE, rope_theta=1e6)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.1)
+        meta = {"architecture": "qwen2", "tokenizer__ggml__pre": "qwen2", "tokenizer__ggml__add_bos_token": False}
+        model, tokenizer = fw.load(write(tmp_path / "m.gguf", theirs, **meta))
+        assert (model(IDS) - theirs(IDS).logits).abs().max() <= 1e-5
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert (model.config.model_type, model.config.attention_bias, model.config.output_bias) == ("qwen2", True, False)
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("a 1234", add_special_tokens=False)]
+    assert pieces[-4:] == ["1", "2", "3", "4"]
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")  # NFC
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("F16", 1e-3), ("BF16", 5e-3), ("Q8_0", 5e-3)])
@@ -310,14 +329,14 @@ def test_each_pre_tokenizer_splits_as_the_model_was_trained(tmp_path, pre, text,
 
 
 REFUSED = [
-    ({"architecture": "qwen2"}, "has the architecture 'qwen2', and fastweights implements only 'llama'"),
+    ({"architecture": "gemma2"}, "has the architecture 'gemma2', and fastweights implements only 'llama' and 'qwen2'"),
     ({"drop": ("block_count",)}, "the key llama.block_count is missing"),
     ({"llama__expert_count": 8}, "llama.expert_count is 8"),
     ({"llama__attention__key_length": 32}, "llama.rope.dimension_count is 16, expected the head width 32"),
     ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
     (
-        {"tokenizer__ggml__pre": "qwen2"},
-        "tokenizer.ggml.pre is 'qwen2', and fastweights implements only command-r,",
+        {"tokenizer__ggml__pre": "gpt-4o"},
+        "tokenizer.ggml.pre is 'gpt-4o', and fastweights implements only command-r,",
     ),
     ({"vocabulary": None, "tokenizer__ggml__model": "bert"}, "the key tokenizer.ggml.tokens is missing"),
     (
