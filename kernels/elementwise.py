@@ -16,7 +16,7 @@ from .values import FUSED, jit, tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLAIN = (Tensor, nn.Parameter)
-WIDEST = 1 << 15  # of a norm: one program holds a whole row in registers
+WIDEST = 1 << 14  # of a norm: one program holds a whole row in registers; wider ones spill
 BLOCK = 2048  # of silu_mul, for 4 warps: 16 bytes of each operand a thread or more, on warps of 64 threads too
 
 
@@ -77,7 +77,7 @@ def launch_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _norm_tile(D: int) -> tuple[int, int]:
-    """The power of two that holds a row, and warps: 8 to 64 values a thread."""
+    """The power of two that holds a row, and warps."""
     block = triton.next_power_of_2(D)
     return block, 4 if block <= 2048 else 8 if block <= 8192 else 16
 
