@@ -63,15 +63,15 @@ def reference_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def launch_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    D, y = x.shape[-1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x_ND = x.reshape(-1, D)  # a view, unless rows lie at uneven distances
-    if x_ND.stride(1) != 1:
-        x_ND = x_ND.contiguous()
+    D, y = x.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
+    apart = D
+    if not x.is_contiguous():
+        x = x.reshape(-1, D)  # a view, unless rows lie at uneven distances
+        x = x if x.stride(1) == 1 else x.contiguous()
+        apart = x.stride(0)
     block, warps = _norm_tile(D)
     with torch.cuda.device_of(x):
-        _rms_norm[(len(x_ND),)](
-            x_ND, weight_D, y, x_ND.stride(0), D, eps, BD=block, num_warps=warps, **FUSED
-        )  # fmt: skip
+        _rms_norm[(x.numel() // D,)](x, weight_D, y, apart, D, eps, BD=block, num_warps=warps, **FUSED)
     return y
 
 
@@ -111,7 +111,7 @@ def reference_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def launch_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    y, size = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), gate.numel()
+    y, size = torch.empty_like(gate), gate.numel()
     with torch.cuda.device_of(gate):
         _silu_mul[(-(-size // BLOCK),)](gate, up, y, size, BLOCK=BLOCK, num_warps=4, **FUSED)
     return y

@@ -90,9 +90,9 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """q turned, as [B, T, H, E] lies, and k turned, so as well or where `into` says. One launch."""
     (B, H, T, E), K, (cos, sin) = q_BHTE.shape, k_BKTE.shape[1], rope
-    q = torch.empty(B, T, H, E, dtype=q_BHTE.dtype, device=q_BHTE.device).transpose(1, 2)
+    q = q_BHTE.new_empty(B, T, H, E).transpose(1, 2)
     if into is None:
-        k = torch.empty(B, T, K, E, dtype=q_BHTE.dtype, device=q_BHTE.device).transpose(1, 2)
+        k = k_BKTE.new_empty(B, T, K, E).transpose(1, 2)
         into = Into(k, k, 0, None)
     k, values, start, place_BT = into
     v_strides = k_BKTE.stride() if v_BKTE is None else v_BKTE.stride()
