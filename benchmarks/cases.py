@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from . import looking, profiles, shapes
+from . import looking, profiles, roles, shapes
 from .bed import ALL, Bed
 from .decode import CONTEXT, frozen_decode, overflow, plastic_decode
 from .measure import Experiment
@@ -41,6 +41,9 @@ def _cases() -> list[Case]:
     cases.append(Case("decode.behind", "one token behind long contexts: against a short one", shapes.behind))
     about = "a step of many rows, frozen and plastic (3 layers, R = 64): against one row"
     cases.append(Case("decode.rows", about, shapes.rows))
+    for rows in (1, 16):
+        about = f"the kernels of a step of {rows} rows by role: against torch's products"
+        cases.append(Case(f"kernels.rows{rows}", about, partial(roles.step_kernels, rows=rows)))
     cases.append(
         Case("decode.gradient", "gradient ascent after every token, 3 layers: against frozen", shapes.gradient)
     )
@@ -63,6 +66,7 @@ def _cases() -> list[Case]:
         ("prefill.frozen", "2048 tokens in one pass, frozen", profiles.frozen_prefill),
         ("prefill.plastic", "2048 tokens in one pass, all written in 3 layers", profiles.plastic_prefill),
         ("probe", "a probe of 45 tokens", profiles.probe),
+        ("moments", "the same at 64 moments", partial(profiles.probe, at="every")),
     ):
         cases.append(Case(f"profile.{name}", f"where the time goes: {about}", measure=profile))
     cases.append(Case("load", "load time and peak memory: against reading the file", measure=load))

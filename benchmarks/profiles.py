@@ -126,11 +126,11 @@ def frozen_prefill(bed: Bed, tokens: int = 2048) -> dict[str, Any]:
     return found
 
 
-def probe(bed: Bed, tokens: int = 45, events: int = 64) -> dict[str, Any]:
-    """A probe of the fast weights as they are now."""
+def probe(bed: Bed, tokens: int = 45, events: int = 64, at: str = "now") -> dict[str, Any]:
+    """A probe of the fast weights as they are now, or as they were after every event."""
     plastic = Plastic(bed, bed.layers(), ALL, events, events)
     ids = bed.ids(events + tokens)
     plastic.episode.feed(ids[:, :events], update="all", logits="last")
-    found = profiled(bed, lambda: plastic.episode.probe(ids[:, events:], logits="last"), plastic.on)
+    found = profiled(bed, lambda: plastic.episode.probe(ids[:, events:], at=at, logits="last"), plastic.on)
     found["context"] |= {"probe tokens": tokens, "events": events, "layers": bed.layers()}
     return found

@@ -106,14 +106,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(O, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # on CUDA one kernel may compute silu(gate) · up; it returns None where it cannot
-        both = getattr(self.gate_proj, "gate_and_up", None)
-        act_BTO = both(self.up_proj, x_BTD) if both else None
-        if act_BTO is None:
-            if on_gpu(x_BTD):
-                act_BTO = silu_mul(self.gate_proj(x_BTD), self.up_proj(x_BTD))
-            else:  # what gate_proj gave is free again before up_proj runs
-                act_BTO = F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD))
+        # a hook may keep what gate_proj gave, so that is not changed in place; what SiLU gives is ours
+        if on_gpu(x_BTD):
+            act_BTO = silu_mul(self.gate_proj(x_BTD), self.up_proj(x_BTD))
+        else:  # what gate_proj gave is free again before up_proj runs
+            act_BTO = F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD))
         return self.down_proj(act_BTO)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from .cache import Positions
 from .episode_state import Address
 from .kernels.scan import Gram
-from .kernels.step import StepInputs
 from .state import EventLog
 from .state.events import Events
 
@@ -71,8 +70,6 @@ class Pass:
     rows_per_column: int = 1  # tokens side by side: B where the rows share one ΔW
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
     slot_weights: dict[Address, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
-    steps: Mapping[Address, StepInputs] = field(default_factory=dict)  # linears whose kernel writes the event itself
-    pairs: frozenset[int] = frozenset()  # layers whose gate and up do that in one kernel
     # gradient rules: (a, h) of this token, a with its graph
     taped: dict[Address, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: SharedKeys | None = None  # of the linear that ran last: gate and up read the same input

@@ -13,7 +13,6 @@ from .episode_state import Address
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Gram, Known, before, scan
-from .kernels.step import Factors, Frozen, StepInputs, StepLinear, StepRule, step_, step_gated_
 from .model import Llama
 from .passes import Pass, SharedKeys
 from .rules import (
@@ -25,7 +24,6 @@ from .rules import (
     event_value,
     key_of,
     target_at,
-    twin_event,
     twin_of,
     value_of,
 )
@@ -75,16 +73,6 @@ class PlasticLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rule={self.rule}, rank={self.rank}"
 
     @property
-    def rule(self) -> Rule:
-        return self._rule
-
-    @rule.setter
-    def rule(self, rule: Rule) -> None:
-        self._rule, twin = rule, twin_of(rule)
-        # made here, because a compiled step must not look at the rate: that may change from token to token
-        self._step_rule = twin and StepRule(twin.name, self.activation.name, rule.mu, rule.clip, _event)
-
-    @property
     def name(self) -> str:
         return f"layers.{self.address[0]}.mlp.{self.address[1]}"
 
@@ -116,8 +104,6 @@ class PlasticLinear(nn.Module):
         if now is None:
             return linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.address]
-        if self.address in now.steps:
-            return self._step(now.steps[self.address], log, h_BTI, now.position_BT)
         writes = now.write_BT is not None and self.rule.neuron_local
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None and self.binding.tap is None:
@@ -254,38 +240,6 @@ class PlasticLinear(nn.Module):
             target_BCO = target_BCO.expand(a_BCO.shape)
         return Known(twin.name, self.activation.name, twin.rate, twin.gamma, self.rule.clip, target=target_BCO)
 
-    def _step(self, inputs: StepInputs, log: EventLog, h_B1I: Tensor, position_B1: Tensor) -> Tensor:
-        """One token by the fused kernels, which write its event into the next slot of the log themselves."""
-        assert self._step_rule is not None
-        linear = self.step_linear(inputs, log, position_B1, len(h_B1I))
-        return step_(h_B1I[:, 0], linear, self._step_rule, self.backend)[:, None]
-
-    def gate_and_up(self, up: nn.Module, h_B1I: Tensor) -> Tensor | None:
-        """SiLU(this linear) ⊙ up of one token, by one kernel that writes both events; None: call them one by one."""
-        now = self.binding.now
-        if (
-            now is None
-            or self.address[0] not in now.pairs
-            or type(up) is not PlasticLinear
-            or touched(self)
-            or touched(up)
-        ):
-            return None
-        assert self._step_rule is not None
-        gate, other = (
-            linear.step_linear(now.steps[linear.address], now.logs[linear.address], now.position_BT, len(h_B1I))
-            for linear in (self, up)
-        )
-        return step_gated_(h_B1I[:, 0], gate, other, self._step_rule, self.backend)[:, None]
-
-    def step_linear(self, inputs: StepInputs, log: EventLog, position_B1: Tensor, rows: int) -> StepLinear:
-        """What a kernel that reads and writes one token must know of this linear."""
-        target = inputs.target
-        if target is not None:
-            target = target_at(target, position_B1).expand(rows, 1, -1)[:, 0]
-        factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if self.rule.bias else None, log.birth_BR)
-        return StepLinear(Frozen(self.weight, self.bias), factors, inputs._replace(target=target))
-
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
         rule, form, shared = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip), now.keys
@@ -303,13 +257,6 @@ class PlasticLinear(nn.Module):
         return now.keys
 
 
-def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
-    """u of one token by its rule in torch: what a fused step writes."""
-    numbers = (inputs.rate, inputs.gamma, inputs.target)
-    activation = SILU if rule.activation == "silu" else IDENTITY
-    return twin_event(rule.name, activation, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
-
-
 def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     """Every plastic linear of the model, in the order in which a forward pass meets them."""
     found: dict[Address, PlasticLinear] = {}
@@ -317,7 +264,7 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     for layer, block in enumerate(model.model.layers._modules.values()):
         linears = block._modules["mlp"]._modules  # type: ignore[union-attr]
         for name in ACTIVATIONS:
-            if type(linear := linears[name]) is PlasticLinear:
+            if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
     return found
 

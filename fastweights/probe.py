@@ -403,8 +403,10 @@ def _lanes_at_once(runner: Runner, wanted: Wanted, max_bytes: int) -> int:
             f"this probe needs {kept + one} bytes, {kept} of them for what it keeps, but max_bytes={max_bytes}: "
             "keep fewer sites, layers, positions, moments or alternatives, or allow more"
         )
-    # a sixteenth at a time: more lanes make no layer faster, and fall out of the caches
-    return max(1, min(max_bytes - kept, max_bytes // 16) // one)
+    # a sixteenth at a time: more lanes make no layer faster on a CPU, and fall out of the caches. A GPU needs a few
+    # thousand tokens for a product at full speed.
+    share = max_bytes // (16 if model.device.type == "cpu" else 4)
+    return max(1, min(max_bytes - kept, share) // one)
 
 
 def _batches(moments: int, alternatives: Sequence[Alternative], size: int) -> Iterator[tuple[range, list[Alternative]]]:

@@ -1,16 +1,18 @@
-"""step: one token at one plastic linear, for a batch of rows, in place and fused.
+"""step: the MLP of one token of each row, with the fast weights of its linears read and written in the same kernels.
 
     a = W h + b + Σ_j w_j (k_j·h + bias_j) u_j                   read, before this token's own write
     k = h / (‖h‖² + mu),   u = rate · value(a), clipped         write, into slot `slot` where `write`
 
-and the pair gate_proj, up_proj with SiLU·up behind it: out = silu(a_gate) ⊙ a_up, whose logs have slots, weights and
-rule in common. Two launches each. Whatever changes between tokens (weights, slots, rates, the mask) is a tensor, so a
-captured graph stays good. A slot outside 0:R writes nothing. `bad` [B] becomes 1 where what was written is not
-finite, so that nobody has to look, and wait for the device, after every linear.
+`gate_up` gives silu(a_gate) ⊙ a_up of h = norm(x), `down_` adds a to the residual stream x. Each of the linears is
+plastic or frozen by itself. One launch, and one before it where a linear is plastic: w ⊙ (K h + bias) needs all of h.
+Whatever changes between tokens (weights, slots, rates, the mask) is a tensor, so a captured graph stays good. A slot
+outside 0:R writes nothing. `bad` [B] becomes 1 where what was written is not finite, so that nobody has to look, and
+wait for the device, after every linear.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,17 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import Frozen, Norm, add_project_, announce, chained, norm_rows, normed, project, tile, wait, weighed
 from .read import reference as read_reference
-from .values import FUSED, clipped_triton, jit, kernel_of, per_row, require_triton, tl, triton
-
-GEMV_ROWS = 4  # more rows than this: the frozen product by torch's GEMM, the rest fused behind it
-
-
-class Frozen(NamedTuple):
-    """The linear itself, any float dtype."""
-
-    W_OI: Tensor
-    b_O: Tensor | None
+from .values import clipped_triton, jit, kernel_of, per_row, phi_triton, require_triton, tl, triton
 
 
 class Factors(NamedTuple):
@@ -53,14 +47,6 @@ class StepInputs(NamedTuple):
     bad_B: Tensor  # int32: becomes 1 in rows whose event is not finite
 
 
-class StepLinear(NamedTuple):
-    """One plastic linear, for one token."""
-
-    frozen: Frozen
-    factors: Factors
-    inputs: StepInputs
-
-
 class StepRule(NamedTuple):
     """What of a rule is no tensor.
 
@@ -73,6 +59,21 @@ class StepRule(NamedTuple):
     mu: float | None
     clip: float | None
     event: Callable[[StepRule, Tensor, Tensor, Tensor, StepInputs], Tensor] | None = None
+
+
+class Plastic(NamedTuple):
+    """The fast weights of one linear, for one token."""
+
+    factors: Factors
+    inputs: StepInputs
+    rule: StepRule
+
+
+class StepLinear(NamedTuple):
+    """One linear, for one token; plastic None: it is frozen."""
+
+    frozen: Frozen
+    plastic: Plastic | None = None
 
 
 # ---- torch
@@ -88,13 +89,6 @@ def _keys(h_BI: Tensor, mu: float | None) -> tuple[Tensor, Tensor, Tensor]:
 def _put(slot_B: Tensor, write_B: Tensor, *changes: tuple[Tensor | None, Tensor]) -> None:
     """buffer[b, slot[b]] = new[b] in every row that is written, for (buffer [B, R, ...], new [B, ...])."""
     R = next(buffer.shape[1] for buffer, _ in changes if buffer is not None)
-    if slot_B.is_cpu and not torch.compiler.is_compiling():
-        rows = zip(slot_B.tolist(), write_B.tolist(), strict=True)
-        for b, slot in [(b, slot) for b, (slot, write) in enumerate(rows) if write and 0 <= slot < R]:
-            for buffer, new in changes:
-                if buffer is not None:
-                    buffer[b, slot] = new[b]
-        return
     # without looking at the mask from Python: that would wait for the device
     write_B = write_B & (slot_B >= 0) & (slot_B < R)
     row, slot_B = torch.arange(len(slot_B), device=slot_B.device), slot_B.clamp(0, R - 1)
@@ -111,10 +105,13 @@ def _note(bad_B: Tensor, slot_B: Tensor, write_B: Tensor, R: int, *written: Tens
     bad_B.masked_fill_(bad & write_B & (slot_B >= 0) & (slot_B < R), 1)
 
 
-def reference(h_BI: Tensor, linear: StepLinear, rule: StepRule) -> Tensor:
-    """The definition, in torch."""
+def reference(h_BI: Tensor, linear: StepLinear) -> Tensor:
+    """a [B, O] of one linear in h's dtype, by the definition; writes the event where it is plastic."""
+    (W_OI, b_O), plastic = linear
+    if plastic is None:
+        return F.linear(h_BI, W_OI, b_O)
+    (U_BRO, K_BRI, bias_BR, birth_BR), inputs, rule = plastic
     assert rule.event is not None
-    (W_OI, b_O), (U_BRO, K_BRI, bias_BR, birth_BR), inputs = linear
     k_BI, scale_B, norm_B = _keys(h_BI.to(K_BRI.dtype), rule.mu)
     frozen_BO = F.linear(h_BI, W_OI, b_O).to(U_BRO.dtype)
     a_BO = frozen_BO + read_reference(h_BI[:, None], U_BRO, K_BRI, bias_BR, inputs.w_BR)[:, 0]
@@ -125,313 +122,389 @@ def reference(h_BI: Tensor, linear: StepLinear, rule: StepRule) -> Tensor:
     return a_BO.to(h_BI.dtype)
 
 
-def reference_gated(h_BI: Tensor, gate: StepLinear, up: StepLinear, rule: StepRule) -> Tensor:
-    a_gate_BO = reference(h_BI, gate, rule._replace(activation="silu"))
-    return F.silu(a_gate_BO) * reference(h_BI, up, rule._replace(activation="identity"))
-
-
-# ---- Triton: the kernels are given these groups as they are; None is known when a kernel is compiled
+# ---- Triton: the kernels are given one of these for each linear; None is known when a kernel is compiled
 
 
 class _Linear(NamedTuple):
     W: Any
     b: Any  # or None
-    product: Any  # W h + b [B, O] where torch has made it; None: the kernel reads W
-    U: Any
-    K: Any
-    bias: Any  # or None
-    birth: Any
-    rate: Any
-    gamma: Any
-    target: Any  # or None
-    bad: Any
-    c: Any  # scratch [B, R]: w ⊙ (K h + bias keys)
-    U_sb: Any  # how far rows lie apart
-    K_sb: Any
-    bias_sb: Any
-    birth_sb: Any
-    target_sb: Any
-
-
-class _Token(NamedTuple):
-    event: Any
-    slot: Any
-    w: Any  # [B, R]
-    write: Any
-    norm: Any  # scratch [B]: ‖k‖
+    product: Any  # W h + b, float32, where it is made already; None: the kernel reads W
+    product_sb: Any  # how far rows lie apart, here and below
+    U: Any = None  # None: frozen, and so is everything below
+    K: Any = None
+    bias: Any = None  # None: no fast bias
+    birth: Any = None
+    event: Any = None
+    slot: Any = None
+    w: Any = None  # [B, R]
+    write: Any = None
+    rate: Any = None
+    gamma: Any = None
+    target: Any = None  # None: the rule has none
+    bad: Any = None
+    c: Any = None  # scratch [B, R]: w ⊙ (K h + bias keys)
+    norm: Any = None  # scratch [B]: ‖k‖
+    R: Any = None
+    mu: Any = None  # None: k = h
+    clip: Any = None  # None: no clip
+    U_sb: Any = None
+    K_sb: Any = None
+    bias_sb: Any = None
+    birth_sb: Any = None
+    target_sb: Any = None
 
 
 @jit
-def _coefficients(h_ptr, linear, other, token, I, R, mu, PAIR: tl.constexpr, BI: tl.constexpr):
-    """c = w ⊙ (K h + bias keys) and norm = ‖k‖; then this token's key into its slot. `other` counts if this is a PAIR.
+def _coefficients(
+    x_ptr, g_ptr, first, second, I, eps, PAIR: tl.constexpr, BI: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """c = w ⊙ (K h + bias keys) and norm = ‖k‖ of one linear or two; then this token's keys into their slots.
 
-    One program per slot: the program that writes a slot has itself read the old value, so no barrier between programs
-    is needed.
+    h is norm(x), or x itself without g. One program per slot: the program that writes a slot has itself read the old
+    value, so no barrier between programs is needed.
     """
-    b = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0).to(tl.int64)
-    K_ptr, K_sb, birth_ptr, birth_sb = linear.K, linear.K_sb, linear.birth, linear.birth_sb
-    c_ptr, bad_ptr = linear.c, linear.bad
-    if linear.bias is not None:
-        bias_ptr, bias_sb = linear.bias, linear.bias_sb
-    if PAIR:  # Triton 3.6 cannot compare a group with None
-        second = tl.program_id(2) == 1
-        K_ptr, K_sb = tl.where(second, other.K, K_ptr), tl.where(second, other.K_sb, K_sb)
-        birth_ptr, birth_sb = tl.where(second, other.birth, birth_ptr), tl.where(second, other.birth_sb, birth_sb)
-        c_ptr, bad_ptr = tl.where(second, other.c, c_ptr), tl.where(second, other.bad, bad_ptr)
-        if linear.bias is not None:
-            bias_ptr, bias_sb = tl.where(second, other.bias, bias_ptr), tl.where(second, other.bias_sb, bias_sb)
-    w = tl.load(token.w + b * R + r)
-    K_row = K_ptr + b * K_sb + r * I
+    announce(PDL)
+    wait(PDL)
+    r, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if tl.program_id(2) == 0:
+        if r < first.R:
+            _coefficient(b, r, x_ptr + b * I, g_ptr, first, I, eps, BI)
+    else:
+        if PAIR:  # noqa: SIM102  Triton 3.6 cannot compare a group with None
+            if r < second.R:
+                _coefficient(b, r, x_ptr + b * I, g_ptr, second, I, eps, BI)
+
+
+@jit
+def _coefficient(b, r, x_ptr, g_ptr, linear, I, eps, BI: tl.constexpr):
+    w = tl.load(linear.w + b * linear.R + r)
+    K_row = linear.K + b * linear.K_sb + r * I
     live = tl.where(w != 0, I, 0)  # a dead slot may hold anything
     dot = tl.full([BI], 0.0, tl.float32)
-    square = tl.full([BI], 0.0, tl.float32)
+    square_x = tl.full([BI], 0.0, tl.float32)
+    square_h = tl.full([BI], 0.0, tl.float32)
     for i0 in range(0, I, BI):
         i = i0 + tl.arange(0, BI)
-        h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
+        x, h = weighed(x_ptr, g_ptr, i, I)
         K = tl.load(K_row + i, mask=i < live, other=0.0)
         dot += h * K
-        square += h * h
+        square_x += x * x
+        square_h += h * h
     c = tl.sum(dot, 0)
-    norm2 = tl.sum(square, 0)
+    norm2 = tl.sum(square_h, 0)
+    unit = norm2 * 0 + 1
+    if g_ptr is not None:
+        unit = tl.rsqrt(tl.sum(square_x, 0) / I + eps)
+        c *= unit
+        norm2 *= unit * unit
     if linear.bias is not None:
-        c += tl.load(bias_ptr + b * bias_sb + r, mask=w != 0, other=0.0)
-    tl.store(c_ptr + b * R + r, tl.where(w != 0, c * w, 0.0))
+        c += tl.load(linear.bias + b * linear.bias_sb + r, mask=w != 0, other=0.0)
+    tl.store(linear.c + b * linear.R + r, tl.where(w != 0, c * w, 0.0))
     scale = norm2 * 0 + 1
-    if mu is not None:
-        scale = 1 / (norm2 + mu)
+    if linear.mu is not None:
+        scale = 1 / (norm2 + linear.mu)
     if r == 0:
-        tl.store(token.norm + b, tl.sqrt(norm2) * scale)
-    if (tl.load(token.write + b) != 0) & (tl.load(token.slot + b) == r):
+        tl.store(linear.norm + b, tl.sqrt(norm2) * scale)
+    if (tl.load(linear.write + b) != 0) & (tl.load(linear.slot + b) == r):
         tl.debug_barrier()  # every thread has read its part of the old key
         for i0 in range(0, I, BI):
             i = i0 + tl.arange(0, BI)
-            h = tl.load(h_ptr + b * I + i, mask=i < I, other=0.0).to(tl.float32)
-            tl.store(K_row + i, h * scale, mask=i < I)
-            tl.store(bad_ptr + b + i * 0, 1, mask=(i < I) & ~(tl.abs(h * scale) < float("inf")))
+            _, h = weighed(x_ptr, g_ptr, i, I)
+            key = h * unit * scale
+            tl.store(K_row + i, key, mask=i < I)
+            tl.store(linear.bad + b + i * 0, 1, mask=(i < I) & ~(tl.abs(key) < float("inf")))
         if linear.bias is not None:
-            tl.store(bias_ptr + b * bias_sb + r, scale)
-        tl.store(birth_ptr + b * birth_sb + r, tl.load(token.event + b))
+            tl.store(linear.bias + b * linear.bias_sb + r, scale)
+        tl.store(linear.birth + b * linear.birth_sb + r, tl.load(linear.event + b))
 
 
 @jit
-def _neurons(
-    b, n, h_ptr, linear, token, O, I, R, clip,
-    RULE: tl.constexpr, PHI: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """a of neurons n [BN] of row b, float32; writes their values."""
-    alive = n < O
-    if linear.product is None:
-        acc = tl.full([BN, BK], 0.0, tl.float32)
-        for k0 in range(0, I, BK):
-            k = k0 + tl.arange(0, BK)
-            inside = k < I
-            W = tl.load(linear.W + n[:, None] * I + k[None, :], mask=alive[:, None] & inside[None, :], other=0.0)
-            h = tl.load(h_ptr + b * I + k, mask=inside, other=0.0)
-            acc += W.to(tl.float32) * h.to(tl.float32)[None, :]
-        frozen = tl.sum(acc, 1)
-        if linear.b is not None:
-            frozen += tl.load(linear.b + n, mask=alive, other=0.0).to(tl.float32)
-    else:
-        frozen = tl.load(linear.product + b * O + n, mask=alive, other=0.0).to(tl.float32)
-    fast = tl.full([BR, BN], 0.0, tl.float32)
-    for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR).to(tl.int64)
-        w = tl.load(token.w + b * R + r, mask=r < R, other=0.0)
-        c = tl.load(linear.c + b * R + r, mask=r < R, other=0.0)
-        # the mask keeps out what dead slots hold: 0 · NaN is NaN
-        inside = (w != 0)[:, None] & alive[None, :]
-        U = tl.load(linear.U + b * linear.U_sb + r[:, None] * O + n[None, :], mask=inside, other=0.0)
-        fast += c[:, None] * U
-    a = frozen + tl.sum(fast, 0)
-    target = a
-    if linear.target is not None:
-        target = tl.load(linear.target + b * linear.target_sb + n, mask=alive, other=0.0).to(tl.float32)
-    u = tl.load(linear.rate + b) * RULE(a, frozen, target, tl.load(linear.gamma + b), PHI)
-    if clip is not None:
-        u = clipped_triton(u, clip, tl.load(token.norm + b))
-    slot = tl.load(token.slot + b)
-    end = tl.where((tl.load(token.write + b) != 0) & (slot >= 0) & (slot < R), O, 0)
-    tl.debug_barrier()  # the slot may be one that was just read
-    tl.store(linear.U + b * linear.U_sb + slot * O + n, u, mask=n < end)
-    tl.store(linear.bad + b + n * 0, 1, mask=(n < end) & ~(tl.abs(u) < float("inf")))
+def _event(b, n, frozen, linear, O, RULE: tl.constexpr, PHI: tl.constexpr, BR: tl.constexpr):
+    """a of neurons n [BN] of row b, float32, given W h + b; writes their values. Of a frozen linear a is W h + b."""
+    a = frozen
+    if linear.U is not None:
+        alive = n < O
+        fast = tl.full([BR, n.shape[0]], 0.0, tl.float32)
+        for r0 in range(0, linear.R, BR):
+            r = r0 + tl.arange(0, BR).to(tl.int64)
+            w = tl.load(linear.w + b * linear.R + r, mask=r < linear.R, other=0.0)
+            c = tl.load(linear.c + b * linear.R + r, mask=r < linear.R, other=0.0)
+            # the mask keeps out what dead slots hold: 0 · NaN is NaN
+            inside = (w != 0)[:, None] & alive[None, :]
+            U = tl.load(linear.U + b * linear.U_sb + r[:, None] * O + n[None, :], mask=inside, other=0.0)
+            fast += c[:, None] * U
+        a += tl.sum(fast, 0)
+        target = a
+        if linear.target is not None:
+            target = tl.load(linear.target + b * linear.target_sb + n, mask=alive, other=0.0).to(tl.float32)
+        u = tl.load(linear.rate + b) * RULE(a, frozen, target, tl.load(linear.gamma + b), PHI)
+        if linear.clip is not None:
+            u = clipped_triton(u, linear.clip, tl.load(linear.norm + b))
+        slot = tl.load(linear.slot + b)
+        end = tl.where((tl.load(linear.write + b) != 0) & (slot >= 0) & (slot < linear.R), O, 0)
+        tl.debug_barrier()  # the slot may be one that was just read
+        tl.store(linear.U + b * linear.U_sb + slot * O + n, u, mask=n < end)
+        tl.store(linear.bad + b + n * 0, 1, mask=(n < end) & ~(tl.abs(u) < float("inf")))
     return a
 
 
 @jit
-def _single(
-    h_ptr, linear, token, out_ptr, rows, O, I, R, clip,
-    RULE: tl.constexpr, PHI: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    first = tl.program_id(1).to(tl.int64) * rows
-    for b in range(first, first + rows):  # W stays in the L1 cache from row to row
-        a = _neurons(b, n, h_ptr, linear, token, O, I, R, clip, RULE, PHI, BN, BK, BR)
-        tl.store(out_ptr + b * O + n, a.to(out_ptr.dtype.element_ty), mask=n < O)
+def _bias(b_ptr, n, O):
+    return tl.load(b_ptr + n, mask=n < O, other=0.0).to(tl.float32)
 
 
 @jit
-def _gated(
-    h_ptr, gate, up, token, out_ptr, rows, O, I, R, clip,
-    RULE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+def _gate_up(
+    x_ptr, g_ptr, gate, up, y_ptr, O, I, eps,
+    MADE: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    first = tl.program_id(1).to(tl.int64) * rows
-    for b in range(first, first + rows):
-        a_gate = _neurons(b, n, h_ptr, gate, token, O, I, R, clip, RULE, "silu", BN, BK, BR)
-        a_up = _neurons(b, n, h_ptr, up, token, O, I, R, clip, RULE, "identity", BN, BK, BR)
-        # each linear's output has the model's dtype, as when the two run one by one
-        a_gate = a_gate.to(out_ptr.dtype.element_ty).to(tl.float32)
-        a_up = a_up.to(out_ptr.dtype.element_ty).to(tl.float32)
-        a_gate = (a_gate / (1 + tl.exp(-a_gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(out_ptr + b * O + n, (a_gate * a_up).to(out_ptr.dtype.element_ty), mask=n < O)
+    """silu(a_gate) ⊙ a_up of BN neurons of one row; MADE: their products are made already. GATE, UP: rules' values."""
+    announce(PDL)
+    n, b = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
+    if MADE:
+        wait(PDL)
+        a_gate = tl.load(gate.product + b * gate.product_sb + n, mask=n < O, other=0.0)
+        a_up = tl.load(up.product + b * up.product_sb + n, mask=n < O, other=0.0)
+    else:
+        k = tl.arange(0, BK)
+        W_gate, W_up = tile(gate.W, n, k, O, I), tile(up.W, n, k, O, I)
+        wait(PDL)
+        sum_gate = tl.full([BN, BK], 0.0, tl.float32)
+        sum_up = tl.full([BN, BK], 0.0, tl.float32)
+        square = tl.full([BK], 0.0, tl.float32)
+        for k0 in range(0, I, BK):
+            x, h = weighed(x_ptr + b * I, g_ptr, k0 + k, I)
+            square += x * x
+            sum_gate += W_gate.to(tl.float32) * h[None, :]
+            sum_up += W_up.to(tl.float32) * h[None, :]
+            # on their way while these are used
+            W_gate, W_up = tile(gate.W, n, k0 + BK + k, O, I), tile(up.W, n, k0 + BK + k, O, I)
+        a_gate, a_up = tl.sum(sum_gate, 1), tl.sum(sum_up, 1)
+        if g_ptr is not None:
+            unit = tl.rsqrt(tl.sum(square, 0) / I + eps)
+            a_gate *= unit
+            a_up *= unit
+        if gate.b is not None:
+            a_gate += _bias(gate.b, n, O)
+        if up.b is not None:
+            a_up += _bias(up.b, n, O)
+    a_gate = _event(b, n, a_gate, gate, O, GATE, "silu", BR)
+    a_up = _event(b, n, a_up, up, O, UP, "identity", BR)
+    y = phi_triton(a_gate, "silu") * a_up
+    tl.store(y_ptr + b * O + n, y.to(y_ptr.dtype.element_ty), mask=n < O)
 
 
-def _tile(B: int, O: int, I: int) -> tuple[bool, tuple[int, int], dict]:
-    """Whether the kernel reads W itself, its grid, and its tile."""
-    if B <= GEMV_ROWS:
-        BK = min(2048, max(128, triton.next_power_of_2(I)))
-        return True, (triton.cdiv(O, 2), 1), {"BN": 2, "BK": BK, "num_warps": 4}
-    return False, (triton.cdiv(O, 64), B), {"BN": 64, "BK": 16, "num_warps": 2}
+@jit
+def _down(
+    h_ptr, down, x_ptr, O, I,
+    MADE: tl.constexpr, RULE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x + a of BN neurons of one row of a plastic linear; MADE: its product is made already."""
+    announce(PDL)
+    n, b = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.program_id(1).to(tl.int64)
+    if MADE:
+        wait(PDL)
+        a = tl.load(down.product + b * down.product_sb + n, mask=n < O, other=0.0)
+    else:
+        k = tl.arange(0, BK)
+        W = tile(down.W, n, k, O, I)
+        wait(PDL)
+        acc = tl.full([BN, BK], 0.0, tl.float32)
+        for k0 in range(0, I, BK):
+            h = tl.load(h_ptr + b * I + k0 + k, mask=k0 + k < I, other=0.0).to(tl.float32)
+            acc += W.to(tl.float32) * h[None, :]
+            W = tile(down.W, n, k0 + BK + k, O, I)
+        a = tl.sum(acc, 1)
+        if down.b is not None:
+            a += _bias(down.b, n, O)
+    a = _event(b, n, a, down, O, RULE, "identity", BR)
+    x = tl.load(x_ptr + b * O + n, mask=n < O, other=0.0)
+    tl.store(x_ptr + b * O + n, x + a, mask=n < O)
 
 
-def _for_kernels(h_BI: Tensor, linear: StepLinear, rule: StepRule, gemv: bool) -> _Linear:
-    (W, b), (U, K, bias, birth), inputs = linear
-    require_triton(h_BI, U, K)
-    rate, gamma = (per_row(x, len(h_BI), U).contiguous() for x in (inputs.rate, inputs.gamma))
+def _for_kernels(linear: StepLinear, rows: int, product_BO: Tensor | None) -> _Linear:
+    (W, b), plastic = linear
+    product_sb = None if product_BO is None else product_BO.stride(0)
+    if plastic is None:
+        return _Linear(W, b, product_BO, product_sb)
+    (U, K, bias, birth), inputs, rule = plastic
+    require_triton(U, K)
+    rate, gamma = (per_row(x, rows, U).contiguous() for x in (inputs.rate, inputs.gamma))
     target = inputs.target if kernel_of(rule.name, rule.activation).reads_target else None
+    c, norm = (torch.empty(size, dtype=torch.float32, device=U.device) for size in (K.shape[:2], rows))
     return _Linear(
-        W, b, None if gemv else F.linear(h_BI, W, b), U, K, bias, birth, rate, gamma, target, inputs.bad_B,
-        torch.empty(K.shape[:2], dtype=torch.float32, device=h_BI.device), U.stride(0), K.stride(0),
-        0 if bias is None else bias.stride(0), birth.stride(0),
-        0 if target is None or target.dim() == 1 or len(target) == 1 else target.stride(0),
+        W, b, product_BO, product_sb, U, K, bias, birth, inputs.event_B, inputs.slot_B, inputs.w_BR,
+        inputs.write_B.view(torch.uint8), rate, gamma, target, inputs.bad_B, c, norm, K.shape[1],
+        None if rule.mu is None else float(rule.mu), None if rule.clip is None else float(rule.clip),
+        U.stride(0), K.stride(0), None if bias is None else bias.stride(0), birth.stride(0),
+        None if target is None else 0 if target.dim() == 1 or len(target) == 1 else target.stride(0),
     )  # fmt: skip
 
 
-def launch(h_BI: Tensor, linears: tuple[StepLinear, ...], rule: StepRule) -> Tensor:
-    """The step by Triton, of one linear or of gate and up: two launches."""
-    h, inputs = h_BI.contiguous(), linears[0].inputs
-    (B, I), O, R = h.shape, len(linears[0].frozen.W_OI), inputs.w_BR.shape[1]
-    gemv, grid, tile = _tile(B, O, I)
-    those = [_for_kernels(h, linear, rule, gemv) for linear in linears]
-    event, slot = (x.contiguous().long() for x in (inputs.event_B, inputs.slot_B))
-    write = inputs.write_B.contiguous().view(torch.uint8)
-    norm = torch.empty(B, dtype=torch.float32, device=h.device)
-    token = _Token(event, slot, inputs.w_BR.float().contiguous(), write, norm)
-    mu, clip = (None if x is None else float(x) for x in (rule.mu, rule.clip))
-    BI = min(1024, triton.next_power_of_2(I))
-    pair = len(those) == 2
-    _coefficients[(R, B, len(those))](h, those[0], those[-1], token, I, R, mu, PAIR=pair, BI=BI, num_warps=4, **FUSED)
-    out = torch.empty(B, O, dtype=h.dtype, device=h.device)
-    value = {"RULE": kernel_of(rule.name, rule.activation).value, "BR": 32, **tile, **FUSED}
-    sizes = (token, out, B if gemv else 1, O, I, R, clip)
-    if pair:
-        _gated[grid](h, *those, *sizes, **value)
-    else:
-        _single[grid](h, *those, *sizes, PHI=rule.activation, **value)
-    return out
+def _value(linear: StepLinear) -> Any:
+    """The rule's value as kernels are built from it."""
+    rule = linear.plastic and linear.plastic.rule
+    return rule and kernel_of(rule.name, rule.activation).value
 
 
-# ---- as operators, which live inside torch.compile and CUDA graphs and take tensors side by side
-
-FIELDS = (*Frozen._fields, *Factors._fields, *StepInputs._fields)
-WRITTEN, OPTIONAL = {*Factors._fields, "bad_B"}, {"b_O", "bias_BR", "target"}
-
-
-def flat(h_BI: Tensor, linears: tuple[StepLinear, ...], rule: StepRule) -> tuple:
-    """The arguments of an operator: h, the fields of each linear, and of the rule what is no function."""
-    return (h_BI, *(x for linear in linears for group in linear for x in group), *rule[:4])
-
-
-def grouped(*arguments: Any) -> tuple[Tensor, tuple[StepLinear, ...], StepRule]:
-    """The inverse of `flat`."""
-    h_BI, *fields = arguments[:-4]
-    linears = []
-    while fields:
-        (W, b, *factors_and_inputs), fields = fields[: len(FIELDS)], fields[len(FIELDS) :]
-        factors, inputs = factors_and_inputs[:4], factors_and_inputs[4:]
-        linears.append(StepLinear(Frozen(W, b), Factors(*factors), StepInputs(*inputs)))
-    return h_BI, tuple(linears), StepRule(*arguments[-4:])
+def _launch_coefficients(x_BI: Tensor, norm: Norm | None, linears: list[_Linear]) -> None:
+    plastic = [linear for linear in linears if linear.U is not None]
+    if not plastic:
+        return
+    (B, I), (weight, eps) = x_BI.shape, norm or (None, 0.0)
+    grid = (max(linear.R for linear in plastic), B, len(plastic))
+    options = {"PAIR": len(plastic) == 2, "BI": min(1024, triton.next_power_of_2(I)), "num_warps": 4}
+    _coefficients[grid](x_BI, weight, plastic[0], plastic[-1], I, eps, **options, **chained(x_BI.device))
 
 
-def _operator(name: str, linears: tuple[str, ...]) -> Any:
-    """An operator over `flat` arguments, with the schema that follows from the groups."""
-    names = [(field, field + suffix) for suffix in linears for field in FIELDS]
-    tensors = ", ".join(
-        f"Tensor{f'(a{n}!)' if field in WRITTEN else ''}{'?' if field in OPTIONAL else ''} {name}"
-        for n, (field, name) in enumerate(names)
-    )
-    schema = f"(Tensor h_BI, {tensors}, str rule, str activation, float? mu, float? clip) -> Tensor"
-    written = [name for field, name in names if field in WRITTEN]
-
-    @torch.library.custom_op(f"fastweights::{name}", mutates_args=written, device_types="cuda", schema=schema)
-    def operator(*arguments: Any) -> Tensor:
-        return launch(*grouped(*arguments))
-
-    operator.register_fake(lambda h, W, *_: h.new_empty(len(h), len(W)))
-    return operator
+def _grid(rows: int, O: int, I: int, BN: int, BK: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid and tile of a kernel that makes its own product, or of one whose product is made."""
+    if rows == 1:
+        return (triton.cdiv(O, BN), 1), {"MADE": False, "BN": BN, "BK": min(BK, triton.next_power_of_2(I)), "BR": 32}
+    return (triton.cdiv(O, 64), rows), {"MADE": True, "BN": 64, "BK": 16, "BR": 32}
 
 
-_op, _op_gated = _operator("step", ("",)), _operator("step_gated", ("_gate", "_up"))
+def launch_gate_up(x_BD: Tensor, norm: Norm, gate: StepLinear, up: StepLinear) -> Tensor:
+    """`gate_up` by Triton."""
+    require_triton(x_BD, gate.frozen.W_OI)
+    (B, I), O, dtype = x_BD.shape, len(gate.frozen.W_OI), gate.frozen.W_OI.dtype
+    y_BO = torch.empty(B, O, dtype=dtype, device=x_BD.device)
+    own: Norm | None = norm
+    products: tuple[Tensor | None, ...] = (None, None)
+    if B > 1:
+        h_BD = norm_rows(x_BD, norm)
+        products = project(h_BD, None, (gate.frozen, up.frozen), torch.float32, "triton").split(O, dim=1)
+        x_BD, own = h_BD, None
+    linears = [_for_kernels(linear, B, product) for linear, product in zip((gate, up), products, strict=True)]
+    _launch_coefficients(x_BD, own, linears)
+    grid, tiles = _grid(B, O, I, 2, 1024)
+    weight, eps = own or (None, 0.0)
+    values = {"GATE": _value(gate), "UP": _value(up)}
+    _gate_up[grid](x_BD, weight, *linears, y_BO, O, I, eps, **values, **tiles, num_warps=4, **chained(x_BD.device))
+    return y_BO
+
+
+def launch_down(x_BD: Tensor, h_BI: Tensor, down: StepLinear) -> None:
+    """`down_` of a plastic linear by Triton."""
+    require_triton(x_BD, down.frozen.W_OI)
+    (B, I), O = h_BI.shape, len(down.frozen.W_OI)
+    product = project(h_BI, None, (down.frozen,), torch.float32, "triton") if B > 1 else None
+    linear = _for_kernels(down, B, product)
+    _launch_coefficients(h_BI, None, [linear])
+    grid, tiles = _grid(B, O, I, 1, 2048)
+    _down[grid](h_BI, linear, x_BD, O, I, RULE=_value(down), **tiles, num_warps=4, **chained(x_BD.device))
 
 
 # ---- the choosers
 
 
-def _check(h_BI: Tensor, linear: StepLinear, rule: StepRule, backend: str) -> None:
-    (U, K, bias, birth), inputs = linear.factors, linear.inputs
-    B, R = len(h_BI), K.shape[1]
+def _check(linear: StepLinear, rows: int, backend: str) -> None:
+    if backend not in ("torch", "triton"):
+        raise ValueError(f'the step got backend {backend!r}, expected "torch" or "triton"')
+    if linear.plastic is None:
+        return
+    (U, K, bias, birth), inputs, rule = linear.plastic
+    B, R = rows, K.shape[1]
     if R == 0:
-        raise ValueError("step_() got factors with 0 slots, expected at least 1")
+        raise ValueError("the step got factors with 0 slots, expected at least 1")
     found = {"U": U.shape[:2], "K": K.shape[:2], "birth": birth.shape, "w": inputs.w_BR.shape}
     if bias is not None:
         found["bias"] = bias.shape
     for name, shape in found.items():
         if tuple(shape) != (B, R):
-            raise ValueError(f"step_() got {name} for [rows, slots] {list(shape)}, expected {[B, R]}")
+            raise ValueError(f"the step got {name} for [rows, slots] {list(shape)}, expected {[B, R]}")
     for name, x in (("slot", inputs.slot_B), ("event", inputs.event_B), ("write", inputs.write_B)):
-        if tuple(x.shape) != (B,):
-            raise ValueError(f"step_() got {name} of shape {list(x.shape)}, expected {[B]}")
+        if tuple(x.shape) != (B,) or not x.is_contiguous():
+            raise ValueError(f"the step got {name} of shape {list(x.shape)}, expected {[B]}, contiguous")
     bad = inputs.bad_B
     if bad.shape != inputs.slot_B.shape or bad.dtype != torch.int32:
-        raise ValueError(f"step_() got bad of {bad.dtype} {list(bad.shape)}, expected torch.int32 {[B]}")
+        raise ValueError(f"the step got bad of {bad.dtype} {list(bad.shape)}, expected torch.int32 {[B]}")
     if inputs.write_B.dtype != torch.bool:
-        raise ValueError(f"step_() got write of {inputs.write_B.dtype}, expected bool")
-    for name, buffer in (("U", U), ("K", K), ("bias", bias), ("birth", birth)):
+        raise ValueError(f"the step got write of {inputs.write_B.dtype}, expected bool")
+    for name, buffer in (("U", U), ("K", K), ("bias", bias), ("birth", birth), ("w", inputs.w_BR)):
         if buffer is None:
             continue
         if buffer.stride(-1) != 1 or (buffer.dim() == 3 and buffer.stride(1) != buffer.shape[2]):
-            raise ValueError(f"step_() writes {name} in place: expected each row's slots to be contiguous")
-    if backend not in ("torch", "triton"):
-        raise ValueError(f'step_() got backend {backend!r}, expected "torch" or "triton"')
+            raise ValueError(f"the step reads and writes {name} in place: expected each row's slots to be contiguous")
     if backend == "torch" and rule.event is None:
-        raise ValueError(f'step_() by rule {rule.name!r} on backend "torch" needs its event in torch, got None')
+        raise ValueError(f'the step by rule {rule.name!r} on backend "torch" needs its event in torch, got None')
     if backend == "triton" and kernel_of(rule.name, rule.activation).reads_target and inputs.target is None:
-        raise ValueError(f"step_() by rule {rule.name!r} needs a target, got None")
+        raise ValueError(f"the step by rule {rule.name!r} needs a target, got None")
 
 
-def step_(h_BI: Tensor, linear: StepLinear, rule: StepRule, backend: str = "torch") -> Tensor:
-    """One token of one plastic linear: returns a [B, O] in h's dtype, and writes one event where asked.
+def gate_up(x_BD: Tensor, norm: Norm, gate: StepLinear, up: StepLinear, backend: str = "torch") -> Tensor:
+    """silu(a_gate) ⊙ a_up [B, O] of h = norm(x), in the weights' dtype; writes the events of what is plastic.
 
-    h [B, I] any float dtype; the rest as in the groups' own words.
+    x [B, D] contiguous, the residual stream as in `products`; the rest as in the groups' own words.
     """
-    _check(h_BI, linear, rule, backend)
-    if backend == "torch":
-        return reference(h_BI, linear, rule)
-    return _op(*flat(h_BI, (linear,), rule)) if h_BI.is_cuda else launch(h_BI, (linear,), rule)
-
-
-def step_gated_(h_BI: Tensor, gate: StepLinear, up: StepLinear, rule: StepRule, backend: str = "torch") -> Tensor:
-    """One token of gate_proj and up_proj: silu(a_gate) ⊙ a_up, [B, O], each a rounded to h's dtype first.
-
-    Event, slot, weights and write mask are those of `gate`; the others are each one's own. The rule's activation is
-    not looked at.
-    """
-    rule = rule._replace(activation="silu")
     for linear in (gate, up):
-        _check(h_BI, linear, rule, backend)
-    if gate.factors.K_BRI is up.factors.K_BRI or (gate.factors.bias_BR is None) != (up.factors.bias_BR is None):
-        raise ValueError("step_gated_() expected keys of its own for each linear, and bias keys for both or none")
-    if backend == "torch":
-        return reference_gated(h_BI, gate, up, rule)
-    return _op_gated(*flat(h_BI, (gate, up), rule)) if h_BI.is_cuda else launch(h_BI, (gate, up), rule)
+        _check(linear, len(x_BD), backend)
+    both = (gate.plastic, up.plastic)
+    if all(both) and both[0].factors.K_BRI is both[1].factors.K_BRI:  # type: ignore[union-attr]
+        raise ValueError("the step expected keys of its own for each linear, got the same for gate and up")
+    if backend == "triton":
+        return launch_gate_up(x_BD, norm, gate, up)
+    h_BD = normed(x_BD, norm)
+    return F.silu(reference(h_BD, gate)) * reference(h_BD, up)
+
+
+def down_(x_BD: Tensor, h_BI: Tensor, down: StepLinear, backend: str = "torch") -> None:
+    """x += a [B, D], in place; h [B, I] in the weights' dtype, contiguous; writes the event if it is plastic."""
+    _check(down, len(x_BD), backend)
+    if down.plastic is None:
+        add_project_(x_BD, h_BI, down.frozen, backend)
+    elif backend == "triton":
+        launch_down(x_BD, h_BI, down)
+    else:
+        x_BD += reference(h_BI, down)
+
+
+# ---- where the next events go
+
+
+@jit
+def _place(
+    event_ptr, birth_ptr, slot_ptr, w_ptr, R, birth_sb, first, free, kept, window,
+    LOG2_KEEP: tl.constexpr, BR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    announce(PDL)
+    wait(PDL)
+    b = tl.program_id(0).to(tl.int64)
+    event = tl.load(event_ptr + b)
+    tl.store(slot_ptr + b, tl.where(event < first, event, kept + (event - first) % free))
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        birth = tl.load(birth_ptr + b * birth_sb + r, mask=r < R, other=-1)
+        age = event - 1 - birth
+        w = tl.full([BR], 1.0, tl.float64)
+        if LOG2_KEEP != 0:  # float64: a power with thousands of events in the exponent
+            w = tl.exp2(tl.maximum(age, 0).to(tl.float64) * LOG2_KEEP)
+        w = tl.where((birth >= 0) & (age >= 0) & (age < window), w, 0.0)
+        tl.store(w_ptr + b * R + r, w.to(tl.float32), mask=r < R)
+
+
+class Turns(NamedTuple):
+    """Where the events of a log go, in whole numbers, and how their weights fade: `state.slots` says why.
+
+    Event j lies in slot j while j < first, then in slot kept + (j − first) mod free. It weighs (1 − decay)^age while
+    its age is below window.
+    """
+
+    first: int
+    free: int
+    kept: int
+    window: int
+    decay: float
+
+
+def launch_place(event_B: Tensor, birth_BR: Tensor, turns: Turns, slot_B: Tensor, w_BR: Tensor) -> None:
+    """The slot of the next event of each row, and the weights of the events before it, by one launch of Triton.
+
+    event [B] int64: its number; birth [B, R] int64; slot [B] int64 and w [B, R] float32, contiguous, are filled.
+    """
+    (B, R), (*whole, decay) = birth_BR.shape, turns
+    log2_keep = math.log2(1 - decay) if decay < 1 else -1074.0  # 2^-1074 is the smallest number there is
+    options = {"LOG2_KEEP": log2_keep, "BR": min(256, triton.next_power_of_2(R)), **chained(event_B.device)}
+    _place[(B,)](event_B, birth_BR, slot_B, w_BR, R, birth_BR.stride(0), *whole, **options)

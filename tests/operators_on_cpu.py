@@ -18,18 +18,6 @@ def event(rule, a, frozen, norm, inputs):
     )
 
 
-@step._op.register_kernel("cpu")
-def _(*arguments):
-    h, (linear,), rule = step.grouped(*arguments)
-    return step.reference(h, linear, step_rule(*rule[:4]))
-
-
-@step._op_gated.register_kernel("cpu")
-def _(*arguments):
-    h, (gate, up), rule = step.grouped(*arguments)
-    return step.reference_gated(h, gate, up, step_rule(*rule[:4]))
-
-
 @scan._op.register_kernel("cpu")
 def _(a, u, G, write, frozen, target, norm, rate, gamma, t0, rule, activation, clip):
     for s in range(G.shape[1]):

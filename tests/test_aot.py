@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastweights.kernels import elementwise, read, rope, scan, step, values
+from fastweights.kernels import elementwise, products, query, read, rope, scan, step, values
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -118,19 +118,37 @@ def scan_constants(rule, **more):
     } | more
 
 
-WORD = "*fp32"
-TOKEN = step._Token(event="*i64", slot="*i64", w=WORD, write="*u8", norm=WORD)
+WORD, HALF = "*fp32", "*bf16"
 
 
-def step_linear(gemv, bias):
+def step_linear(plastic, made=False, bias=False):
     """The types of a bfloat16 linear without bias, in a rule without a target."""
+    frozen = step._Linear(HALF, None, WORD if made else None, "i32" if made else None)
+    if not plastic:
+        return frozen
     factors = {"U": WORD, "K": WORD, "bias": WORD if bias else None, "birth": "*i64"}
-    strides = dict.fromkeys(("U_sb", "K_sb", "bias_sb", "birth_sb", "target_sb"), "i32")
-    frozen = {"W": "*bf16", "b": None, "product": None if gemv else "*bf16"}
-    return step._Linear(**frozen, **factors, rate=WORD, gamma=WORD, target=None, bad="*i32", c=WORD, **strides)
+    token = {"event": "*i64", "slot": "*i64", "w": WORD, "write": "*u8", "bad": "*i32", "c": WORD, "norm": WORD}
+    strides = dict.fromkeys(("U_sb", "K_sb", "birth_sb"), "i32") | {"bias_sb": "i32" if bias else None}
+    return frozen._replace(**factors, **token, rate=WORD, gamma=WORD, R="i32", mu="fp32", clip="fp32", **strides)
 
 
-ODD = ("T", "R", "rows", "write_sb", "norm_sb", "rate_sb", "gamma_sb", "bias_sb", "birth_sb", "w_sb", "w_st")
+ODD = (
+    "T",
+    "R",
+    "B",
+    "H",
+    "KH",
+    "per",
+    "rows",
+    "write_sb",
+    "norm_sb",
+    "rate_sb",
+    "gamma_sb",
+    "bias_sb",
+    "birth_sb",
+    "w_sb",
+    "w_st",
+)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -145,34 +163,124 @@ def test_scan(rule, target, tmp_path):
     assert not re.search(r"BAR\.SYNC|s_barrier|\bSTS\b|\bLDS\b|ds_write|ds_read", rows[0])
 
 
+def wide_loads(listing, target):
+    """The most 128-bit loads that an innermost loop has."""
+    wide = r"(?:global|buffer)_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
+    return max(len(re.findall(wide, loop)) for loop in innermost_loops(listing))
+
+
+def precision(target):
+    return "ieee" if target == "gfx942" else "tf32x3"
+
+
+def dependent(target):
+    return {"PDL": target == "sm_90"}  # announced and waited for by the kernel itself: nothing else changes
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("gemv", [True, False])
-@pytest.mark.parametrize("kernel", ["single", "gated"])
-def test_step(kernel, gemv, target, tmp_path):
-    constants = {"RULE": values.KERNELS["derivative"].value, "BR": 32}
-    constants |= {"BN": 2, "BK": 2048} if gemv else {"BN": 64, "BK": 16}
-    linear = step_linear(gemv, bias=False)
-    types = {"h_ptr": "*bf16", "token": TOKEN, "out_ptr": "*bf16"}
-    if kernel == "single":
-        jitted, constants, types = step._single, constants | {"PHI": "silu"}, types | {"linear": linear}
-    else:
-        jitted, types = step._gated, types | {"gate": linear, "up": linear}
-    binary = compiled(jitted, constants, target, 4 if gemv else 2, types, ODD)
+@pytest.mark.parametrize(
+    ("role", "matrices", "tile"), [("qkv", 3, (2, 2048, 8)), ("o", 1, (2, 2048, 8)), ("down", 1, (1, 2048, 4))]
+)
+def test_products_of_one_row(role, matrices, tile, target, tmp_path):
+    BN, BK, warps = tile
+    norm = role == "qkv"
+    types = {"x_ptr": WORD if norm else HALF, "g_ptr": HALF if norm else None, "y_ptr": HALF if norm else WORD}
+    for n in range(3):
+        there = n < matrices
+        types |= {f"W{n}": HALF if there else None, f"b{n}": None, f"O{n}": "i32" if there else None}
+    types["eps"] = "fp32"
+    constants = {"ADD": not norm, "BN": BN, "BK": BK, **dependent(target)}
+    warps = min(warps, 4) if target == "gfx942" else warps
+    binary = compiled(products._row, constants, target, warps, types, ODD)
     listing = check_resources(binary, target, tmp_path)
-    if gemv:
-        wide = r"global_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
-        enough = 2 if target == "gfx942" else 4  # 64 bytes a thread in flight, at 64 and 32 threads a warp
-        assert max(len(re.findall(wide, loop)) for loop in innermost_loops(listing)) >= enough
+    assert wide_loads(listing, target) >= 1
+    if target == "sm_90":  # the first tile of W is on its way before the wait
+        before, _ = listing.split("ACQBULK", 1)
+        assert re.search(r"LDG\.E\S*\.128", before)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("BM", [16, 64])
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+def test_products_of_rows(dtype, BM, target, tmp_path):
+    types = {"h_ptr": dtype, "W0": dtype, "b0": None, "O0": "i32", "y_ptr": WORD}
+    types |= dict.fromkeys(("W1", "b1", "O1", "W2", "b2", "O2"))
+    constants = {"ADD": True, "BM": BM, "BN": 32, "BK": 128 if dtype == HALF else 32, "PRECISION": precision(target)}
+    binary = compiled(products._rows, constants | dependent(target), target, 4, types, ODD)
+    check_resources(binary, target, tmp_path)
+    binary = compiled(
+        products._norm,
+        {"BD": 2048, **dependent(target)},
+        target,
+        4,
+        {"g_ptr": dtype, "h_ptr": dtype, "eps": "fp32"},
+        ODD,
+    )
+    check_resources(binary, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("E", "dtype"), [(64, "*bf16"), (96, "*bf16"), (128, "*bf16"), (64, "*fp32")])
+def test_attention_of_one_query(E, dtype, target, tmp_path):
+    types = dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "K_ptr", "V_ptr", "z_ptr"), dtype)
+    types |= {"position_ptr": "*i64", "place_ptr": "*i64", "arrived_ptr": "*i32", "scale": "fp32"}
+    constants = {"G": 4, "BG": 16, "E": E, "BE": triton.next_power_of_2(E), "PRECISION": precision(target)}
+    constants["BS"] = 64 if dtype == HALF and target != "gfx942" else 32
+    binary = compiled(query._attend, constants | dependent(target), target, 4, types, (*ODD, "places"))
+    check_resources(binary, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("plastic", [True, False])
+def test_gate_and_up(plastic, made, target, tmp_path):
+    rule = values.KERNELS["derivative"].value if plastic else None
+    constants = {"MADE": made, "GATE": rule, "UP": rule, "BR": 32, "BN": 64 if made else 2, "BK": 16 if made else 1024}
+    linear = step_linear(plastic, made)
+    types = {"x_ptr": HALF if made else WORD, "g_ptr": None if made else HALF, "gate": linear, "up": linear}
+    types |= {"y_ptr": HALF, "eps": "fp32"}
+    binary = compiled(step._gate_up, constants | dependent(target), target, 4, types, ODD)
+    listing = check_resources(binary, target, tmp_path)
+    assert made or wide_loads(listing, target) >= 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("made", [True, False])
+def test_down(made, target, tmp_path):
+    constants = {"MADE": made, "RULE": values.KERNELS["ones"].value, "BR": 32}
+    constants |= {"BN": 64 if made else 1, "BK": 16 if made else 2048}
+    types = {"h_ptr": HALF, "down": step_linear(True, made)}
+    binary = compiled(step._down, constants | dependent(target), target, 4, types, ODD)
+    listing = check_resources(binary, target, tmp_path)
+    assert made or wide_loads(listing, target) >= 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("pair", [False, True])
 def test_step_coefficients(pair, target, tmp_path):
     linear = step_linear(True, bias=True)
-    constants, types = {"BI": 1024, "PAIR": pair}, {"h_ptr": "*bf16", "linear": linear, "other": linear, "token": TOKEN}
+    constants = {"BI": 1024, "PAIR": pair, **dependent(target)}
+    types = {
+        "x_ptr": WORD if pair else HALF,
+        "g_ptr": HALF if pair else None,
+        "first": linear,
+        "second": linear,
+        "eps": "fp32",
+    }
     binary = compiled(step._coefficients, constants, target, 4, types, ODD)
     listing = check_resources(binary, target, tmp_path)
     assert re.search(r"dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128", listing)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("decay", [0.0, -0.5])
+def test_where_the_next_event_goes(decay, target, tmp_path):
+    types = {"event_ptr": "*i64", "birth_ptr": "*i64", "slot_ptr": "*i64"}
+    types |= dict.fromkeys(("first", "free", "kept", "window"), "i64")
+    constants = {"LOG2_KEEP": decay, "BR": 128, **dependent(target)}
+    check_resources(
+        compiled(step._place, constants, target, 4, types, (*ODD, "first", "free", "kept", "window")), target, tmp_path
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)

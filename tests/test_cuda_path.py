@@ -10,7 +10,6 @@ from test_memory import Allocated
 from tiny import prompt, tiny
 
 import fastweights as fw
-from fastweights import plastic
 from fastweights.engine.cuda import Cuda, graphed
 from fastweights.state import factors
 from fastweights.state.compress import fold
@@ -101,18 +100,13 @@ def test_the_captured_step_is_the_ordinary_pass(name, overflow, rows):
             close(torch.tensor(ours.logs[site].certificate(row)), torch.tensor(theirs.logs[site].certificate(row)))
 
 
-@pytest.mark.parametrize(("rules", "together"), [(("self", "self"), True), (("self", "slow"), False)])
-def test_gate_and_up_of_one_kernel_go_together(rules, together, monkeypatch):
-    """Each with a rate of its own; what hooks either of them parts them."""
-    calls = []
-    real = plastic.step_gated_
-    monkeypatch.setattr(plastic, "step_gated_", lambda *args, **options: calls.append(1) or real(*args, **options))
-
+@pytest.mark.parametrize("linears", [("gate_proj",), ("up_proj",), ("gate_proj", "down_proj"), ALL])
+def test_each_linear_has_a_rule_of_its_own_or_none(linears):
     def made(backend, able):
         model = tiny(DTYPE, num_hidden_layers=3).to(DEVICE)
-        for name, rule, gamma in zip(ALL, (*rules, "hebbian"), (0.1, 0.4, 0), strict=True):
-            options = dict(rank=4, overflow="compress", backend=backend)
-            fw.attach(model, [1], replace(RULES[rule], gamma=gamma, decay=0) if gamma else HEBBIAN, [name], **options)
+        for rank, name in enumerate(linears, 3):
+            rule = {"gate_proj": replace(RULES["self"], rate=0.5), "up_proj": RULES["slow"], "down_proj": HEBBIAN}[name]
+            fw.attach(model, [1], rule, [name], rank=rank, overflow="compress", backend=backend)
         episode = fw.Episode(model, 2)
         episode.engine.paths[0] = Cuda(model, episode.engine.linears, episode.state, as_it_stands, backend)
         episode.engine.paths[0].unable = None if able else "not wanted"
@@ -120,18 +114,69 @@ def test_gate_and_up_of_one_kernel_go_together(rules, together, monkeypatch):
 
     ours, theirs = made(BACKEND, True), made("torch", False)
     close(decode(ours), decode(theirs))
+    assert (ours.path, theirs.path) == ("cuda", "modules")
     for site in ours.logs:
         close(ours.delta_weight(*site), theirs.delta_weight(*site))
-    assert bool(calls) == together
-    calls.clear()
-    seen = []
-    handle = ours.model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
-    close(decode(ours, 3, 7), decode(theirs, 3, 7))
-    assert not calls
-    assert len(seen) == 4
-    handle.remove()
-    decode(ours, 3, 7)
-    assert bool(calls) == together
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_key_value_heads=1),
+        dict(num_key_value_heads=4, head_dim=10),
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        dict(hidden_size=20, intermediate_size=37, head_dim=6, vocab_size=67),
+        dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                           "original_max_position_embeddings": 64}),
+    ],
+    ids=["one KV head", "as many KV heads", "biases and tied", "odd widths", "llama3 rope"],
+)  # fmt: skip
+def test_models_of_every_form(changes):
+    out = []
+    for able in (True, False):
+        model = tiny(DTYPE, num_hidden_layers=2, **changes).to(DEVICE)
+        fw.attach(model, [1], HEBBIAN, rank=4, overflow="evict", backend=BACKEND if able else "torch")
+        episode = fw.Episode(model, 2)
+        episode.engine.paths[0] = Cuda(model, episode.engine.linears, episode.state, RECORD, BACKEND)
+        episode.engine.paths[0].unable = None if able else "not wanted"
+        out.append(decode(episode))
+        assert episode.path == ("cuda" if able else "modules")
+    close(*out)
+
+
+def test_decoding_goes_on_over_the_border_of_a_kv_bucket():
+    ours, theirs = captured(HEBBIAN, 2, depth=2), ordinary(HEBBIAN, 2, depth=2)
+    for episode in (ours, theirs):
+        episode.cache.limit = episode.cache.longest = 600
+        episode.feed(prompt(2, 253), "none")
+    for n in range(6):
+        close(ours.feed(prompt(2, 1, n)), theirs.feed(prompt(2, 1, n)))
+    assert ours.engine.paths[0].recordings == 2
+
+
+def test_more_rows_than_the_fused_step_takes_run_on_the_modules():
+    episode = captured(rows=65)
+    episode.feed(prompt(65, 1))
+    assert episode.path == "modules"
+    assert episode.why["cuda"] == "the fused step takes up to 64 rows"
+
+
+def test_a_module_of_ones_own_runs_and_is_named():
+    class Half(torch.nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.of = of
+
+        def forward(self, x):
+            return self.of(x) / 2
+
+    episode = captured()
+    episode.feed([3])
+    assert episode.path == "cuda"
+    episode.model.model.layers[0].mlp = Half(episode.model.model.layers[0].mlp)
+    episode.feed([3])
+    assert episode.path == "modules"
+    assert episode.why["cuda"] == "the model holds a module that the fused step does not know: Half"
 
 
 def test_a_frozen_model_and_one_that_never_writes_give_the_same_bits():
@@ -208,16 +253,16 @@ def tokens_one_by_one(episode, count, seed=2):
     return torch.cat([episode.feed(prompt(1, 1, seed + n)) for n in range(count)])
 
 
-def test_hooks_run_at_every_token_with_the_same_bits():
+def test_hooks_run_at_every_token_on_the_modules():
     plain, hooked = captured(HEBBIAN), captured(HEBBIAN)
     seen = []
     handle = hooked.model.model.layers[3].mlp.register_forward_hook(lambda *_: seen.append(1))
-    logits = tokens_one_by_one(hooked, 4)
-    assert torch.equal(logits, tokens_one_by_one(plain, 4))
-    assert (plain.engine.paths[0].replayed, hooked.engine.paths[0].replayed, len(seen)) == (True, False, 4)
+    close(tokens_one_by_one(hooked, 4), tokens_one_by_one(plain, 4))
+    assert (plain.path, hooked.path, len(seen)) == ("cuda", "modules", 4)
+    assert hooked.why["cuda"] == "there are hooks on the model, or a forward of its user's"
     handle.remove()
-    assert torch.equal(tokens_one_by_one(hooked, 3, 9), tokens_one_by_one(plain, 3, 9))
-    assert (hooked.engine.paths[0].replayed, len(seen)) == (True, 4)
+    close(tokens_one_by_one(hooked, 3, 9), tokens_one_by_one(plain, 3, 9))
+    assert (hooked.path, len(seen)) == ("cuda", 4)
 
 
 def test_a_callback_between_tokens_sees_what_was_written():
@@ -282,7 +327,7 @@ def test_a_forward_of_ones_own_runs_at_every_token():
     assert episode.engine.paths[0].replayed
     norm.forward = lambda x: calls.append(1) or type(norm).forward(norm, x)
     tokens_one_by_one(episode, 2)
-    assert (episode.engine.paths[0].replayed, len(calls)) == (False, 2)
+    assert (episode.path, len(calls)) == ("modules", 2)
 
 
 def test_rules_that_need_more_than_one_pass_take_the_ordinary_one():
@@ -374,25 +419,16 @@ def test_a_captured_step_needs_the_same_memory_after_200_steps():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_the_operators_live_inside_torch_compile(backend):
+def test_the_read_lives_inside_torch_compile(backend):
     random = torch.Generator().manual_seed(0)
     h, W, U, K = (torch.randn(s, generator=random).to(DEVICE) for s in ((2, 8), (6, 8), (2, 4, 6), (2, 4, 8)))
-    birth, w = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE), torch.ones(2, 4, device=DEVICE)
-    slot, write = torch.tensor([1, 3], device=DEVICE), torch.tensor([True, False], device=DEVICE)
-    bad, rate = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.tensor(0.1, device=DEVICE)
-    ops, rule = torch.ops.fastweights, ("ones", "silu", 0.1, None)
+    w = torch.ones(2, 4, device=DEVICE)
 
-    def twice(h, U, K, birth, bad):
-        a = ops.step(h, W, None, U, K, None, birth, slot, slot, w, write, rate, rate, None, bad, *rule)
-        return a + ops.read(h[:, None], U, K, None, w)[:, 0]
+    def read(h, U, K):
+        return h @ W.T + torch.ops.fastweights.read(h[:, None], U, K, None, w)[:, 0]
 
-    results = []
-    for function in (twice, torch.compile(twice, fullgraph=True, backend=backend)):
-        state = [x.clone() for x in (U, K, birth, bad)]
-        results.append([function(h, *state), *state])
-    for eager, whole in zip(*results, strict=True):
-        torch.testing.assert_close(eager, whole)
-    assert not torch.equal(results[0][1], U)
+    whole = torch.compile(read, fullgraph=True, backend=backend)
+    torch.testing.assert_close(read(h, U, K), whole(h, U, K))
 
 
 @pytest.mark.parametrize("rule", [None, HEBBIAN], ids=["frozen", "plastic"])

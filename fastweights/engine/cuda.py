@@ -1,30 +1,48 @@
-"""The path of one token on a GPU: the model's own modules, recorded once as a CUDA graph and replayed.
+"""The path of one token on a GPU: five kernels a layer over the model's weights, recorded once as a CUDA graph.
 
-Whatever changes from token to token (ids, positions, event numbers, the write mask, rates) lies in tensors that stay
-where they are, and nothing looks at them from Python. What the recording relied on is looked at before every replay.
-Once it has changed (the KV bucket, a buffer, a weight, a module, the form of a rule) the step runs once without
-recording, and is then recorded again. With hooks it runs without recording, at every token, with the same numbers.
+Two kernels more where linears of the layer are plastic. Whatever changes from token to token (ids, positions, event
+numbers, the write mask, rates) lies in tensors that stay where they are, and nothing looks at them from Python. What
+the recording relied on is looked at before every replay. Once it has changed (the KV bucket, a buffer, a weight, a
+module, the form of a rule) the step runs once without recording, and is then recorded again.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cache import Positions
 from ..episode_state import Address, EpisodeState
+from ..kernels import values
+from ..kernels.products import MOST_ROWS, Frozen, Norm, add_project_, project
+from ..kernels.query import Where, attend_
+from ..kernels.step import (
+    Factors,
+    Plastic,
+    StepInputs,
+    StepLinear,
+    StepRule,
+    Turns,
+    down_,
+    gate_up,
+    launch_place,
+)
 from ..model import Llama
-from ..passes import Pass, StepInputs, Tokens
-from ..plastic import PlasticLinear
-from ..rules import Rule, twin_of
+from ..passes import Tokens
+from ..plastic import ACTIVATIONS, PlasticLinear
+from ..rules import IDENTITY, SILU, Rule, target_at, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
+from .table import strange_module
 
 Run = Callable[[], Tensor]
-IDS, POSITION, REAL, WRITE, EVENT = range(5)  # rows of the inputs; from EVENT on, one for each group of logs
+IDS, POSITION, PLACE, WRITE, EVENT = range(5)  # rows of the inputs; from EVENT on, one for each group of logs
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NEVER = 1 << 62
 
 
 def graphed(run: Run) -> Run:
@@ -41,12 +59,23 @@ def graphed(run: Run) -> Run:
     return replay
 
 
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one block by role. The MLP's linears: (how a kernel knows them, the target's tensor)."""
+
+    before_attention: Norm
+    qkv: tuple[Frozen, Frozen, Frozen]
+    o: Frozen
+    before_mlp: Norm
+    mlp: tuple[StepLinear, StepLinear, StepLinear]  # gate, up, down
+
+
 class Cuda:
     """One token of each row as the same work at every token, for as long as the episode's buffers live.
 
     Args:
         record: makes a replay from the step; None: it always runs without recording.
-        backend: what the plastic linears must run on.
+        backend: what the step and the plastic linears must run on.
 
     `replayed` says whether the last token came from a replay, `recordings` how many were made.
     """
@@ -61,9 +90,10 @@ class Cuda:
         record: Callable[[Run], Run] | None,
         backend: str = "triton",
     ):
-        self.model, self.linears, self.state, self.record = model, linears, state, record
+        self.model, self.linears, self.state, self.record, self.backend = model, linears, state, record, backend
         self.cache, self.logs = state.cache, state.logs
-        self.unable = self._unable(backend)
+        self.unable = self._unable()
+        self.strange: tuple[Watch | None, str | None] = None, None  # a module that the step does not know
         self.rules: list[Rule] | None = None  # whose numbers lie in tensors
         self.kernels: list[tuple] = []  # what of them is no number, the target last
         self.form: tuple | None = None  # what the step relies on by value, and ...
@@ -76,14 +106,21 @@ class Cuda:
         self.rate_LB, self.gamma_LB = (
             _rows(len(self.logs), len(self.cache.lengths), dtype, model.device) for _ in range(2)
         )
+        self.rope: tuple[Tensor, Tensor] | None = None  # of every place of the cache
         self.replay: Run | None = None
         self.replayed, self.recordings = False, 0
 
-    def _unable(self, backend: str) -> str | None:
-        if self.record is None and (not self.linears or any(one.backend != backend for one in self.linears.values())):
+    def _unable(self) -> str | None:
+        if self.record is None and (not self.linears or any(x.backend != self.backend for x in self.linears.values())):
             return "the model is not on a GPU"
-        if any(linear.backend != backend for linear in self.linears.values()):
-            return f"a linear does not run on backend {backend!r}"
+        if self.backend == "triton" and values.triton is None:
+            return "triton is not installed"
+        if self.backend == "triton" and self.model.dtype not in DTYPES:
+            return "the fused step takes float32, bfloat16 and float16"
+        if self.state.batch_size > MOST_ROWS:
+            return f"the fused step takes up to {MOST_ROWS} rows"
+        if any(linear.backend != self.backend for linear in self.linears.values()):
+            return f"a linear does not run on backend {self.backend!r}"
         if any(linear.budget is not None for linear in self.linears.values()):
             return "a linear has a budget, which looks at every event before the next"
         if self.linears and self.state.states != self.state.batch_size:
@@ -100,6 +137,17 @@ class Cuda:
         rules = self._rules()
         if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
             return "a rule is not neuron-local, or has no Triton kernel"
+        if self.strange[0] is not watch:
+            self.strange = watch, self._strange()
+        if self.strange[1] is not None:
+            return self.strange[1]
+        return "there are hooks on the model, or a forward of its user's" if watch.hooked() else None
+
+    def _strange(self) -> str | None:
+        if (strange := strange_module(self.model)) is not None:
+            return f"the model holds a module that the fused step does not know: {strange}"
+        if any(p.dtype != self.model.dtype or not p.is_contiguous() for p in self.model.parameters()):
+            return "the weights differ in dtype, or are not contiguous"
         return None
 
     def _rules(self) -> list[Rule]:
@@ -121,15 +169,16 @@ class Cuda:
             log.reserve(counts)
         # a model without events that writes none is the frozen one, to the bit
         writes = any(any(counts) or log.used for log in self.logs.values())
-        changed = self._renew(watch, self.cache.bucket(max(after)), writes)
+        changed = self.renew(watch, self.cache.bucket(max(after)), writes)
         if any(counts):
             self._keep(counts)
         position = [n * r for n, r in zip(lengths, real, strict=True)]
+        place = [n if r else self.cache.capacity for n, r in zip(lengths, real, strict=True)]  # the last is scratch
         ids = tokens.ids_BT[:, 0].tolist()
-        self.inputs.copy_(torch.tensor([ids, position, real, counts, *(logs[0].event_counts for logs in self.alike)]))
-        with self.model.binding.bound(self.now, self.state), torch.cuda.device_of(self.inputs):
+        self.inputs.copy_(torch.tensor([ids, position, place, counts, *(logs[0].event_counts for logs in self.alike)]))
+        with self.model.binding.bound(None, self.state), torch.cuda.device_of(self.inputs):
             # after a change run once without recording, so that all kernels are compiled before the graph is captured
-            if self.record is None or changed or watch.hooked():
+            if self.record is None or changed:
                 logits_B1V = self._run()
             else:
                 if self.replay is None:
@@ -149,15 +198,34 @@ class Cuda:
 
     def _run(self) -> Tensor:
         """The step itself: Python never waits for a number in it, so it can be recorded."""
+        self._begin()
+        model, backend, position_B = self.model, self.backend, self.inputs[POSITION]
+        assert self.rope is not None
+        where = Where(position_B, self.inputs[PLACE], *self.rope)
+        x_BD = torch.embedding(model.model.embed_tokens.weight, self.inputs[IDS]).to(self.stream)
+        heads, dtype = model.config.num_attention_heads, model.dtype
+        for layer, K_BKSE, V_BKSE in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
+            qkv_BO = project(x_BD, layer.before_attention, layer.qkv, dtype, backend)
+            z_BO = attend_(qkv_BO, where, K_BKSE, V_BKSE, heads, self.end, self.arrived_BK, backend)
+            add_project_(x_BD, z_BO, layer.o, backend)
+            gate, up, down = (_at(linear, position_B) for linear in layer.mlp)
+            down_(x_BD, gate_up(x_BD, layer.before_mlp, gate, up, backend), down, backend)
+        head = Frozen(model.lm_head.weight, model.lm_head.bias)
+        return project(x_BD, _norm(model.model.norm), (head,), dtype, backend)[:, None]
+
+    def _begin(self) -> None:
+        """The mask, slots and weights of this token's events."""
+        if not self.alike:
+            return
         self.write_B.copy_(self.inputs[WRITE])
         self.bad_LB.zero_()
         for logs, event_B, slot_B, w_BR in zip(self.alike, self.inputs[EVENT:], self.slot_GB, self.w_GBR, strict=True):
-            slot_B.copy_(logs[0].slots.slot(event_B))
-            w_BR.copy_(logs[0].slot_weights(event_B[:, None], logs[0].capacity)[:, 0])
-        position_B1 = self.inputs[POSITION][:, None]
-        visible = torch.arange(self.end, device=self.inputs.device) <= position_B1[:, None, :, None]
-        positions = Positions(position_B1, self.inputs[REAL][:, None] != 0, None, self.end, visible)
-        return self.model(self.inputs[IDS][:, None], cache=self.cache, positions=positions)
+            log = logs[0]
+            if self.backend == "triton":
+                launch_place(event_B, log.birth_BR, _turns(log), slot_B, w_BR)
+            else:
+                slot_B.copy_(log.slots.slot(event_B))
+                w_BR.copy_(log.slot_weights(event_B[:, None], log.capacity)[:, 0])
 
     def _keep(self, counts: list[int]) -> None:
         """Has copies made of the logs that could not take these events back: those that fold after them."""
@@ -168,7 +236,7 @@ class Cuda:
 
     # ---- what a recording relies on
 
-    def _renew(self, watch: Watch, end: int, writes: bool) -> bool:
+    def renew(self, watch: Watch, end: int, writes: bool) -> bool:
         """Makes the step's buffers again if anything it relies on has changed; says whether. Runs at every token."""
         buffers = [log.U_BRO for log in self.logs.values()]
         changed = (
@@ -214,36 +282,81 @@ class Cuda:
         self.bad_LB = _rows(len(self.logs), rows, torch.int32, device)
         self.slot_GB = _rows(len(self.alike), rows, torch.int64, device)
         self.w_GBR = [logs[0].U_BRO.new_zeros(rows, logs[0].capacity) for logs in self.alike]
+        self.arrived_BK = torch.zeros(rows, self.model.config.num_key_value_heads, dtype=torch.int32, device=device)
+        self.stream = torch.promote_types(self.model.dtype, torch.float32)  # of the residual stream
+        if self.rope is None or len(self.rope[0]) != self.cache.capacity + 1:
+            position_1P = torch.arange(self.cache.capacity + 1, device=device)[None]
+            cos, sin = self.model.model.rope(position_1P)
+            half = self.model.config.head_dim // 2
+            self.rope = cos[0, 0, :, :half].contiguous(), sin[0, 0, :, :half].contiguous()
         self.moved = []
-        steps = {}
-        for number, (address, log) in enumerate(self.logs.items() if writes else ()):
-            group = next(n for n, logs in enumerate(self.alike) if log in logs)
-            target = getattr(self.linears[address].rule, "target", None)
-            target = target if isinstance(target, Tensor) else None
-            here = None if target is None else target.to(device=device, dtype=log.dtype)
-            if here is not target and target is not None:
-                self.moved.append(target)
-            steps[address] = StepInputs(
-                event_B=self.inputs[EVENT + group],
-                slot_B=self.slot_GB[group],
-                w_BR=self.w_GBR[group],
-                write_B=self.write_B,
-                rate=self.rate_LB[number],
-                gamma=self.gamma_LB[number],
-                target=here,
-                bad_B=self.bad_LB[number],
-            )
-        # gate and up whose rules have one kernel (their numbers may differ) and whose events fall together
-        kernel = {address: form[:-1] for address, form in zip(self.logs, self.kernels, strict=True)}
-        pairs = frozenset(
-            layer
-            for layer, name in steps
-            if name == "gate_proj"
-            and (up := (layer, "up_proj")) in steps
-            and kernel[up] == kernel[layer, name]
-            and steps[up].slot_B.data_ptr() == steps[layer, name].slot_B.data_ptr()
+        plastic = {address: self._plastic(n, address) for n, address in enumerate(self.logs)} if writes else {}
+        self.layers = [self._layer(number, block, plastic) for number, block in enumerate(self.model.model.layers)]
+
+    def _layer(self, number: int, block: Any, plastic: Mapping[Address, Plastic]) -> Layer:
+        attention = block.self_attn
+        qkv = (_frozen(attention.q_proj), _frozen(attention.k_proj), _frozen(attention.v_proj))
+        gate, up, down = (
+            StepLinear(_frozen(getattr(block.mlp, name)), plastic.get((number, name))) for name in ACTIVATIONS
         )
-        self.now = Pass(self.logs, self.inputs[POSITION][:, None], steps=steps, pairs=pairs)
+        norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+        return Layer(norms[0], qkv, _frozen(attention.o_proj), norms[1], (gate, up, down))
+
+    def _plastic(self, number: int, address: Address) -> Plastic:
+        """What the kernels must know of the fast weights of one linear."""
+        linear, log = self.linears[address], self.logs[address]
+        rule, twin = linear.rule, twin_of(linear.rule)
+        assert twin is not None
+        group = next(n for n, logs in enumerate(self.alike) if log in logs)
+        target = getattr(rule, "target", None)
+        target = target if isinstance(target, Tensor) else None
+        here = None if target is None else target.to(device=log.device, dtype=log.dtype)
+        if here is not target and target is not None:
+            self.moved.append(target)
+        inputs = StepInputs(
+            event_B=self.inputs[EVENT + group],
+            slot_B=self.slot_GB[group],
+            w_BR=self.w_GBR[group],
+            write_B=self.write_B,
+            rate=self.rate_LB[number],
+            gamma=self.gamma_LB[number],
+            target=here,
+            bad_B=self.bad_LB[number],
+        )
+        factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if rule.bias else None, log.birth_BR)
+        return Plastic(factors, inputs, StepRule(twin.name, linear.activation.name, rule.mu, rule.clip, _event))
+
+
+def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
+    """u of one token by its rule in torch."""
+    activation = SILU if rule.activation == "silu" else IDENTITY
+    numbers = (inputs.rate, inputs.gamma, inputs.target)
+    return twin_event(rule.name, activation, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
+
+
+def _at(linear: StepLinear, position_B: Tensor) -> StepLinear:
+    """The linear with its target at these positions."""
+    plastic = linear.plastic
+    if plastic is None or plastic.inputs.target is None:
+        return linear
+    target_BO = target_at(plastic.inputs.target, position_B[:, None]).expand(len(position_B), 1, -1)[:, 0]
+    return linear._replace(plastic=plastic._replace(inputs=plastic.inputs._replace(target=target_BO)))
+
+
+def _frozen(linear: Any) -> Frozen:
+    return Frozen(linear.weight, linear.bias)
+
+
+def _norm(norm: nn.Module) -> Norm:
+    return Norm(norm.weight, norm.eps)  # type: ignore[arg-type]
+
+
+def _turns(log: EventLog) -> Turns:
+    slots = log.slots
+    window = log.rank if log.overflow == "evict" else NEVER
+    if log.overflow in ("grow", "error"):
+        return Turns(NEVER, 1, 0, window, log.decay)
+    return Turns(slots.capacity, slots.capacity - slots.kept, slots.kept, window, log.decay)
 
 
 def _rows(count: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -69,14 +69,24 @@ class Table:
         self.workspace = Workspace(layers)
 
     def _why(self, model: Llama) -> str | None:
-        modules = list(model.modules())
-        known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList, PlasticLinear}
-        known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
-        if strange := next((type(m).__name__ for m in modules if type(m) not in known), None):
+        if (strange := strange_module(model)) is not None:
             return f"the model holds a module that the step in C does not know: {strange}"
         if any(p.dtype != model.dtype or not p.is_cpu or not p.is_contiguous() for p in model.parameters()):
             return "the weights differ in dtype or device, or are not contiguous"
         return None if library() is not None else "there is no C helper"
+
+
+def strange_module(model: Llama) -> str | None:
+    """The class of a module that is neither the model's own nor a plastic linear; None if there is none."""
+    known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList, PlasticLinear}
+    return next(
+        (
+            type(module).__name__
+            for module in model.modules()
+            if type(module) not in known and type(module).__module__ != type(model).__module__
+        ),
+        None,
+    )
 
 
 def table_of(model: Llama, watch: Watch) -> Table:

@@ -75,7 +75,8 @@ class Drift:
         several = max(each.row for each in self.rows) > 0
         lines = [["linear", *["row"] * several, "events", "‖ΔW‖/‖W‖", "‖ΔW‖", "‖ΔW‖₂", "rank", "slots"]]
         lines[0] += ["lost ≤", "scaled", "largest event"]
-        ordered = sorted(self.rows, key=lambda each: -each.relative)
+        # to the digits that can be seen: a budget holds several at one limit, but for rounding
+        ordered = sorted(self.rows, key=lambda each: -float(f"{each.relative:.4g}"))
         for each in ordered:
             number = each.largest_event
             largest = "" if number is None else f"{each.event_norms[number - 1]:.3g} (#{number})"
