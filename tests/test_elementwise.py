@@ -348,8 +348,9 @@ def counted(monkeypatch, run=True):
     return launches
 
 
-# operators that change what a tensor is called and launch nothing
-VIEWS = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "unsqueeze", "expand", "detach", "empty", "alias"}
+# operators that launch nothing
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "unsqueeze", "expand", "detach", "alias"}
+VIEWS |= {"empty", "empty_like", "new_empty"}
 
 
 class Operators(TorchDispatchMode):
