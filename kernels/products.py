@@ -231,7 +231,7 @@ def _launch(x_BI: Tensor, norm: Norm | None, linears: Sequence[Frozen], y_BO: Te
     _rows[grid](
         h_BI, *matrices, y_BO, B, I, y_BO.stride(0),
         ADD=add, BM=BM, BN=32, BK=32 if h_BI.dtype == torch.float32 else 128, PRECISION=SINGLE, num_warps=4,
-        num_stages=3, **options,
+        num_stages=2 if torch.version.hip else 4, **options,
     )  # fmt: skip
 
 

@@ -67,8 +67,8 @@ def _turned(x_ptr, e, cos_ptr, sin_ptr, E: tl.constexpr, mask):
 def _attend(
     qkv_ptr, position_ptr, place_ptr, cos_ptr, sin_ptr, K_ptr, V_ptr, z_ptr, acc_ptr, sum_ptr, arrived_ptr,
     H, KH, places, per, scale,
-    G: tl.constexpr, BG: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    G: tl.constexpr, BG: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The queries of one KV head of one row, over `per` of its keys. scale: log2(e) / √E.
 
@@ -133,20 +133,23 @@ def _attend(
             tl.store(sum_ptr + mine * 2 + 1, total, mask=g < G)
             tl.debug_barrier()  # all of it is stored before this program counts itself
             if tl.atomic_add(arrived_ptr + b * KH + kh, 1, sem="acq_rel") == parts - 1:
-                largest = tl.full([BG], float("-inf"), tl.float32)
-                total = tl.full([BG], 0.0, tl.float32)
+                part_p = tl.arange(0, BP)
+                at = ((b * H + head) * most)[:, None] + part_p[None, :]
+                there = (g < G)[:, None] & (part_p < parts)[None, :]
+                tops = tl.load(sum_ptr + at * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+                sums = tl.load(sum_ptr + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+                largest = tl.where(g < G, tl.max(tops, 1), 0.0)
+                total = tl.sum(sums * tl.exp2(tops - largest[:, None]), 1)
                 acc = tl.full([BG, BE], 0.0, tl.float32)
-                for other in range(0, parts):
-                    theirs = (b * H + head) * most + other
-                    top = tl.load(sum_ptr + theirs * 2, mask=g < G, other=0.0, cache_modifier=".cg")
-                    sums = tl.load(sum_ptr + theirs * 2 + 1, mask=g < G, other=1.0, cache_modifier=".cg")
-                    at = acc_ptr + theirs[:, None] * E + e[None, :]
-                    larger = tl.maximum(largest, top)
-                    shrunk, share = tl.exp2(largest - larger), tl.exp2(top - larger)
-                    total = total * shrunk + sums * share
-                    acc *= shrunk[:, None]
-                    acc += tl.load(at, mask=in_q, other=0.0, cache_modifier=".cg") * share[:, None]
-                    largest = larger
+                for first_part in range(0, parts, 4):
+                    for j in tl.static_range(4):  # their loads are on the way together
+                        other = first_part + j
+                        theirs = (b * H + head) * most + other
+                        known = g < tl.where(other < parts, G, 0)
+                        top = tl.load(sum_ptr + theirs * 2, mask=known, other=float("-inf"), cache_modifier=".cg")
+                        cell = acc_ptr + theirs[:, None] * E + e[None, :]
+                        z_part = tl.load(cell, mask=in_q & known[:, None], other=0.0, cache_modifier=".cg")
+                        acc += z_part * tl.exp2(top - largest)[:, None]
                 tl.store(z, (acc / total[:, None]).to(z_ptr.dtype.element_ty), mask=in_q)
                 tl.store(arrived_ptr + b * KH + kh, 0)
 
@@ -168,6 +171,7 @@ def launch(qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, heads: 
     _attend[(KH, most, B)](
         qkv_BO, *where, K_BKSE, V_BKSE, z_BO, acc, sums, arrived, heads, KH, places, per, 1.4426950408889634 / E**0.5,
         G=G, BG=max(16, triton.next_power_of_2(G)), E=E, BE=max(16, triton.next_power_of_2(E)), BS=BS,
+        BP=triton.next_power_of_2(most),
         PRECISION=SINGLE, num_warps=4, num_stages=2, **chained(device),
     )  # fmt: skip
     return z_BO

@@ -225,6 +225,7 @@ def test_attention_of_one_query(E, dtype, target, tmp_path):
     types = dict.fromkeys(("qkv_ptr", "cos_ptr", "sin_ptr", "K_ptr", "V_ptr", "z_ptr"), dtype)
     types |= {"position_ptr": "*i64", "place_ptr": "*i64", "arrived_ptr": "*i32", "scale": "fp32"}
     constants = {"G": 4, "BG": 16, "E": E, "BE": triton.next_power_of_2(E), "PRECISION": precision(target)}
+    constants["BP"] = 32
     constants["BS"] = 64 if dtype == HALF and target != "gfx942" else 32
     binary = compiled(query._attend, constants | dependent(target), target, 4, types, (*ODD, "places"))
     check_resources(binary, target, tmp_path)

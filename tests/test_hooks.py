@@ -36,16 +36,18 @@ def test_a_hook_on_the_whole_runs_once_a_pass(where, rule):
 
 
 @pytest.mark.parametrize("where", WHOLE)
-def test_a_hook_on_the_whole_runs_in_the_step_of_a_gpu_and_is_not_recorded(where):
-    """On a CPU, by the same function."""
+def test_a_hook_on_the_whole_runs_where_a_gpu_would_take_the_fused_step(where):
+    """On a CPU, by the same path."""
     model, ids = tiny(), prompt(1, 4)
     fw.attach(model, [1], fw.Hebbian(rate=0.1), backend="torch")
     episode = fw.Episode(model)
     episode.engine.paths[0] = Cuda(model, episode.engine.linears, episode.state, lambda run: run, "torch")
+    episode.feed(ids[:, 0])
+    assert episode.path == "cuda"
     calls = counted(WHOLE[where](model))
     for t in range(4):
         episode.feed(ids[:, t])
-        assert episode.path == "cuda"
+        assert episode.path == "modules"
     assert (len(calls), episode.engine.paths[0].recordings) == (4, 0)
 
 
