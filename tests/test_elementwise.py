@@ -497,4 +497,3 @@ def test_shapes_that_do_not_agree_are_left_to_torch(monkeypatch):
 def test_triton_interpreted(child):  # last: the others run meanwhile
     output, _ = child.communicate()
     assert child.returncode == 0, output[-4000:]
-    assert "passed" in output
