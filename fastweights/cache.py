@@ -6,13 +6,14 @@ Shape suffixes: B batch, T tokens of this pass, S places of the cache, K key/val
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import LlamaConfig
+from .kernels.rope import Into, Rope, rotate, rotate_into
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,13 @@ class Positions:
     real_BT: Tensor | None  # False = padding; None = no padding
     start: int | None  # the place of the first token if all rows agree on it; None if they differ
     end: int  # places in use after this pass, longest row
-    visible: Tensor | None  # [B or 1, 1, T, S] True where a query may look; None: causal, or everything
+    visible: Tensor | None  # [B or 1, 1, T, S] True where a query may look; None: at itself and all before it
+    place_BT: Tensor | None = field(init=False, default=None)  # in the cache, −1 for padding; None: `start` onwards
+
+    def __post_init__(self) -> None:
+        if self.real_BT is not None:
+            place_BT = torch.where(self.real_BT, self.position_BT, -1).contiguous()
+            object.__setattr__(self, "place_BT", place_BT)
 
     @staticmethod
     def alone(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.device) -> Positions:
@@ -52,6 +59,14 @@ class Positions:
         assert position_BT is not None
         return replace(self, position_BT=position_BT, real_BT=real_BT, visible=visible)
 
+    def with_visible(self) -> Positions:
+        """The same, with a mask wherever torch's causal attention, which starts at place 0, would not do."""
+        tokens, start = self.position_BT.shape[1], self.start
+        if self.visible is not None or not start or tokens == 1:
+            return self
+        everything_TS = torch.ones(tokens, self.end, dtype=torch.bool, device=self.position_BT.device)
+        return replace(self, visible=everything_TS.tril(start)[None, None])
+
     def repeat(self, times: int) -> Positions:
         """The same rows over and over: row r stands at r + n · B for every n."""
         tile = [times, *[1] * 3]
@@ -75,7 +90,7 @@ class KVCache:
     """Keys and values of every layer, and the one owner of position.
 
     A token's place is its absolute position in its own row. Padding is not stored, so a ragged batch needs no mask
-    beyond causality. The last place is scratch: padding is written there and never read.
+    beyond causality. The last place, −1, is scratch: padding is written there and never read.
 
     Args:
         max_length: places to allocate once. None: start small and double up to `max_position_embeddings`.
@@ -131,10 +146,7 @@ class KVCache:
         if attention_mask is None and start is not None:
             end = start + tokens
             position_BT = torch.arange(start, end, device=device).expand(rows, tokens)
-            visible = None
-            if tokens > 1 and start > 0:
-                visible = torch.ones(tokens, end, dtype=torch.bool, device=device).tril(start)[None, None]
-            return Positions(position_BT, None, start, end, visible)
+            return Positions(position_BT, None, start, end, None)
         lengths_B1 = torch.tensor(self.lengths, device=device)[:, None]
         if attention_mask is None:
             real_BT = torch.ones(shape, dtype=torch.bool, device=device)
@@ -148,6 +160,17 @@ class KVCache:
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Stores this pass's keys and values; returns all of the layer's, [B, K, end, E]."""
         return self._store(self.keys[layer], k_BKTE, positions), self._store(self.values[layer], v_BKTE, positions)
+
+    def rotate_append(
+        self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, rope: Rope, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries turned by rope, then `append` of the keys turned as well: by one kernel where it can."""
+        into = Into(self.keys[layer], self.values[layer], positions.start, positions.place_BT)
+        turned_BHTE = rotate_into(q_BHTE, k_BKTE, v_BKTE, rope, into)
+        if turned_BHTE is None:
+            turned_BHTE, k_BKTE = rotate(q_BHTE, k_BKTE, rope)
+            return turned_BHTE, *self.append(layer, k_BKTE, v_BKTE, positions)
+        return turned_BHTE, into.keys_BKSE[:, :, : positions.end], into.values_BKSE[:, :, : positions.end]
 
     def _store(self, buffer: Tensor, new_BKTE: Tensor, positions: Positions) -> Tensor:
         stored = buffer[:, :, : positions.end]
@@ -166,10 +189,8 @@ class KVCache:
         if positions.start is not None:
             buffer[:, :, positions.start : positions.end] = new_BKTE
         else:
-            assert positions.real_BT is not None
-            place_BT = torch.where(positions.real_BT, positions.position_BT, buffer.shape[2] - 1)
             row_B1 = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
-            buffer[row_B1, :, place_BT] = new_BKTE.transpose(1, 2)
+            buffer[row_B1, :, positions.place_BT] = new_BKTE.transpose(1, 2)
 
     def advance(self, positions: Positions) -> None:
         """Counts the tokens of a pass whose keys and values are stored."""

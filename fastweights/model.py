@@ -20,7 +20,9 @@ from .binding import Binding
 from .cache import KVCache, Positions
 from .config import LlamaConfig
 from .kernels.attention import attention
+from .kernels.elementwise import on_gpu, rms_norm, silu_mul
 from .kernels.linear import linear
+from .kernels.rope import rotate
 
 # The first call of MKL's vector functions in a process sets them up. If two threads of one operation make it together,
 # one may compute its half to 11 bits: the cosines of rope were off by 1.5e-4 then. So one thread makes it here.
@@ -36,9 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype.itemsize >= 4:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -64,15 +64,6 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     return (1 - blend) * frequency / scaling.factor + blend * frequency
 
 
-def rotate(x_BHTE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos_BT, sin_BT = rope
-    half = x_BHTE.shape[-1] // 2
-    y_BHTE = x_BHTE * cos_BT
-    y_BHTE[..., :half].addcmul_(x_BHTE[..., half:], sin_BT[..., :half], value=-1)
-    y_BHTE[..., half:].addcmul_(x_BHTE[..., :half], sin_BT[..., half:])
-    return y_BHTE
-
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, binding: Binding):
         super().__init__()
@@ -90,12 +81,15 @@ class Attention(nn.Module):
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, rope), rotate(k, rope)
         tap, z_BTHE = self.binding.tap, None  # what edits and captures see of attention; None as a rule
-        if tap is not None:
-            q, k = tap.rotated(self.layer, q, k)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, positions)
+        if cache is not None and tap is None:
+            q, k, v = cache.rotate_append(self.layer, q, k, v, rope, positions)
+        else:
+            q, k = rotate(q, k, rope)
+            if tap is not None:
+                q, k = tap.rotated(self.layer, q, k)
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v, positions)
         if tap is not None:
             z_BTHE = tap.attention(self.layer, q, k, v, positions.visible)
         if z_BTHE is None:
@@ -113,7 +107,11 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # a hook may keep what gate_proj gave, so that is not changed in place; what SiLU gives is ours
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD)))
+        if on_gpu(x_BTD):
+            act_BTO = silu_mul(self.gate_proj(x_BTD), self.up_proj(x_BTD))
+        else:  # what gate_proj gave is free again before up_proj runs
+            act_BTO = F.silu(self.gate_proj(x_BTD)).mul_(self.up_proj(x_BTD))
+        return self.down_proj(act_BTO)
 
 
 class Block(nn.Module):
@@ -155,7 +153,7 @@ class Decoder(nn.Module):
         stop: int | None = None,
     ) -> Tensor:
         """The residual stream after blocks `start` to `stop`."""
-        rope = self.rope(positions.position_BT)
+        rope, positions = self.rope(positions.position_BT), positions.with_visible()
         for block in islice(self.layers, start, stop):
             x_BTD = block(x_BTD, rope, positions, cache)
         return x_BTD

@@ -1,7 +1,7 @@
 """attention: softmax(q kᵀ / √E + mask) v, causal or under a mask, for groups of query heads that share keys and values.
 
 On a CPU with AVX-512 a causal pass of many float32 queries runs in C, on the tiles of `linear`; everything else is
-torch's scaled_dot_product_attention.
+torch's scaled_dot_product_attention, asked on a GPU in a form that one of its fused kernels takes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import ctypes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from .cpu import ACROSS, KEYS, TALL
+from .elementwise import on_gpu
 from .linear import c_library_for
 
 STRIDES = [f"{tensor}_{dimension}" for tensor in "qkv" for dimension in "bht"]
@@ -41,7 +43,7 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Tensor | 
         or q_BHTE.dtype != torch.float32
         or any(t.stride(-1) != 1 for t in (q_BHTE, k_BKSE, v_BKSE))
     ):
-        return _torch(q_BHTE, k_BKSE, v_BKSE, visible)
+        return _torch(q_BHTE, k_BKSE, v_BKSE, visible, start)
     threads, y = torch.get_num_threads(), q_BHTE.new_empty(B, T, H, E)
     scratch = q_BHTE.new_empty(threads * ACROSS * (2 * E + KEYS))
     pointers = [t.data_ptr() for t in (q_BHTE, k_BKSE, v_BKSE, y)]
@@ -51,12 +53,35 @@ def attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Tensor | 
     return y
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    B, heads, tokens, E = q.shape
-    grouped = heads != k.shape[1]
-    if grouped and tokens == 1 and visible is not None:
-        # a group's queries stand side by side like tokens: CUDA's fused kernels take no mask with enable_gqa
-        q, grouped = q.reshape(B, k.shape[1], -1, E), False
+def _torch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, start: int | None) -> Tensor:
+    (B, heads, tokens, E), (kv_heads, places), gpu = q.shape, k.shape[1:3], on_gpu(q)
+    grouped = heads != kv_heads
+    if gpu and start and tokens > 1 and _takes_flash(q, k, v, grouped):
+        return _flash(q, k, v).transpose(1, 2)
+    if visible is None and 1 < tokens < places:  # torch's own causal attention begins at the first key
+        visible = torch.ones(tokens, places, dtype=torch.bool, device=q.device).tril(places - tokens)
+    # on a GPU flash attention alone takes groups, and it takes neither masks nor float32
+    if grouped and (visible is not None or (gpu and q.dtype == torch.float32)):
+        if tokens == 1:  # a group's queries stand side by side like tokens
+            q, grouped = q.reshape(B, kv_heads, -1, E), False
+        elif gpu:
+            k, v = (x[:, :, None].expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2) for x in (k, v))
+            grouped = False
     causal = visible is None and tokens > 1
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
     return z.reshape(B, heads, tokens, E).transpose(1, 2)
+
+
+def _takes_flash(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> bool:
+    """Whether `_flash` takes these; NVIDIA's alone, because on AMD nobody has seen where its diagonal lies."""
+    able = q.shape[3] % 8 == 0 and torch.version.hip is None
+    return able and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, grouped))
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention whose queries are the last T places.
+
+    torch's public form of it, `torch.nn.attention.bias.causal_lower_right`, calls this as well. But importing that
+    imports torch's compiler, which takes seconds.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .elementwise import launch_rms_norm
 from .values import FUSED, jit, require_triton, tl, triton
 
 MOST_ROWS = 64  # more rows than this are a matter of torch's GEMM
@@ -94,23 +95,6 @@ def weighed(x_ptr, g_ptr, k, I):
     if g_ptr is not None:
         y = x * tl.load(g_ptr + k, mask=k < I, other=0.0).to(tl.float32)
     return x, y
-
-
-@jit
-def _norm(x_ptr, g_ptr, h_ptr, D, eps, BD: tl.constexpr, PDL: tl.constexpr):
-    """One row of the norm."""
-    b = tl.program_id(0).to(tl.int64)
-    announce(PDL)
-    wait(PDL)
-    square = tl.full([BD], 0.0, tl.float32)
-    for k0 in range(0, D, BD):
-        x = tl.load(x_ptr + b * D + k0 + tl.arange(0, BD), mask=k0 + tl.arange(0, BD) < D, other=0.0)
-        square += x * x
-    scale = tl.rsqrt(tl.sum(square, 0) / D + eps)
-    for k0 in range(0, D, BD):
-        k = k0 + tl.arange(0, BD)
-        _, y = weighed(x_ptr + b * D, g_ptr, k, D)
-        tl.store(h_ptr + b * D + k, (y * scale).to(h_ptr.dtype.element_ty), mask=k < D)
 
 
 @jit
@@ -225,7 +209,7 @@ def _launch(x_BI: Tensor, norm: Norm | None, linears: Sequence[Frozen], y_BO: Te
         grid = (sum(triton.cdiv(O, BN) for O in outputs),)
         _row[grid](x_BI, weight, *matrices, y_BO, I, eps, ADD=add, BN=BN, BK=BK, num_warps=warps, **options)
         return
-    h_BI = x_BI if norm is None else norm_rows(x_BI, norm)
+    h_BI = x_BI if norm is None else launch_rms_norm(x_BI, *norm)
     BM = max(16, triton.next_power_of_2(B))
     grid = (sum(triton.cdiv(O, 32) for O in outputs),)
     _rows[grid](
@@ -233,14 +217,6 @@ def _launch(x_BI: Tensor, norm: Norm | None, linears: Sequence[Frozen], y_BO: Te
         ADD=add, BM=BM, BN=32, BK=32 if h_BI.dtype == torch.float32 else 128, PRECISION=SINGLE, num_warps=4,
         num_stages=2 if torch.version.hip else 4, **options,
     )  # fmt: skip
-
-
-def norm_rows(x_BD: Tensor, norm: Norm) -> Tensor:
-    """The norm of each row by Triton, in the dtype of its weight."""
-    (B, D), h_BD = x_BD.shape, torch.empty(x_BD.shape, dtype=norm.weight_D.dtype, device=x_BD.device)
-    BD = min(2048, triton.next_power_of_2(D))
-    _norm[(B,)](x_BD, norm.weight_D, h_BD, D, norm.eps, BD=BD, num_warps=4, **chained(x_BD.device))
-    return h_BD
 
 
 # ---- the choosers

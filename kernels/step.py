@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .products import Frozen, Norm, add_project_, announce, chained, norm_rows, normed, project, tile, wait, weighed
+from .elementwise import launch_rms_norm
+from .products import Frozen, Norm, add_project_, announce, chained, normed, project, tile, wait, weighed
 from .read import reference as read_reference
 from .values import clipped_triton, jit, kernel_of, per_row, phi_triton, require_triton, tl, triton
 
@@ -374,7 +375,7 @@ def launch_gate_up(x_BD: Tensor, norm: Norm, gate: StepLinear, up: StepLinear) -
     own: Norm | None = norm
     products: tuple[Tensor | None, ...] = (None, None)
     if B > 1:
-        h_BD = norm_rows(x_BD, norm)
+        h_BD = launch_rms_norm(x_BD, *norm)
         products = project(h_BD, None, (gate.frozen, up.frozen), torch.float32, "triton").split(O, dim=1)
         x_BD, own = h_BD, None
     linears = [_for_kernels(linear, B, product) for linear, product in zip((gate, up), products, strict=True)]

@@ -22,8 +22,8 @@ try:
 except ModuleNotFoundError:  # a platform without Triton: backend="torch" works, "triton" says what is missing
     triton = tl = None
 
-    def jit(function):
-        return _Missing(function.__name__)
+    def jit(function=None, **options):
+        return jit if function is None else _Missing(function.__name__)
 
 
 FUSED = {"enable_fp_fusion": True}  # said at every launch: Triton 3.10 changes the default

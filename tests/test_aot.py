@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastweights.kernels import products, query, read, scan, step, values
+from fastweights.kernels import elementwise, products, query, read, rope, scan, step, values
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -208,15 +208,6 @@ def test_products_of_rows(dtype, BM, target, tmp_path):
     constants = {"ADD": True, "BM": BM, "BN": 32, "BK": 128 if dtype == HALF else 32, "PRECISION": precision(target)}
     binary = compiled(products._rows, constants | dependent(target), target, 4, types, ODD)
     check_resources(binary, target, tmp_path)
-    binary = compiled(
-        products._norm,
-        {"BD": 2048, **dependent(target)},
-        target,
-        4,
-        {"g_ptr": dtype, "h_ptr": dtype, "eps": "fp32"},
-        ODD,
-    )
-    check_resources(binary, target, tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -312,3 +303,24 @@ if "triton" in sys.modules:
         for j in range(n):
             a += tl.exp(tl.sum(a, 0)) * j
         tl.store(a_ptr + tl.arange(0, N), a)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_norm_rope_and_silu_mul(dtype, target, tmp_path):
+    word = f"*{dtype}"
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "gate_ptr", "up_ptr"), word) | {"eps": "fp32"}
+    wide = r"(?:global|buffer)_load_dwordx4" if target == "gfx942" else r"LDG\.E\S*\.128"
+    for width in (2048, elementwise.WIDEST):
+        block, warps = elementwise._norm_tile(width)
+        binary = compiled(elementwise._rms_norm, {"BD": block}, target, warps, types)
+        assert len(re.findall(wide, check_resources(binary, target, tmp_path))) >= 2  # x and the weight
+    binary = compiled(elementwise._silu_mul, {"BLOCK": elementwise.BLOCK}, target, 4, types)
+    assert len(re.findall(wide, check_resources(binary, target, tmp_path))) >= 2  # gate and up
+    arguments = [name for name in rope._rope.arg_names if name.endswith("_ptr")]
+    for E, where in ((64, "start"), (80, "place"), (128, "start"), (128, "alone")):
+        types = dict.fromkeys(arguments, word) | {"place_ptr": "*i64" if where == "place" else None}
+        types |= {"v_ptr": None} if where == "alone" else {}
+        constants = {"E": E, "BH": rope.HEADS, "BE": rope._parts(32, 8, E)[2]}
+        odd = ("start", "places", "H", "K")
+        check_resources(compiled(rope._rope, constants, target, 4, types, odd), target, tmp_path)

@@ -94,3 +94,65 @@ def test_gradients_and_masks_go_to_torch(monkeypatch):
     attention(q, k, v, None, 0)
     helper = module.c_library_for(q)
     assert len(seen) == (2 if hasattr(helper, "attention") else 3)
+
+
+def test_without_a_mask_the_last_query_sees_everything():
+    q, k, v = case(1, 4, 2, 5, 7, 16)
+    assert float((attention(q.double(), k.double(), v.double(), None, 7) - slow(q, k, v, 7)).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 2, 5, 7, 16), (2, 6, 2, 5, 0, 16), (2, 4, 4, 5, 3, 10), (3, 6, 1, 1, 6, 8)])
+def test_the_forms_for_a_gpu_give_the_same(shape, masked, dtype, monkeypatch):
+    T, start = shape[3:5]
+    q, k, v = case(*shape)
+    exact = slow(q, k, v, start)
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "c_library_for", lambda *tensors: None)
+    visible = torch.ones(T, start + T, dtype=torch.bool).tril(start)[None, None] if masked else None
+    z = attention(q.to(dtype), k.to(dtype), v.to(dtype), visible, None if masked else start)
+    assert z.shape == exact.shape
+    assert float((z - exact).abs().max()) < (2e-6 if dtype == torch.float32 else 1e-13)
+
+
+def test_flash_attention_is_asked_for_tokens_after_others_and_never_given_a_mask(monkeypatch):
+    seen = []
+
+    def flash(q, k, v):
+        seen.append(q.shape[2])
+        return slow(q, k, v, k.shape[2] - q.shape[2]).transpose(1, 2)
+
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "c_library_for", lambda *tensors: None)
+    monkeypatch.setattr(module, "can_use_flash_attention", lambda params: True)
+    monkeypatch.setattr(module, "_flash", flash)
+    for start, T in ((7, 5), (0, 5), (7, 1)):
+        q, k, v = case(2, 6, 2, T, start, 16)
+        visible = torch.ones(T, start + T, dtype=torch.bool).tril(start)[None, None]
+        exact = slow(q, k, v, start)
+        for mask in (visible, None) if start and T > 1 else (None,):
+            torch.testing.assert_close(attention(q, k, v, mask, start).double(), exact, rtol=0, atol=2e-6)
+        torch.testing.assert_close(attention(q, k, v, visible, None).double(), exact, rtol=0, atol=2e-6)
+    assert seen == [5, 5]
+    q, k, v = case(1, 2, 2, 5, 7, 12)  # heads of 12: the kernel wants multiples of 8
+    attention(q, k, v, None, 7)
+    monkeypatch.setattr(torch.version, "hip", "7")
+    q, k, v = case(1, 2, 2, 5, 7, 16)
+    attention(q, k, v, None, 7)
+    assert seen == [5, 5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 2, 45, 0, 64), (2, 8, 2, 45, 300, 64), (1, 4, 4, 5, 77, 128), (1, 9, 3, 1, 60, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_attention_on_a_gpu(shape, dtype):
+    T, start = shape[3:5]
+    q, k, v = (x.to("cuda", dtype) for x in case(*shape))
+    exact = slow(q.cpu(), k.cpu(), v.cpu(), start)
+    visible = torch.ones(T, start + T, dtype=torch.bool, device="cuda").tril(start)[None, None]
+    for mask, where in ((visible, start), (None, start), (visible, None)):
+        z = attention(q, k, v, mask, where)
+        assert float((z.double().cpu() - exact).abs().max()) < (2e-3 if dtype == torch.float16 else 2e-5)

@@ -27,7 +27,7 @@ GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 NOT_OURS = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "_version", "_C", "_current_level"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_are_functorch_transforms_active"),
-    *("_fields", "_fields_", "_replace", "_exit", "_getframe"),
+    *("_fields", "_fields_", "_replace", "_exit", "_getframe", "_scaled_dot_product_flash_attention"),
 }
 
 
