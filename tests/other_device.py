@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_map_only
 
 NAME = "other"
 backend_registration._setup_privateuseone_for_python_backend(NAME)
@@ -128,7 +127,9 @@ class OtherTensor(Tensor):
 
 def run(operation: Any, args: tuple, kwargs: dict) -> Any:
     """Runs an operation that is given tensors of the device, or is to make one."""
-    given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given: list[Tensor] = []
+    raw = [_each(x, lambda t: given.append(t) or getattr(t, "raw", t)) for x in args]
+    raw_kwargs = {name: _each(x, lambda t: given.append(t) or getattr(t, "raw", t)) for name, x in kwargs.items()}
     ours = [x for x in given if isinstance(x, OtherTensor)]
     device = kwargs.get("device")
     to_other = device is None or torch.device(device).type == NAME
@@ -142,19 +143,22 @@ def run(operation: Any, args: tuple, kwargs: dict) -> Any:
         if operation in LOOKS or masks:
             _note("looks", operation)
     if device is not None:
-        kwargs = {**kwargs, "device": "cpu"}
-    result = operation(*_raw(args), **_raw(kwargs))
+        raw_kwargs["device"] = "cpu"
+    result = operation(*raw, **raw_kwargs)
     for x in ours:
         if x.shape != x.raw.shape or x.stride() != x.raw.stride():
             raise NotImplementedError(f"{operation} changes the shape of a tensor in place, which {NAME!r} has not")
     if not to_other:
         return result
     wrapped = {id(x.raw): x for x in ours}  # what is changed in place stays the same object
-    return tree_map_only(Tensor, lambda x: wrapped[id(x)] if id(x) in wrapped else OtherTensor(x), result)
+    return _each(result, lambda x: wrapped[id(x)] if id(x) in wrapped else OtherTensor(x))
 
 
-def _raw(tree: Any) -> Any:
-    return tree_map_only(OtherTensor, lambda x: x.raw, tree)
+def _each(x: Any, change: Any) -> Any:
+    """What is given to an operation or comes from it, with each tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    return type(x)([_each(y, change) for y in x]) if type(x) in (list, tuple) else x
 
 
 def _note(kind: str, operation: Any) -> None:
