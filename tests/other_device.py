@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 
 NAME = "other"
 backend_registration._setup_privateuseone_for_python_backend(NAME)
@@ -81,12 +82,12 @@ def counting() -> Iterator[Counts]:
         _counts.remove(counts)
 
 
-def moved(module: nn.Module) -> nn.Module:
-    """`module.to("other")` that keeps every Parameter the same object, as a move to CUDA does."""
+def moved(module: nn.Module, device: torch.device = OTHER) -> nn.Module:
+    """`module.to(device)` that keeps every Parameter the same object, as a move to CUDA and back does."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        return module.to(OTHER)
+        return module.to(device)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
@@ -145,6 +146,9 @@ def run(operation: Any, args: tuple, kwargs: dict) -> Any:
     if device is not None:
         raw_kwargs["device"] = "cpu"
     result = operation(*raw, **raw_kwargs)
+    if torch.Tag.inplace_view in operation.tags:  # its own shape, behind which are no numbers
+        with no_dispatch():
+            operation(*args, **kwargs)
     for x in ours:
         if x.shape != x.raw.shape or x.stride() != x.raw.stride():
             raise NotImplementedError(f"{operation} changes the shape of a tensor in place, which {NAME!r} has not")
@@ -202,12 +206,13 @@ def _made(name: str) -> Any:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """The copy inside `torch.tensor(..., device="other")`, which torch makes below the class of its tensors."""
     return run(aten.copy_.default, (target, source), {})
 
 
 _library = torch.library.Library("aten", "IMPL")
+# `torch.tensor` works below the class of its tensors: its copy to a device, and numbers of the device that it is given
 _library.impl("_copy_from", _copy_from, "PrivateUse1")
+_library.impl("_local_scalar_dense", lambda x: run(aten._local_scalar_dense.default, (x,), {}), "PrivateUse1")
 for _name in FACTORIES:
     _library.impl(_name, _made(_name), "PrivateUse1")
 _others = torch.library.Library("_", "IMPL")
