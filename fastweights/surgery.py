@@ -117,7 +117,7 @@ class Result:
 
     logprob_A: Tensor
     top: list[tuple[str, float]]
-    hidden_LD: Tensor  # at the answer position, float64
+    hidden_LD: Tensor  # at the answer position, float64, on the CPU
     delta_norm: float
 
 
@@ -154,7 +154,7 @@ def _ask(episode: Episode, exam: Exam, events: Sequence[int], progress: Progress
     """What the model says after each of `events`, in batches, with the fast weights of an episode of one row."""
     trace = episode.probe(exam.rows, sites=["resid_post"], at=list(events), positions=exam.columns, progress=progress)
     norm_M = delta_norms(episode.logs, events, row=0)
-    hidden_MLD = trace.hidden_states[:, :, 0, 0].double()
+    hidden_MLD = trace.hidden_states[:, :, 0, 0].cpu().double()
     logprob_MA = exam.score(trace.logits, exam.columns).logprob[:, 0].cpu()
     results = []
     for m, norm in enumerate(norm_M.tolist()):
