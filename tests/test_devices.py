@@ -1,7 +1,8 @@
 """Every public call, with the model on one device and what it is given on another: the numbers of the CPU alone.
 
 `everywhere` runs a scenario with everything on the CPU, with the model on the test device and what is given on the CPU,
-and the other way round, and compares all that it returns. `both` puts both on the test device as well.
+and the other way round, and compares all that it returns. `both` puts both on the test device as well. Where there is
+a GPU, it takes the test device's place.
 """
 
 import copy
@@ -10,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from other_device import OTHER, OtherTensor, counting, moved
+from other_device import OTHER, counting, moved
 from tiny import prompt, tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
@@ -19,6 +20,7 @@ import fastweights as fw
 from fastweights.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
+AWAY = torch.device("cuda", 0) if torch.cuda.is_available() else OTHER
 ALL = ("gate_proj", "up_proj", "down_proj")
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]])
 WRITE = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 0, 1]]).bool()
@@ -47,13 +49,13 @@ def same(found, expected, where="it"):
 def everywhere(scenario, both=False):
     """scenario(model's device, device of what is given) gives the same wherever the two are."""
     expected = scenario(CPU, CPU)
-    for places in ((OTHER, CPU), (CPU, OTHER), *[(OTHER, OTHER)] * both):
+    for places in ((AWAY, CPU), (CPU, AWAY), *[(AWAY, AWAY)] * both):
         same(scenario(*places), expected)
 
 
 def model_at(device, **changes):
     model = tiny(num_hidden_layers=2, **changes)
-    return moved(model) if device == OTHER else model
+    return moved(model, device) if device != CPU else model
 
 
 def plastic(device, rule, rows=1, linears=ALL, rank=4, overflow="grow", shared=False, **options):
@@ -256,7 +258,7 @@ def test_every_form_of_ids_and_masks_in_feed_generate_and_probe(name):
         steps = [step.logits for step in episode.generate(ids, 2, attention_mask=mask, stop_token_ids=())]
         return [logits, steps, trace_of(episode.probe(ids, "z", attention_mask=mask)), state(episode)]
 
-    everywhere(scenario)
+    everywhere(scenario, both=True)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -286,7 +288,7 @@ def test_generation_with_every_option(name):
         episode = plastic(model, fw.Hebbian(rate=0.3), 3)
         options = {"stop_token_ids": torch.arange(12).to(given), "update": "all", **SAMPLING[name]}
         steps = list(episode.generate(prompt(3, 7).to(given), 8, attention_mask=MASK.to(given), **options))
-        assert all(type(step.token_ids) is torch.Tensor for step in steps)  # on the CPU, as said
+        assert {step.token_ids.device for step in steps} == {CPU}
         assert {step.logits.device for step in steps} == {episode.model.device}
         return [[[s.token_ids, s.logits, s.ended, s.finish_reason] for s in steps], state(episode)]
 
@@ -312,7 +314,7 @@ def test_sampling_by_itself():
 
 def two(rule, **options):
     """An episode on the CPU and one on the test device, alike."""
-    return [plastic(device, rule, 3, **options) for device in (CPU, OTHER)]
+    return [plastic(device, rule, 3, **options) for device in (CPU, AWAY)]
 
 
 KINDS = {
@@ -394,7 +396,7 @@ def test_an_episode_saved_on_one_device_lives_on_on_another(name, kind, tmp_path
 
 
 def test_attach_chooses_torch_says_what_triton_needs_and_detach_gives_the_linears_back():
-    model = model_at(OTHER)
+    model = moved(tiny(num_hidden_layers=2))
     before = [(name, module) for name, module in model.named_modules()]
     weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"backend='triton' computes in float32"):
@@ -440,9 +442,9 @@ def test_a_model_that_moves_before_its_episode_works_and_after_it_is_refused():
     old = fw.Episode(model)
     old.feed(prompt(1, 6))
     snapshot = old.snapshot()
-    moved(model)
+    moved(model, AWAY)
     for refused in (lambda: old.feed([[3]]), lambda: next(old.generate([[3]])), lambda: old.probe([[3]])):
-        with pytest.raises(ValueError, match=r"began with a model in torch.float64 on cpu, which is in .* on other:0"):
+        with pytest.raises(ValueError, match=rf"began with a model in torch.float64 on cpu, which is in .* on {AWAY}"):
             refused()
     episode = fw.Episode(model)
     same(episode.feed(prompt(1, 6)), expected)
@@ -450,7 +452,7 @@ def test_a_model_that_moves_before_its_episode_works_and_after_it_is_refused():
     new.restore(snapshot)
     same(new.feed([[3]]).cpu(), episode.feed([[3]]).cpu())
     moved(model, CPU)
-    with pytest.raises(ValueError, match=r"on other:0, which is in torch.float64 on cpu now: make a new one"):
+    with pytest.raises(ValueError, match=rf"on {AWAY}, which is in torch.float64 on cpu now: make a new one"):
         episode.feed([[3]])
     fw.detach(model)
     same(fw.Episode(model).feed([[3]]), fw.Episode(tiny(num_hidden_layers=2)).feed([[3]]))
@@ -461,7 +463,7 @@ def test_detach_leaves_the_weights_that_the_model_has_now():
     model = tiny(num_hidden_layers=2)
     linear = model.model.layers[1].mlp.up_proj
     fw.attach(model, [1], fw.Hebbian(0.3))
-    model.to("other")
+    model.to(OTHER)
     fw.detach(model)
     assert model.model.layers[1].mlp.up_proj is linear
     assert {p.device for p in model.parameters()} == {OTHER}
@@ -470,33 +472,33 @@ def test_detach_leaves_the_weights_that_the_model_has_now():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_saved_from_and_loaded_onto_any_device(tied, tmp_path):
-    for at in (CPU, OTHER):
+    for at in (CPU, AWAY):
         model = model_at(at, tie_word_embeddings=tied)
         fw.attach(model, [1], fw.Hebbian(0.3))
         fw.save(model, tmp_path / at.type, max_shard_bytes=9000)
-        for device in (None, "other"):
+        for device in (None, str(AWAY)):
             with pytest.warns(UserWarning, match="has no tokenizer"):
                 loaded, _ = fw.load(tmp_path / at.type, device=device)
-            assert loaded.device == (OTHER if device else CPU)
+            assert loaded.device == (AWAY if device else CPU)
             assert {p.device for p in loaded.parameters()} == {loaded.device}
             assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
             assert list(loaded.state_dict()) == list(tiny(num_hidden_layers=2).state_dict())
             same(dict(loaded.state_dict()), dict(model_at(CPU, tie_word_embeddings=tied).state_dict()))
             same(loaded(prompt(1, 5)), model_at(CPU, tie_word_embeddings=tied)(prompt(1, 5)))
     assert [p.read_bytes() for p in sorted((tmp_path / "cpu").glob("*.safetensors"))] == [
-        p.read_bytes() for p in sorted((tmp_path / "other").glob("*.safetensors"))
+        p.read_bytes() for p in sorted((tmp_path / AWAY.type).glob("*.safetensors"))
     ]
 
 
 def test_a_copy_of_a_model_is_on_its_device_and_its_own():
-    model = model_at(OTHER)
+    model = model_at(AWAY)
     other = copy.deepcopy(model)
-    assert other.device == OTHER
+    assert other.device == AWAY
     same(other(prompt(1, 5)).cpu(), model(prompt(1, 5)).cpu())
 
 
 def test_anatomy_and_a_repr_do_not_look_at_the_device():
-    model = model_at(OTHER)
+    model = moved(tiny(num_hidden_layers=2))
     with counting() as seen:
         assert repr(fw.anatomy(model)) == repr(fw.anatomy(tiny(num_hidden_layers=2)))
         repr(fw.Episode(model))
@@ -504,7 +506,7 @@ def test_anatomy_and_a_repr_do_not_look_at_the_device():
 
 
 def test_a_frozen_pass_looks_at_the_device_never():
-    model = model_at(OTHER)
+    model = moved(tiny(num_hidden_layers=2))
     episode = fw.Episode(model, 3)
     with counting() as seen:
         episode.feed(prompt(3, 7), attention_mask=MASK)
@@ -540,7 +542,7 @@ def test_a_probe_of_every_site(at, positions):
         asked = (prompt(3, 7).to(given), SITES)
         trace = episode.probe(*asked, at=at, attention_mask=MASK.to(given), positions=columns, max_bytes=1 << 22)
         assert {x.device for x in trace.sites.values()} == {episode.model.device}
-        assert {type(x) for x in (trace.input_ids, trace.positions)} == {torch.Tensor}  # on the CPU
+        assert {x.device for x in (trace.input_ids, trace.positions)} == {CPU}
         return trace_of(trace)
 
     everywhere(scenario)
@@ -651,7 +653,7 @@ def test_every_edit_in_feed_generate_probe_and_around_them(name, source):
 
 
 def test_one_edit_serves_models_on_both_devices(source):
-    edits = list(edits_given(CPU, source).items()) + list(edits_given(OTHER, source).items())
+    edits = list(edits_given(CPU, source).items()) + list(edits_given(AWAY, source).items())
     episodes = two(RULES["hebbian"])
     for episode in episodes:
         episode.feed(prompt(3, 3))
@@ -738,7 +740,7 @@ def test_a_linear_probe():
 
 def test_a_heat_map(tmp_path):
     pytest.importorskip("matplotlib")
-    for given in (CPU, OTHER):
+    for given in (CPU, AWAY):
         fw.heat_map(torch.rand(3, 4).to(given), y="layer", x="head", path=tmp_path / f"{given.type}.png")
 
 
@@ -756,7 +758,7 @@ def test_the_experiment_and_its_report(name, one_by_one, tokenizer, tmp_path):
         options |= {"layers": torch.tensor([1]).to(given).tolist(), "update": update, "max_new_tokens": 2}
         record = fw.surgery(model, tokenizer, rule=RULES[name], **TEXTS, **options)
         for array in record.ARRAYS:
-            assert type(getattr(record, array)) is torch.Tensor, array  # on the CPU, wherever the model is
+            assert getattr(record, array).device == CPU, array
         if not one_by_one:
             assert {"record.json", "arrays.safetensors", "report.html"} <= {*record.save(tmp_path / at.type)}
         whole = record.to_dict()
@@ -783,15 +785,15 @@ def test_an_sae_beside_the_model(architecture, tmp_path):
         return [features, sae.decode(features, x), list(sae.error(x)), change(x), sae.set(3, lambda f: f + 1)(x)]
 
     everywhere(scenario)
-    sae = fw.load_sae(folder, device=OTHER)
-    with pytest.raises(ValueError, match=r"x is on cpu and the SAE on other:0: load_sae\(\.\.\., device=\) moves it"):
+    sae = fw.load_sae(folder, device=AWAY)
+    with pytest.raises(ValueError, match=rf"x is on cpu and the SAE on {AWAY}: load_sae\(\.\.\., device=\) moves it"):
         sae.encode(torch.zeros(5, D))
-    with pytest.raises(ValueError, match="features are on cpu and the SAE on other:0"):
+    with pytest.raises(ValueError, match=f"features are on cpu and the SAE on {AWAY}"):
         sae.decode(torch.zeros(5, len(sae.W_dec)))
 
 
 def test_numbers_of_numpy_need_no_device():
-    model = model_at(OTHER)
+    model = model_at(AWAY)
     episode = fw.Episode(model)
     same(episode.feed(np.array([3, 4])).cpu(), fw.Episode(model_at(CPU)).feed([3, 4]))
-    assert isinstance(episode.logits, OtherTensor)
+    assert episode.logits.device == AWAY

@@ -1,4 +1,7 @@
-"""The test device refuses what CUDA refuses, takes what it takes, and counts what the host waits for."""
+"""The test device refuses what CUDA refuses, takes what it takes, and counts what the host waits for.
+
+Where there is a GPU, what is said of both is asked of both.
+"""
 
 import copy
 
@@ -9,10 +12,12 @@ from torch import nn
 
 X = torch.arange(12.0).reshape(3, 4)
 INDEX = torch.tensor([2, 0])
+DEVICES = [OTHER, *[torch.device("cuda", 0)] * torch.cuda.is_available()]
+on_both = pytest.mark.parametrize("device", DEVICES, ids=str)
 
 
 def there():
-    return X.to("other")
+    return X.to(OTHER)
 
 
 def put(target, index, value):
@@ -22,32 +27,34 @@ def put(target, index, value):
 
 
 MIXED = {
-    "sum": lambda: there() + X,
-    "CPU tensor and a number of the device": lambda: X + there()[0, 0],
-    "in place": lambda: X.clone().add_(there()),
-    "a number of the CPU changed in place": lambda: torch.tensor(1.0).add_(there()[0, 0]),
-    "product": lambda: there() @ X.T,
-    "product with a number": lambda: torch.dot(there()[0], X[0]),
-    "cat": lambda: torch.cat([there(), X]),
-    "stack": lambda: torch.stack([X, there()]),
-    "where": lambda: torch.where(there() > 3, X, there()),
-    "mask": lambda: there().masked_fill(X > 3, 0.0),
-    "gather": lambda: there().gather(0, INDEX[None].expand(1, 2)),
-    "index_select": lambda: there().index_select(0, INDEX),
-    "embedding": lambda: torch.embedding(there(), INDEX),
-    "isin": lambda: torch.isin(there(), X),
-    "CPU tensor by indices of the device": lambda: X[INDEX.to("other")],
-    "values of the CPU put by indices": lambda: put(there(), INDEX, X[:2]),
-    "values of the device put into the CPU": lambda: put(X, INDEX, there()[:2]),
-    "equal": lambda: torch.equal(there(), X),
-    "linear": lambda: nn.functional.linear(there(), X),
+    "sum": lambda x: x + X,
+    "CPU tensor and a number of the device": lambda x: X + x[0, 0],
+    "in place": lambda x: X.clone().add_(x),
+    "a number of the CPU changed in place": lambda x: torch.tensor(1.0).add_(x[0, 0]),
+    "product": lambda x: x @ X.T,
+    "product with a number": lambda x: torch.dot(x[0], X[0]),
+    "cat": lambda x: torch.cat([x, X]),
+    "stack": lambda x: torch.stack([X, x]),
+    "where": lambda x: torch.where(x > 3, X, x),
+    "mask": lambda x: x.masked_fill(X > 3, 0.0),
+    "gather": lambda x: x.gather(0, INDEX[None].expand(1, 2)),
+    "index_select": lambda x: x.index_select(0, INDEX),
+    "embedding": lambda x: torch.embedding(x, INDEX),
+    "isin": lambda x: torch.isin(x, X),
+    "CPU tensor by indices of the device": lambda x: X[INDEX.to(x.device)],
+    "values of the CPU put by indices": lambda x: put(x, INDEX, X[:2]),
+    "values of the device put into the CPU": lambda x: put(X, INDEX, x[:2]),
+    "equal": lambda x: torch.equal(x, X),
+    "linear": lambda x: nn.functional.linear(x, X),
 }
 
 
+@on_both
 @pytest.mark.parametrize("name", MIXED)
-def test_it_refuses_tensors_of_both_devices(name):
-    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
-        MIXED[name]()
+def test_it_refuses_tensors_of_both_devices(name, device):
+    words = "Expected all tensors to be on the same device" if device == OTHER else "device|indices"
+    with pytest.raises(RuntimeError, match=words):
+        MIXED[name](X.to(device))
 
 
 TAKEN = {
@@ -68,16 +75,17 @@ TAKEN = {
 }  # fmt: skip
 
 
+@on_both
 @pytest.mark.parametrize("name", TAKEN)
-def test_it_takes_what_cuda_takes_and_counts_uploads(name):
+def test_it_takes_what_cuda_takes_and_counts_uploads(name, device):
     run, uploads = TAKEN[name]
-    x = there()
+    x = X.to(device)
     with counting() as seen:
         found = run(x)
-    assert found.device == OTHER
-    torch.testing.assert_close(found.cpu(), run(X), rtol=1e-6, atol=0)
+    assert found.device == device
+    torch.testing.assert_close(found.cpu(), run(X), rtol=1e-5, atol=0)
     assert seen.looks == []
-    assert len(seen.uploads) == uploads
+    assert len(seen.uploads) == (uploads if device == OTHER else 0)
 
 
 LOOKS = {
