@@ -5,6 +5,7 @@ and the other way round, and compares all that it returns. `both` puts both on t
 a GPU, it takes the test device's place.
 """
 
+import contextlib
 import copy
 import math
 
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import fastweights as fw
+from fastweights.kernels import read, scan, values
 from fastweights.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -53,13 +55,13 @@ def everywhere(scenario, both=False):
         same(scenario(*places), expected)
 
 
-def model_at(device, **changes):
-    model = tiny(num_hidden_layers=2, **changes)
+def model_at(device, dtype=torch.float64, **changes):
+    model = tiny(dtype, num_hidden_layers=2, **changes)
     return moved(model, device) if device != CPU else model
 
 
-def plastic(device, rule, rows=1, linears=ALL, rank=4, overflow="grow", shared=False, **options):
-    model = model_at(device)
+def plastic(device, rule, rows=1, linears=ALL, rank=4, overflow="grow", shared=False, dtype=torch.float64, **options):
+    model = model_at(device, dtype)
     fw.attach(model, 1, rule, linears, rank=rank, overflow=overflow, **options)
     return fw.Episode(model, rows, shared=shared)
 
@@ -135,6 +137,24 @@ def test_a_ragged_life_by_every_rule_and_overflow(name, overflow):
         return life(plastic(model, RULES[name], 3, overflow=overflow), prompt(3, 7), MASK, WRITE, given)
 
     everywhere(scenario)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["hebbian", "slow"])
+def test_a_ragged_life_with_folds_in_the_narrow_dtypes(name, dtype):
+    """Folds of float32 factors go by Gram matrices, half of which the CPU does."""
+
+    def scenario(model, given):
+        episode = plastic(model, RULES[name], 3, overflow="compress", dtype=dtype)
+        found = life(episode, prompt(3, 7), MASK, WRITE, given)[0]
+        weights = [episode.delta_weight(*address, row) for address in episode.logs for row in range(3)]
+        assert {log.dtype for log in episode.logs.values()} == {torch.float32}
+        return [x.float().flatten() for x in (*found, *weights)]
+
+    expected = scenario(CPU, CPU)
+    for places in ((AWAY, CPU), (CPU, AWAY)):
+        for x, wanted in zip(scenario(*places), expected, strict=True):
+            assert float((x.cpu() - wanted).norm()) <= (1e-4 if dtype == torch.float32 else 5e-2) * float(wanted.norm())
 
 
 @pytest.mark.parametrize("options", [{"archive": True}, {"budget": 0.02}, {"budget": 0.02, "archive": True}], ids=str)
@@ -790,6 +810,16 @@ def test_an_sae_beside_the_model(architecture, tmp_path):
         sae.encode(torch.zeros(5, D))
     with pytest.raises(ValueError, match=f"features are on cpu and the SAE on {AWAY}"):
         sae.decode(torch.zeros(5, len(sae.W_dec)))
+
+
+def test_kernels_are_launched_with_the_gpu_of_their_tensors_as_the_current_one(monkeypatch):
+    """Of several GPUs the model may be on another than the current one; tensors alone do not tell Triton."""
+    asked, x = [], torch.ones(3)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda given: asked.append(given) or contextlib.nullcontext())
+    assert torch.equal(values.on_its_gpu(lambda given, times: times * given)(x, times=2), 2 * x)
+    assert len(asked) == 1
+    assert asked[0] is x
+    assert all(hasattr(launch, "__wrapped__") for launch in (read.launch, scan.launch))
 
 
 def test_numbers_of_numpy_need_no_device():
