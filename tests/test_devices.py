@@ -48,6 +48,15 @@ def same(found, expected, where="it"):
         assert found == expected, where
 
 
+def on_cpu(x):
+    """All that a scenario gave, on the CPU."""
+    if isinstance(x, torch.Tensor):
+        return x.cpu()
+    if isinstance(x, dict):
+        return {key: on_cpu(value) for key, value in x.items()}
+    return [on_cpu(each) for each in x] if isinstance(x, list) else x
+
+
 def everywhere(scenario, both=False):
     """scenario(model's device, device of what is given) gives the same wherever the two are."""
     expected = scenario(CPU, CPU)
@@ -329,6 +338,50 @@ def test_sampling_by_itself():
     everywhere(scenario)
 
 
+@pytest.mark.parametrize("name", ["hebbian", "gradient"])
+@pytest.mark.parametrize("at", [CPU, AWAY], ids=str)
+def test_torchs_default_device_changes_nothing(at, name, tokenizer, tmp_path):
+    """`torch.set_default_device("cuda")` is what many a notebook begins with; host data stay on the CPU."""
+    ids, write, place = prompt(3, 7), WRITE, tmp_path / "life.safetensors"
+    exam = fw.Exam(tokenizer, ["the sky is", "the sky and goes"], [["blue", "dark and"], ["red", "green"]])
+    edits = [fw.ablate("z", layers=1, rows=[0, 2]), fw.ablate("mlp_out", layers=0, positions="last")]
+    edits += [fw.ablate("mlp_out", layers=1, positions=[[0], [1], []])]
+
+    def scenario(default):
+        episode = plastic(at, RULES[name], 3, overflow="evict", archive=True)
+        alone, model = plastic(at, RULES[name]), model_at(at)
+        with torch.device(default):
+            found = [life(episode, ids, MASK, write, CPU), episode.feed(ids, edits=edits)]
+            steps = list(episode.generate(None, 2, temperature=0.7, seed=[1, 2, 3], stop_token_ids=(), update="all"))
+            found += [[step.token_ids for step in steps], episode.fork(rows=[2, 0]).feed(ids[:2, :3])]
+            found.append(trace_of(episode.probe(ids, "z", at="every", edits=edits, positions=[1, 3])))
+            episode.save(place)
+            found.append(fw.Episode.load(episode.model, place).feed(ids, update=fw.token_ids(ids[0])))
+            episode.undo(1)
+            alone.feed(ids[:1, :4])
+            sweep = [[], fw.steer("resid_post", [1.0] * 24, layers=1)]
+            found.append(trace_of(alone.probe(exam, sweep=sweep, at=[1, 2])))
+            with fw.capture(model, "pattern", rows=[0, 2]) as seen:
+                model(ids, MASK)
+            options = {"layers": [1], "rule": RULES[name], "update": [0, 2, 3], "max_new_tokens": 1}
+            record = fw.surgery(model, tokenizer, **TEXTS, **options)
+        found += [state(episode), trace_of(seen), fw.ov(model, 1, [3, 4]), fw.lens(model, torch.ones(24))]
+        return [*found, [getattr(record, array) for array in record.ARRAYS]]
+
+    same(scenario(AWAY), on_cpu(scenario(CPU)))
+
+
+def test_torchs_default_device_does_not_reach_the_buffers_of_the_step_in_c():
+    def scenario(default):
+        model = tiny(torch.float32, num_hidden_layers=2)
+        fw.attach(model, 1, fw.Hebbian(0.3), rank=4)
+        with torch.device(default):
+            episode = fw.Episode(model, 2)
+            return [episode.feed([[3 + n], [4]]) for n in range(6)], episode.path, str(episode.drift())
+
+    same(scenario(AWAY), scenario(CPU))
+
+
 # ---- moving through time
 
 
@@ -375,18 +428,12 @@ def test_a_snapshot_is_restored_on_another_device(kind):
     for here, there in (two(RULES["hebbian"], **KINDS[kind]), two(RULES["hebbian"], **KINDS[kind])[::-1]):
         here.feed(prompt(3, 7), attention_mask=MASK)
         there.restore(here.snapshot())
-        same(state(there), {k: on_cpu(v) for k, v in state(here).items()})
+        same(state(there), on_cpu(state(here)))
         for episode in (here, there):
             assert {log.device for log in episode.logs.values()} == {episode.model.device}
             assert episode.logits.device == episode.model.device
         same(there.feed(prompt(3, 4)).cpu(), here.feed(prompt(3, 4)).cpu())
-        same(state(there), {k: on_cpu(v) for k, v in state(here).items()})
-
-
-def on_cpu(x):
-    if isinstance(x, torch.Tensor):
-        return x.cpu()
-    return [on_cpu(each) for each in x] if isinstance(x, list) else x
+        same(state(there), on_cpu(state(here)))
 
 
 def test_a_snapshot_with_a_gradient_event_that_waits_is_restored_on_another_device():
@@ -394,7 +441,7 @@ def test_a_snapshot_with_a_gradient_event_that_waits_is_restored_on_another_devi
         here.feed(prompt(3, 4))
         there.restore(here.snapshot())
         same(there.feed(prompt(3, 3)).cpu(), here.feed(prompt(3, 3)).cpu())
-        same(state(there), {k: on_cpu(v) for k, v in state(here).items()})
+        same(state(there), on_cpu(state(here)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -406,10 +453,10 @@ def test_an_episode_saved_on_one_device_lives_on_on_another(name, kind, tmp_path
         here.save(tmp_path / "life.safetensors")
         loaded = fw.Episode.load(there.model, tmp_path / "life.safetensors")
         assert loaded.logits.device == there.model.device
-        same(state(loaded), {k: on_cpu(v) for k, v in state(here).items()})
+        same(state(loaded), on_cpu(state(here)))
         for episode in (here, loaded):
             list(episode.generate(prompt(3, 2), 2, temperature=0.7, stop_token_ids=()))
-        same(state(loaded), {k: on_cpu(v) for k, v in state(here).items()})
+        same(state(loaded), on_cpu(state(here)))
 
 
 # ---- models
