@@ -310,6 +310,8 @@ class EpisodeState:
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over, bit for bit, what `state_dict` gave; of a state of the same form that nobody has used yet.
 
+        The tensors may be on any device.
+
         Raises:
             ValueError: a log of another linear, shape, policy or dtype, or incomplete.
         """
@@ -318,7 +320,7 @@ class EpisodeState:
             prefix = f"log.{key_of(address)}."
             own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             log.load_state_dict(own, meta["logs"][key_of(address)])
-        self.logits_BV = tensors.get("logits")
+        self.logits_BV = tensors["logits"].to(self.cache.keys[0].device) if "logits" in tensors else None
         self.token_ids = [list(ids) for ids in meta["seen"]]
         if "generator" in tensors:
             self.generator.set_state(tensors["generator"].cpu())

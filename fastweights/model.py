@@ -50,7 +50,7 @@ class Linear(nn.Linear):
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Angle per position of each pair of channels, [E/2] float32 (Su et al. 2021; llama3 and linear scaling)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
     if scaling is None:

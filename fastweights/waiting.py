@@ -79,12 +79,12 @@ def check_waiting(state: EpisodeState, linears: Mapping[Address, PlasticLinear])
 def read_again(engine: Engine, waits: Sequence[bool], own: Sequence[int]) -> None:
     """Reads the last token of the rows that wait once more, as it was read before its `own` events, for its graph."""
     state, linears = engine.state, engine.linears
-    before, waits_B = state.clone(), torch.tensor(list(waits))
+    before, waits_B = state.clone(), torch.tensor(list(waits), device="cpu")
     for address, log in state.logs.items():
         if linears[address].rule.neuron_local:
             log.rewind([n - c for n, c in zip(log.event_counts, own, strict=True)])
     state.cache.rewind([n - int(w) for n, w in zip(state.lengths, waits, strict=True)])
-    last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in state.token_ids])
+    last_B1 = torch.tensor([[ids[-1]] if ids else [0] for ids in state.token_ids], device="cpu")
     positions = state.cache.positions((state.batch_size, 1), waits_B[:, None], torch.device("cpu"))
     # what was read under edits is refused, see `check_waiting`: so none may act now, and no capture sees it twice
     with engine.model.binding.untapped(), state.attempt():

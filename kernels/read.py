@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .linear import product
-from .values import FUSED, jit, require_triton, tl, triton
+from .values import FUSED, jit, on_its_gpu, require_triton, tl, triton
 
 
 def reference(
@@ -121,6 +121,7 @@ def _combine(
     tl.store(y_ptr + (b * T + t)[:, None] * O + o[None, :], y, mask=t_in & o_in)
 
 
+@on_its_gpu
 def launch(
     x_BTI: torch.Tensor,
     U_BRO: torch.Tensor,

@@ -29,6 +29,7 @@ from .values import (
     clipped_triton,
     jit,
     kernel_of,
+    on_its_gpu,
     per_row,
     require_triton,
     tl,
@@ -329,6 +330,7 @@ def _(a, u, G, write, frozen, target, norm, rate, gamma, t0, rule, activation, c
     return None
 
 
+@on_its_gpu
 def launch(a_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Tensor, torch.Tensor]:
     """The scan by Triton: blocks of OUTER tokens, earlier blocks as torch GEMMs, one launch per block.
 

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import other_device  # noqa: F401  it makes the device "other"
 import pytest
 import torch
 from hypothesis import given, settings
@@ -653,7 +654,7 @@ def test_the_keys_of_a_saved_log_are_those_of_files_that_exist():
     assert log_of("grow").state_dict()[1].keys() == form | {"events", "errors"}
 
 
-@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize("device", ["cpu", "other", *["cuda"] * torch.cuda.is_available()])
 @pytest.mark.parametrize("archive", [False, True])
 @pytest.mark.parametrize("overflow", ["compress", "evict"])
 def test_counts_masks_events_and_copies_may_lie_on_another_device(overflow, archive, device):

@@ -111,7 +111,7 @@ class Groups:
         self.record_of = np.full((layers, len(ACTIVATIONS)), -1)  # of each layer's linears; -1: frozen
         for n, linear in enumerate(self.linears):
             self.record_of[linear.address[0], list(ACTIVATIONS).index(linear.address[1])] = n
-        self.square_LB1 = torch.empty(len(self.linears), self.rows, 1)
+        self.square_LB1 = torch.empty(len(self.linears), self.rows, 1, device="cpu")
         self.records["square"] = addresses(self.square_LB1)
         self.groups, start = [], 0
         for linears_N in alike.values():
@@ -129,11 +129,11 @@ class Groups:
 
     def _group(self, linears: list[PlasticLinear], here: slice) -> Group:
         I, O = linears[0].in_features, linears[0].out_features
-        h, frozen, a = (torch.empty(len(linears), self.rows, 1, size) for size in (I, O, O))
+        h, frozen, a = (torch.empty(len(linears), self.rows, 1, size, device="cpu") for size in (I, O, O))
         self.records["I"][here], self.records["O"][here] = I, O
         for name, buffer in (("h", h), ("frozen", frozen), ("a", a)):
             self.records[name][here] = addresses(buffer)
-        row_NB1 = torch.arange(self.rows)[:, None].expand(len(linears), -1, -1)
+        row_NB1 = torch.arange(self.rows, device="cpu")[:, None].expand(len(linears), -1, -1)
         return Group(linears, here, row_NB1, h, frozen, a)
 
     def stand(self) -> bool:
@@ -174,7 +174,7 @@ class Groups:
             (log.slots, log.decay, log.archive is None, None if log.budget is None else n) for n, log in enumerate(logs)
         ]
         self.kinds = [kinds.index(kind) for kind in kinds]
-        self.scratch = torch.empty(len(logs), self.rows, max(log.capacity for log in logs))
+        self.scratch = torch.empty(len(logs), self.rows, max(log.capacity for log in logs), device="cpu")
         self.records["c"] = addresses(self.scratch)
 
     def write(self, tokens: Tokens) -> None:

@@ -29,7 +29,7 @@ class Workspace(threading.local):
     def __init__(self, layers: np.ndarray):
         self.layers = layers.copy()  # with the KV buffers of the cache at hand
         self.cache: list[int] = []  # their addresses
-        self.scratch = torch.empty(0)
+        self.scratch = torch.empty(0, device="cpu")
 
     def point_at(self, cache: KVCache) -> None:
         """Names the KV buffers to C."""
@@ -151,7 +151,7 @@ def run(
     x_BD = torch.embedding(table.embedding, input_ids[:, 0]).float()
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * places + torch.get_num_threads() * H * (E + 2))
     if len(work.scratch) < needed:
-        work.scratch = torch.empty(needed)
+        work.scratch = torch.empty(needed, device="cpu")
     y_BV = decode(
         work.layers,
         fast,

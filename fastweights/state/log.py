@@ -194,9 +194,9 @@ class EventLog(Factors):
         """
         before, counts = self.event_counts, [int(count) for count in counts]
         if self.archive is not None:
-            each, slot = torch.arange(len(before)), self.slots.slot(torch.tensor(before))
+            each, slot = torch.arange(len(before), device="cpu"), self.slots.slot(torch.tensor(before, device="cpu"))
             U, K, bias = (buffer[each, slot][:, None].cpu() for buffer in (self.U_BRO, self.K_BRI, self.bias_BR))
-            self.archive.put(Events(U, K, bias, torch.tensor(counts)[:, None] > 0))
+            self.archive.put(Events(U, K, bias, torch.tensor(counts, device="cpu")[:, None] > 0))
         self.event_counts = [n + c for n, c in zip(before, counts, strict=True)]
         self.fold_full_rows(before)
 
@@ -335,7 +335,7 @@ class EventLog(Factors):
         """‖u‖‖k‖ of every event of one row as it was written, [events] float64; NaN before `oldest_event`."""
         U_RO, K_RI, _, birth_R = (factor[row] for factor in self.moment_factors())
         own_R = birth_R >= self.oldest_event(row)  # the result of a fold is born before that
-        norm = torch.full((self.event_counts[row],), float("nan"), dtype=torch.float64)
+        norm = torch.full((self.event_counts[row],), float("nan"), dtype=torch.float64, device="cpu")
         norm[birth_R[own_R].cpu()] = (U_RO[own_R].double().norm(dim=1) * K_RI[own_R].double().norm(dim=1)).cpu()
         return norm
 

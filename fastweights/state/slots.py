@@ -100,7 +100,8 @@ class Slots:
         tokens, width = write_BT.shape[1], rows_per_column
         if tokens <= width or self.overflow in ("grow", "error"):
             return [(0, tokens)]
-        count_BC, before_B1 = write_BT.cpu().unflatten(1, (-1, width)).sum(2), torch.tensor(list(events))[:, None]
+        count_BC = write_BT.cpu().unflatten(1, (-1, width)).sum(2)
+        before_B1 = torch.tensor(list(events), device="cpu")[:, None]
         after_BC = before_B1 + count_BC.cumsum(1)
         cuts = []
         if self.overflow == "compress":
