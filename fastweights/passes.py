@@ -73,6 +73,6 @@ class Pass:
     slot_weights: dict[Address, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
     steps: Mapping[Address, StepInputs] = field(default_factory=dict)  # linears whose kernel writes the event itself
     pairs: frozenset[int] = frozenset()  # layers whose gate and up do that in one kernel
-    # gradient rules: (a, h) of this token, a with its graph
-    taped: dict[Address, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # gradient rules: (a, h) of this token, a with its graph; None: no graph is wanted
+    taped: dict[Address, tuple[Tensor, Tensor]] | None = None
     keys: SharedKeys | None = None  # of the linear that ran last: gate and up read the same input

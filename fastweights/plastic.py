@@ -135,7 +135,7 @@ class PlasticLinear(nn.Module):
             read_BTO = self._tapped("read", read_BTO, a_BTO, 1)
         if read_BTO is not None:
             a_BTO = a_BTO + read_BTO
-        if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
+        if now.taped is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.address] = (a_BTO, h_BTI.detach().to(log.dtype))

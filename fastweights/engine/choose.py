@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ..episode_state import Address, EpisodeState
+from ..backward import Slope, backward
+from ..episode_state import Address, EpisodeState, Taped
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear, plastic_linears
+from ..state.reads import Reads
 from ..watch import Watch, standing
 from .cpu import Cpu
 from .cuda import Cuda, graphed
@@ -83,6 +86,16 @@ class Engine:
                 return path.run(tokens, watch)
             why[path.name] = reason
         raise AssertionError("the modules take every pass")
+
+    @torch.no_grad()
+    def slopes(self, how: Taped, rows_B: Tensor, next_B: Tensor) -> dict[Address, Slope]:
+        """∂ log p(next token) / ∂a of a token that waits, in some rows; all tensors but the slopes are on the CPU."""
+        model, state = self.model, self.state
+        next_B, rows_B = next_B.to(model.device), rows_B.to(model.device)
+        position_B = torch.tensor(state.lengths, device=model.device).clamp(min=1) - 1
+        reads = {a: Reads.of(log) for a, log in state.logs.items() if a[0] >= how.first} | how.reads
+        token = (how.tape_BN, how.first, how.addresses, next_B, rows_B, position_B)
+        return backward(model, *token, state.cache, state.cache.length, reads)
 
 
 def _check_linears(linears: Mapping[Address, PlasticLinear], model: Llama) -> None:

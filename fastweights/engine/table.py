@@ -42,11 +42,12 @@ class Workspace(threading.local):
 class Table:
     """Where a model's weights lie, as long as its watch stands.
 
-    why: why C cannot run this model; None if it can.
+    why: why C cannot run this model; None if it can. stranger: a type of module of which only the module itself knows
+    what it computes; None: there is none.
     """
 
     def __init__(self, model: Llama, watch: Watch):
-        self.watch = watch
+        self.watch, self.stranger = watch, _stranger(model)
         self.why = self._why(model)
         if self.why is not None:
             return
@@ -69,14 +70,18 @@ class Table:
         self.workspace = Workspace(layers)
 
     def _why(self, model: Llama) -> str | None:
-        modules = list(model.modules())
-        known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList, PlasticLinear}
-        known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
-        if strange := next((type(m).__name__ for m in modules if type(m) not in known), None):
-            return f"the model holds a module that the step in C does not know: {strange}"
+        if self.stranger is not None:
+            return f"the model holds a module that the step in C does not know: {self.stranger}"
         if any(p.dtype != model.dtype or not p.is_cpu or not p.is_contiguous() for p in model.parameters()):
             return "the weights differ in dtype or device, or are not contiguous"
         return None if library() is not None else "there is no C helper"
+
+
+def _stranger(model: Llama) -> str | None:
+    modules = list(model.modules())
+    known = {type(model), type(model.lm_head), nn.Embedding, nn.ModuleList, PlasticLinear}
+    known |= {type(m) for m in modules if type(m).__module__ == type(model).__module__}
+    return next((type(m).__name__ for m in modules if type(m) not in known), None)
 
 
 def table_of(model: Llama, watch: Watch) -> Table:
