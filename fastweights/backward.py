@@ -58,15 +58,11 @@ def widths(model: Llama, first: int) -> list[int]:
     return [D, Z, D, M, M] * (config.num_hidden_layers - first) + [D, config.vocab_size]
 
 
-def forward(
-    model: Llama, ids_B1: Tensor, positions: Positions, cache: KVCache, first: int, out: Tensor | None = None
-) -> Tensor:
+def forward(model: Llama, ids_B1: Tensor, positions: Positions, cache: KVCache, first: int) -> Tensor:
     """Reads one token of each row by the model's own modules; returns the tape [B, N] from block `first` on.
 
     The keys and values are in the cache afterwards, and the caller advances it. Hooks on blocks, attention and MLPs
     do not run: whoever calls this has made sure that there are none.
-
-    out: where to put the tape.
     """
     x_B1D = model.model.blocks(model.model.embed_tokens(ids_B1), positions, cache, stop=first)
     rope = model.model.rope(positions.position_BT)
@@ -90,7 +86,7 @@ def forward(
         parts += [gate, up]
         x_B1D = x_B1D + mlp.down_proj(F.silu(gate).mul_(up))
     parts += [x_B1D, model.lm_head(model.model.norm(x_B1D))]
-    return torch.cat([part[:, 0] for part in parts], dim=1, out=out)
+    return torch.cat([part[:, 0] for part in parts], dim=1)
 
 
 def overwritten(state: EpisodeState, linears: Mapping[Address, PlasticLinear], first: int) -> dict[Address, Reads]:
@@ -132,7 +128,8 @@ def backward(
     next_B: the next token of each row. position_B: where the token of the tape stands. end: places of the cache to
     look at. reads: the fast weights that the token was read with.
     """
-    addresses, found = tuple(addresses), dict[Address, Slope]()
+    addresses = tuple(addresses)
+    found: dict[Address, Slope] = {}
     tape = Tape.of(model, tape_BN, first)
     dtype = torch.promote_types(tape_BN.dtype, torch.float32)
     d_BV = -tape.logits_BV.softmax(-1, dtype=dtype)
@@ -147,7 +144,7 @@ def backward(
         if (first, "gate_proj") not in addresses and (first, "up_proj") not in addresses and layer == first:
             break
         d_gate_BF, d_up_BF = through_silu(left, through(mlp.down_proj, d_BD, reads.get((layer, "down_proj"))))
-        h_BD = block.post_attention_layernorm(left.mid_BD)
+        h_BD = RMSNorm.forward(block.post_attention_layernorm, left.mid_BD)  # no hook sees the way back
         found[layer, "gate_proj"], found[layer, "up_proj"] = Slope(d_gate_BF, h_BD), Slope(d_up_BF, h_BD)
         if layer == first:
             break

@@ -14,6 +14,7 @@ from .kernels.scan import Gram
 from .kernels.step import StepInputs
 from .state import EventLog
 from .state.events import Events
+from .state.reads import Reads
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Pass:
     rows_per_column: int = 1  # tokens side by side: B where the rows share one ΔW
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
     slot_weights: dict[Address, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
+    reads: Mapping[Address, Reads] = field(default_factory=dict)  # of linears that are read where these lie
     steps: Mapping[Address, StepInputs] = field(default_factory=dict)  # linears whose kernel writes the event itself
     pairs: frozenset[int] = frozenset()  # layers whose gate and up do that in one kernel
     # gradient rules: (a, h) of this token, a with its graph; None: no graph is wanted

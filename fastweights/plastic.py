@@ -118,6 +118,11 @@ class PlasticLinear(nn.Module):
         log = now.logs[self.address]
         if self.address in now.steps:
             return self._step(now.steps[self.address], log, h_BTI, now.position_BT)
+        if self.address in now.reads:
+            frozen_BTO = linear(h_BTI, self.weight, self.bias)
+            U_BRO, K_BRI, bias_BR, w_BTR = now.reads[self.address]
+            fast_BTO = read(h_BTI.to(log.dtype), U_BRO, K_BRI, bias_BR, w_BTR, self.backend)
+            return (frozen_BTO.to(log.dtype) + fast_BTO).to(frozen_BTO.dtype)
         writes = now.write_BT is not None and self.rule.neuron_local
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None and self.binding.tap is None:

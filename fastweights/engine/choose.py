@@ -17,6 +17,7 @@ from ..state.reads import Reads
 from ..watch import Watch, standing
 from .cpu import Cpu
 from .cuda import Cuda, graphed
+from .gradient import Gradient
 from .modules import Modules
 
 
@@ -44,7 +45,8 @@ class Engine:
         self.model, self.state = model, state
         self.linears = plastic_linears(model)
         record = graphed if model.device.type == "cuda" else None
-        self.paths: list[Path] = [  # the fastest first
+        self.gradient = Gradient(model, self.linears, state, record)
+        self.paths: list[Path] = [  # the fastest first; `gradient` in place of the first where a rule asks for it
             Cuda(model, self.linears, state, record),
             Cpu(model, self.linears, state),
             Modules(model, self.linears, state),
@@ -79,7 +81,8 @@ class Engine:
         watch: what `check` gave just now; None: it is asked here.
         """
         watch, why = watch or self.check(), dict[str, str]()
-        for path in self.paths:
+        by_gradient = not all(linear.rule.neuron_local for linear in self.linears.values())
+        for path in (self.gradient if by_gradient else self.paths[0], *self.paths[1:]):
             reason = path.refuses(tokens, watch)
             if reason is None:
                 self.path, self.why = path.name, why
@@ -91,6 +94,9 @@ class Engine:
     def slopes(self, how: Taped, rows_B: Tensor, next_B: Tensor) -> dict[Address, Slope]:
         """∂ log p(next token) / ∂a of a token that waits, in some rows; all tensors but the slopes are on the CPU."""
         model, state = self.model, self.state
+        recorded = self.gradient.slopes(how, rows_B, next_B, self.watch or self.check())
+        if recorded is not None:
+            return recorded
         next_B, rows_B = next_B.to(model.device), rows_B.to(model.device)
         position_B = torch.tensor(state.lengths, device=model.device).clamp(min=1) - 1
         reads = {a: Reads.of(log) for a, log in state.logs.items() if a[0] >= how.first} | how.reads

@@ -12,12 +12,12 @@ from .log import EventLog
 class Reads(NamedTuple):
     """ΔW as one token of each row sees it: Σ_j w_j u_j k_jᵀ, and Δb; arguments of `kernels.read.read`.
 
-    w_BTR: [B, 1, R]; None where every slot weighs 1.
+    bias_BR: None: no fast bias. w_BTR: [B, 1, R]; None where every slot weighs 1.
     """
 
     U_BRO: Tensor
     K_BRI: Tensor
-    bias_BR: Tensor
+    bias_BR: Tensor | None
     w_BTR: Tensor | None
 
     @classmethod
@@ -27,4 +27,4 @@ class Reads(NamedTuple):
 
     def copied(self) -> Reads:
         """A copy that stays as it is whatever happens to the log."""
-        return Reads(self.U_BRO.clone(), self.K_BRI.clone(), self.bias_BR.clone(), self.w_BTR)
+        return Reads(*(None if part is None else part.clone() for part in self))  # type: ignore[arg-type]
