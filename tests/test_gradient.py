@@ -114,20 +114,42 @@ def test_it_is_what_central_differences_find():
             assert (found[0] - found[1]) / 2e-5 == pytest.approx(float(slope_O[neuron]), rel=1e-6, abs=1e-9)
 
 
+def half_errors(dtype, *lives):
+    """The relative error of each life's values against float64, the mean over prompts and linears."""
+    errors = []
+    for seed in range(4):
+        exact, _ = episodes(([1, 2], RULE, ALL))
+        made = [make(dtype) for make in lives]
+        exact.model.load_state_dict(made[0].model.state_dict())
+        for life in (exact, *made):
+            life.feed(prompt(1, 9, seed))
+        values = [[log.factors()[0][0].double() for log in life.logs.values()] for life in (exact, *made)]
+        errors.append(
+            [[float((u - v).norm() / v.norm()) for u, v in zip(one, values[0], strict=True)] for one in values[1:]]
+        )
+    return torch.tensor(errors).mean((0, 2)).tolist()
+
+
+def on_c(dtype):
+    return episodes(([1, 2], RULE, ALL), dtype=dtype)[0]
+
+
+def on_the_modules(dtype):
+    episode = on_c(dtype)
+    del episode.engine.paths[1]
+    return episode
+
+
+def by_autograd(dtype):
+    return episodes(([1, 2], RULE, ALL), dtype=dtype)[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_it_is_no_worse_than_autograd(dtype):
-    errors = []
-    exact, _ = episodes(([1, 2], RULE, ALL))
-    halves = episodes(([1, 2], RULE, ALL), dtype=dtype)
-    exact.model.load_state_dict(halves[0].model.state_dict())
-    for life in (exact, *halves):
-        life.feed(prompt(1, 9))
-    for life in halves:
-        parts = [(log.factors()[0][0], exact.logs[address].factors()[0][0]) for address, log in life.logs.items()]
-        errors.append(max(float((u - v).norm() / v.norm()) for u, v in parts))
-    ours, autograd = errors
-    assert ours < 1.2 * autograd
-    assert ours < 0.1
+    fused, modules, autograd = half_errors(dtype, on_c, on_the_modules, by_autograd)
+    assert modules < autograd
+    assert fused < 1.2 * autograd
+    assert autograd < 0.05
 
 
 def test_an_undo_while_it_waits_leaves_the_gradient_as_it_was_read():
@@ -146,6 +168,24 @@ def test_a_log_that_somebody_else_changed_is_refused():
     ours.logs[2, "up_proj"].rewind([3])
     with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj was changed since, from 7 to 3 events"):
         ours.feed([4])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_step_in_c_leaves_the_tape_that_the_modules_leave(name, rows):
+    """float32 against autograd in float64."""
+    places = [([1, 3], fw.GradientAscent(rate=0.05, decay=0.05), ALL)]
+    exact, _ = episodes(*places, rows=rows, **MODELS[name])
+    ours, _ = episodes(*places, rows=rows, dtype=torch.float32, **MODELS[name])
+    exact.model.load_state_dict(ours.model.state_dict())
+    for life in (exact, ours):
+        life.feed(prompt(rows, 6))
+    close(ragged(ours, rows).double(), ragged(exact, rows), 1e-4)
+    assert (ours.path, exact.path) == ("cpu", "modules")
+    assert ours.event_counts == exact.event_counts
+    for address, log in ours.logs.items():
+        for part, other in zip(log.factors(), exact.logs[address].factors(), strict=True):
+            close(part.double(), other, 1e-4)
 
 
 class Own(Attention):

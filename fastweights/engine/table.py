@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..backward import Left, widths
 from ..cache import KVCache, Positions
 from ..kernels.cpu import MOST_ROWS, library
 from ..kernels.decode import FAST, LAYER, decode
@@ -123,7 +124,7 @@ def fast_step(model: Llama, input_ids: Tensor, positions: Positions, cache: KVCa
     elif cache.keys[0].dtype != model.dtype:
         return None
     table = table_of(model, watch)
-    return run(model, table, input_ids, positions, cache, *table.frozen)
+    return run(model, table, input_ids, positions, cache, *table.frozen)[0]
 
 
 def run(
@@ -134,8 +135,12 @@ def run(
     cache: KVCache,
     fast: np.ndarray,
     which: np.ndarray,
-) -> Tensor:
-    """`fast_step` by a table; `fast` and `which` as in `kernels.decode`."""
+    first: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`fast_step` by a table; `fast` and `which` as in `kernels.decode`.
+
+    first: also the tape from this layer on, as `backward.Tape` has it; None: no tape.
+    """
     rows, (F, H, _, E) = len(input_ids), table.sizes
     work = table.workspace
     work.point_at(cache)
@@ -147,6 +152,14 @@ def run(
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * places + torch.get_num_threads() * H * (E + 2))
     if len(work.scratch) < needed:
         work.scratch = torch.empty(needed)
+    tape_BN, width = None, 0
+    work.layers["tape"] = 0
+    if first is not None:
+        sizes = widths(model, first)
+        width, each = sum(sizes), sum(sizes[: len(Left._fields)])
+        tape_BN = model.lm_head.weight.new_empty(rows, width)
+        starts = np.arange(len(work.layers) - first, dtype=np.uint64) * np.uint64(each * tape_BN.element_size())
+        work.layers["tape"][first:] = starts + np.uint64(tape_BN.data_ptr())
     y_BV = decode(
         work.layers,
         fast,
@@ -161,8 +174,12 @@ def run(
         table.sizes,
         places,
         model.config.rms_norm_eps,
+        width,
     )
-    return y_BV[:, None]
+    if tape_BN is not None:
+        V = y_BV.shape[1]
+        tape_BN[:, -V - x_BD.shape[1] : -V], tape_BN[:, -V:] = x_BD, y_BV
+    return y_BV[:, None], tape_BN
 
 
 Llama.fast_step = staticmethod(fast_step)
