@@ -20,6 +20,7 @@ from torch import Tensor
 from .cache import KVCache, Positions
 from .episode_state import Address, EpisodeState
 from .kernels.attention import attention
+from .kernels.linear import product_back
 from .kernels.read import read
 from .model import Llama, RMSNorm, rotate
 from .plastic import PlasticLinear
@@ -162,7 +163,7 @@ def backward(
 
 def through(linear: Any, d_BO: Tensor, reads: Reads | None = None) -> Tensor:
     """(W + ΔW)ᵀ d, in d's dtype."""
-    d_BI = (d_BO.to(linear.weight.dtype) @ linear.weight).to(d_BO.dtype)
+    d_BI = product_back(d_BO, linear.weight)
     if reads is None or not reads.U_BRO.shape[1]:
         return d_BI
     d_B1O = d_BO[:, None].to(reads.U_BRO.dtype)

@@ -56,6 +56,8 @@ def library() -> ctypes.CDLL | None:
         "attention": [pointer, pointer, number],
         "scan_block": [pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
+        "back_float32": [*[pointer] * 4, *[long] * 3, number],
+        "back_bfloat16": [*[pointer] * 4, *[long] * 3, number],
         "decode_float32": decode,
         "decode_bfloat16": decode,
         "put": [pointer, long, long],

@@ -6,6 +6,8 @@ from tiny import prompt, tiny
 
 import fastweights as fw
 from fastweights.episode_state import Graph, Taped
+from fastweights.kernels.cpu import MOST_ROWS
+from fastweights.kernels.linear import LEAST_WEIGHTS, product_back
 from fastweights.model import Attention
 
 RULE = fw.GradientAscent(rate=0.3, decay=0.05)
@@ -186,6 +188,23 @@ def test_the_step_in_c_leaves_the_tape_that_the_modules_leave(name, rows):
     for address, log in ours.logs.items():
         for part, other in zip(log.factors(), exact.logs[address].factors(), strict=True):
             close(part.double(), other, 1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize(("O", "I"), [(257, 300), (300, 257), (2, 40000), (577, 128), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_of_a_gradient_and_a_weight_is_that_of_float64(dtype, O, I, rows, threads):
+    random, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    weight, d = torch.randn(O, I, generator=random).to(dtype), torch.randn(rows, O, generator=random)
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        y = product_back(d, weight)
+    torch.set_num_threads(before)
+    exact = d.double() @ weight.double()
+    rounding = torch.finfo(dtype if rows > MOST_ROWS or O * I < LEAST_WEIGHTS else torch.float32).eps
+    assert y.dtype == torch.float32
+    assert float((y - exact).norm() / exact.norm()) < 8 * rounding
 
 
 class Own(Attention):
