@@ -16,14 +16,14 @@ from fastweights.engine.gradient import Gradient
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPE, TOLERANCE = (torch.float32, 2e-4) if ON_GPU else (torch.float64, 1e-11)
+DTYPE, TOLERANCE = (torch.float32, 1e-3) if ON_GPU else (torch.float64, 1e-11)
 RECORD = graphed if ON_GPU else lambda run: run
 ALL = ("gate_proj", "up_proj", "down_proj")
-RULE = fw.GradientAscent(rate=0.3, decay=0.05)
+RULE = fw.GradientAscent(rate=0.1, decay=0.05)
 RULES = {
-    "plain": fw.GradientAscent(rate=0.3),
+    "plain": fw.GradientAscent(rate=0.1),
     "decay": RULE,
-    "mu-clip-bias": fw.GradientAscent(rate=3.0, mu=0.1, decay=0.1, clip=0.05, bias=True),
+    "mu-clip-bias": fw.GradientAscent(rate=1.0, mu=0.1, decay=0.1, clip=0.05, bias=True),
 }
 
 
@@ -96,7 +96,7 @@ def test_both_compile_whole_and_never_again():
             mask = torch.ones(2, 1, dtype=torch.bool)
             mask[1] = n % 7 != 3
             for linear in (one for life in (ours, theirs) for one in life.engine.linears.values()):
-                linear.rule = replace(linear.rule, rate=0.1 + 0.001 * n)
+                linear.rule = replace(linear.rule, rate=0.05 + 0.001 * n)
             logits = [life.feed(ids, write, mask)[mask] for life in (ours, theirs)]
             if n < 20:
                 close(*logits)

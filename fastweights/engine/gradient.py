@@ -46,8 +46,9 @@ class Recorded:
     def __call__(self) -> Any:
         self.replayed = self.warm
         if not self.warm:  # once without recording, so that whatever is made on first use is there
+            out = self.run()
             self.warm = True
-            return self.run()
+            return out
         if self.replay is None:
             self.replay = self.record(self.run)
             self.recordings += 1
@@ -108,6 +109,7 @@ class Gradient:
         positions = [n * r for n, r in zip(state.lengths, real, strict=True)]
         self._renew(watch, max(n + r for n, r in zip(state.lengths, real, strict=True)))
         self._fill(tokens.ids_BT[:, 0].tolist(), positions, real)
+        self.taped = None
         with model.binding.bound(self.now, state), torch.cuda.device_of(self.tape_BN):
             self.forward()
         self.taped = self.tape_BN.clone()  # the next replay writes over it
@@ -126,6 +128,7 @@ class Gradient:
         self._fill(next_B.tolist(), [max(n, 1) - 1 for n in lengths], rows_B.tolist())
         with torch.cuda.device_of(self.tape_BN):
             if how.tape_BN is not self.taped:
+                self.taped = None  # an interrupt must not leave the tape and its name apart
                 self.tape_BN.copy_(how.tape_BN)
                 self.taped = how.tape_BN
             return self.backward()
@@ -167,7 +170,9 @@ class Gradient:
         buffers = [log.U_BRO for log in logs.values()]
         if watch is self.watch and form == self.form and all(map(operator.is_, buffers, self.buffers)):
             return
-        self.watch, self.form, self.buffers, self.taped = watch, form, buffers, None
+        self.form = self.taped = None
+        self.forward.forget()
+        self.backward.forget()
         self.end, reading, _, _ = form
         self.first = min(self.linears)[0]
         rows, device = len(cache.lengths), self.model.device
@@ -180,5 +185,4 @@ class Gradient:
                 log.U_BRO, log.K_BRI, log.bias_BR if self.linears[address].rule.bias else None, w_B1R
             )
         self.now = Pass(logs, self.inputs[POSITION][:, None], reads=reads)
-        self.forward.forget()
-        self.backward.forget()
+        self.watch, self.buffers, self.form = watch, buffers, form
