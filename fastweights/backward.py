@@ -4,8 +4,8 @@
 alone. So its backward is one product with each weight, transposed, from the logits down to the first plastic layer,
 and no graph. The token's own key and value are not constant: they depend on the layers below.
 
-Shape suffixes as in `model`; F width of an MLP, N numbers of one row of a tape, S places of the cache, G query heads
-that share a key.
+Shape suffixes as in `model`, but L blocks from the first plastic one on; M width of an MLP, N numbers of one row of a
+tape, S places of the cache, Z all heads side by side, G query heads that share a key.
 """
 
 from __future__ import annotations
@@ -29,34 +29,40 @@ from .state.reads import Reads
 
 
 class Left(NamedTuple):
-    """What the forward of one block leaves on the tape, in the model's dtype."""
+    """What the forward of the blocks leaves on the tape, block beside block, in the model's dtype."""
 
-    x_BD: Tensor  # the residual stream before attention
-    q_BZ: Tensor  # queries after rope, all heads side by side
-    mid_BD: Tensor  # the residual stream before the MLP
-    gate_BF: Tensor  # before φ
-    up_BF: Tensor
+    x_BLD: Tensor  # the residual stream before attention
+    q_BLZ: Tensor  # queries after rope, all heads side by side
+    mid_BLD: Tensor  # the residual stream before the MLP
+    gate_BLM: Tensor  # before φ
+    up_BLM: Tensor
 
 
 class Tape(NamedTuple):
     """Views of a tape [B, N]: the blocks from the first plastic one on, the stream after the last, and the logits."""
 
-    blocks: list[Left]
+    blocks: Left
     x_BD: Tensor
     logits_BV: Tensor
 
     @classmethod
     def of(cls, model: Llama, tape_BN: Tensor, first: int) -> Tape:
-        *parts, x_BD, logits_BV = tape_BN.split(widths(model, first), dim=1)
-        each = len(Left._fields)
-        return cls([Left(*parts[n : n + each]) for n in range(0, len(parts), each)], x_BD, logits_BV)
+        each, layers, after = widths(model)[:-2], model.config.num_hidden_layers - first, widths(model)[-2:]
+        blocks, x_BD, logits_BV = tape_BN.split([layers * sum(each), *after], dim=1)
+        return cls(Left(*blocks.unflatten(1, (layers, -1)).split(each, dim=2)), x_BD, logits_BV)
 
 
-def widths(model: Llama, first: int) -> list[int]:
-    """How many numbers each part of a row of the tape has, in the order of `Tape`."""
+def widths(model: Llama) -> list[int]:
+    """How many numbers each part of a row of the tape has: those of one block, as in `Left`, and the last two."""
     config = model.config
     D, Z, M = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
-    return [D, Z, D, M, M] * (config.num_hidden_layers - first) + [D, config.vocab_size]
+    return [D, Z, D, M, M, D, config.vocab_size]
+
+
+def length(model: Llama, first: int) -> int:
+    """N, the numbers of a row of the tape from block `first` on."""
+    *each, x, logits = widths(model)
+    return sum(each) * (model.config.num_hidden_layers - first) + x + logits
 
 
 def forward(model: Llama, ids_B1: Tensor, positions: Positions, cache: KVCache, first: int) -> Tensor:
@@ -136,28 +142,41 @@ def backward(
     d_BV = -tape.logits_BV.softmax(-1, dtype=dtype)
     d_BV.scatter_add_(1, next_B[:, None], d_BV.new_ones(len(d_BV), 1))
     d_BV *= rows_B[:, None]
-    d_BD = through_norm(model.model.norm, tape.x_BD, through(model.lm_head, d_BV))
+    eps = model.config.rms_norm_eps
+    last = Normed.of(tape.x_BD.to(dtype), eps)
+    d_BD = last.back(model.model.norm, through(model.lm_head, d_BV), torch.zeros_like(last.x))
+    left = Left(*(part.to(dtype) for part in tape.blocks))
+    # of all blocks at once: on a GPU a small operation takes as long as one on all of them
+    silu_BLM, silu_slope_BLM = F.silu(left.gate_BLM), left.up_BLM * SILU.derivative(left.gate_BLM)
+    before, between = Normed.of(left.x_BLD, eps), Normed.of(left.mid_BLD, eps)
     cos_B1E, sin_B1E = (part[:, 0].to(dtype) for part in model.model.rope(position_B[:, None]))
+    backwards = (cos_B1E, -sin_B1E)  # rope by the opposite angle
+    hidden_BS = torch.arange(end, device=position_B.device) > position_B[:, None]
     for layer in range(len(model.model.layers) - 1, first - 1, -1):
         block: Any = model.model.layers[layer]
-        left, mlp, own = tape.blocks[layer - first], block.mlp, block.self_attn
-        found[layer, "down_proj"] = Slope(d_BD, F.silu(left.gate_BF) * left.up_BF)
-        if (first, "gate_proj") not in addresses and (first, "up_proj") not in addresses and layer == first:
+        n, mlp, own = layer - first, block.mlp, block.self_attn
+        gate, up, down = ((layer, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        if down in addresses:
+            act_BM = F.silu(tape.blocks.gate_BLM[:, n]) * tape.blocks.up_BLM[:, n]
+            found[down] = Slope(d_BD, act_BM)
+        if layer == first and gate not in addresses and up not in addresses:
             break
-        d_gate_BF, d_up_BF = through_silu(left, through(mlp.down_proj, d_BD, reads.get((layer, "down_proj"))))
-        h_BD = RMSNorm.forward(block.post_attention_layernorm, left.mid_BD)  # no hook sees the way back
-        found[layer, "gate_proj"], found[layer, "up_proj"] = Slope(d_gate_BF, h_BD), Slope(d_up_BF, h_BD)
+        d_act_BM = through(mlp.down_proj, d_BD, reads.get(down))
+        d_gate_BM, d_up_BM = d_act_BM * silu_slope_BLM[:, n], d_act_BM * silu_BLM[:, n]
+        if gate in addresses or up in addresses:
+            norm: RMSNorm = block.post_attention_layernorm
+            h_BD = RMSNorm.forward(norm, tape.blocks.mid_BLD[:, n])  # no hook sees the way back
+            found[gate], found[up] = Slope(d_gate_BM, h_BD), Slope(d_up_BM, h_BD)
         if layer == first:
             break
-        d_h_BD = through(mlp.gate_proj, d_gate_BF, reads.get((layer, "gate_proj")))
-        d_h_BD = d_h_BD + through(mlp.up_proj, d_up_BF, reads.get((layer, "up_proj")))
-        d_BD = d_BD + through_norm(block.post_attention_layernorm, left.mid_BD, d_h_BD)
+        d_h_BD = through(mlp.gate_proj, d_gate_BM, reads.get(gate)) + through(mlp.up_proj, d_up_BM, reads.get(up))
+        d_BD = between.block(n).back(block.post_attention_layernorm, d_h_BD, d_BD)
         past = (cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end])
-        d_q, d_k, d_v = through_attention(left.q_BZ, *past, position_B, through(own.o_proj, d_BD))
-        d_q, d_k = (rotate(d, (cos_B1E, -sin_B1E)) for d in (d_q, d_k))  # back by the same angle
-        by = ((own.q_proj, d_q), (own.k_proj, d_k), (own.v_proj, d_v))
-        d_h_BD = sum((through(project, d.flatten(1)) for project, d in by), start=torch.zeros_like(d_BD))
-        d_BD = d_BD + through_norm(block.input_layernorm, left.x_BD, d_h_BD)
+        d_q, d_k, d_v = through_attention(left.q_BLZ[:, n], *past, position_B, hidden_BS, through(own.o_proj, d_BD))
+        d_q, d_k = rotate(torch.cat((d_q, d_k), dim=1), backwards).split((d_q.shape[1], d_k.shape[1]), dim=1)
+        d_h_BD = through(own.q_proj, d_q.flatten(1)) + through(own.k_proj, d_k.flatten(1))
+        d_h_BD = d_h_BD + through(own.v_proj, d_v.flatten(1))
+        d_BD = before.block(n).back(block.input_layernorm, d_h_BD, d_BD)
     return {address: found[address] for address in addresses}
 
 
@@ -170,33 +189,39 @@ def through(linear: Any, d_BO: Tensor, reads: Reads | None = None) -> Tensor:
     return d_BI + read(d_B1O, reads.K_BRI, reads.U_BRO, None, reads.w_BTR)[:, 0].to(d_BO.dtype)
 
 
-def through_silu(left: Left, d_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """∂/∂ of gate and up through silu(gate) · up, in d's dtype."""
-    gate_BF, up_BF = left.gate_BF.to(d_BF.dtype), left.up_BF.to(d_BF.dtype)
-    return d_BF * up_BF * SILU.derivative(gate_BF), d_BF * SILU(gate_BF)
+class Normed(NamedTuple):
+    """x / sqrt(mean(x²) + eps), and 1 / sqrt(mean(x²) + eps): [..., D] and [..., 1]."""
 
+    x: Tensor
+    scale: Tensor
 
-def through_norm(norm: RMSNorm, x_BD: Tensor, d_BD: Tensor) -> Tensor:
-    """∂/∂x of x · w / sqrt(mean(x²) + eps), in d's dtype."""
-    x_BD = x_BD.to(d_BD.dtype)
-    scale_B1 = torch.rsqrt(x_BD.square().mean(-1, keepdim=True) + norm.eps)
-    x_BD, d_BD = x_BD * scale_B1, d_BD * norm.weight
-    return scale_B1 * (d_BD - x_BD * (x_BD * d_BD).mean(-1, keepdim=True))
+    @classmethod
+    def of(cls, x: Tensor, eps: float) -> Normed:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return cls(x * scale, scale)
+
+    def block(self, n: int) -> Normed:
+        """One of many blocks side by side."""
+        return Normed(self.x[:, n], self.scale[:, n])
+
+    def back(self, norm: RMSNorm, d_BD: Tensor, stream_BD: Tensor) -> Tensor:
+        """stream + ∂/∂x of the norm with its weight."""
+        d_BD = d_BD * norm.weight
+        mean_B1 = (self.x * d_BD).mean(-1, keepdim=True)
+        return stream_BD.addcmul(d_BD.addcmul(self.x, mean_B1, value=-1), self.scale)
 
 
 def through_attention(
-    q_BZ: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, position_B: Tensor, d_BZ: Tensor
+    q_BZ: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, position_B: Tensor, hidden_BS: Tensor, d_BZ: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂/∂ of the query [B, H, E], and of the key and value at its own position [B, K, E], in d's dtype."""
-    B, K, S, E = k_BKSE.shape
+    B, K, _, E = k_BKSE.shape
     k_BKSE, v_BKSE = k_BKSE.to(d_BZ.dtype), v_BKSE.to(d_BZ.dtype)
-    q_BKGE, d_BKGE = (x.to(d_BZ.dtype).reshape(B, K, -1, E) for x in (q_BZ, d_BZ))
-    place_B111 = position_B[:, None, None, None]
-    hidden = torch.arange(S, device=q_BZ.device) > place_B111
-    p_BKGS = (q_BKGE @ k_BKSE.mT * E**-0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+    q_BKGE, d_BKGE = (x.reshape(B, K, -1, E) for x in (q_BZ * E**-0.5, d_BZ))
+    p_BKGS = (q_BKGE @ k_BKSE.mT).masked_fill(hidden_BS[:, None, None], float("-inf")).softmax(-1)
     d_p_BKGS = d_BKGE @ v_BKSE.mT
-    d_s_BKGS = p_BKGS * (d_p_BKGS - (p_BKGS * d_p_BKGS).sum(-1, keepdim=True)) * E**-0.5
-    own = place_B111.expand(B, K, q_BKGE.shape[2], 1)
-    d_k_BKE = (d_s_BKGS.gather(-1, own) * q_BKGE).sum(2)
-    d_v_BKE = (p_BKGS.gather(-1, own) * d_BKGE).sum(2)
-    return (d_s_BKGS @ k_BKSE).reshape(B, -1, E), d_k_BKE, d_v_BKE
+    d_s_BKGS = p_BKGS * (d_p_BKGS - (p_BKGS * d_p_BKGS).sum(-1, keepdim=True))
+    own = position_B[:, None, None, None].expand(B, K, q_BKGE.shape[2], 1)
+    d_k_BKE = (d_s_BKGS.gather(-1, own).mT @ q_BKGE)[:, :, 0]
+    d_v_BKE = (p_BKGS.gather(-1, own).mT @ d_BKGE)[:, :, 0]
+    return (d_s_BKGS @ k_BKSE).reshape(B, -1, E) * E**-0.5, d_k_BKE, d_v_BKE

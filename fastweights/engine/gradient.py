@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backward import Slope, Tape, backward, forward, widths
+from ..backward import Slope, Tape, backward, forward, length
 from ..cache import Positions
 from ..episode_state import Address, EpisodeState, Taped, Waiting
 from ..model import Llama
@@ -161,12 +161,12 @@ class Gradient:
 
     # ---- what it relies on
 
-    def _renew(self, watch: Watch, length: int) -> None:
+    def _renew(self, watch: Watch, places: int) -> None:
         """Makes the buffers again, and forgets the recordings, if anything they rely on has changed."""
         logs, cache = self.state.logs, self.state.cache
         # a model without events is the frozen one, to the bit
         biased = [linear.rule.bias for linear in self.linears.values()]
-        form = (cache.bucket(length), any(log.used for log in logs.values()), cache.capacity, biased)
+        form = (cache.bucket(places), any(log.used for log in logs.values()), cache.capacity, biased)
         buffers = [log.U_BRO for log in logs.values()]
         if watch is self.watch and form == self.form and all(map(operator.is_, buffers, self.buffers)):
             return
@@ -177,7 +177,7 @@ class Gradient:
         self.first = min(self.linears)[0]
         rows, device = len(cache.lengths), self.model.device
         self.inputs = torch.zeros(EVENT + len(logs), rows, dtype=torch.int64, device=device)
-        self.tape_BN = torch.zeros(rows, sum(widths(self.model, self.first)), dtype=self.model.dtype, device=device)
+        self.tape_BN = torch.zeros(rows, length(self.model, self.first), dtype=self.model.dtype, device=device)
         reads = {}
         for address, log in logs.items() if reading else ():
             w_B1R = log.U_BRO.new_zeros(rows, 1, log.capacity)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backward import Left, widths
+from ..backward import length, widths
 from ..cache import KVCache, Positions
 from ..kernels.cpu import MOST_ROWS, library
 from ..kernels.decode import FAST, LAYER, decode
@@ -155,8 +155,7 @@ def run(
     tape_BN, width = None, 0
     work.layers["tape"] = 0
     if first is not None:
-        sizes = widths(model, first)
-        width, each = sum(sizes), sum(sizes[: len(Left._fields)])
+        width, each = length(model, first), sum(widths(model)[:-2])
         tape_BN = model.lm_head.weight.new_empty(rows, width)
         starts = np.arange(len(work.layers) - first, dtype=np.uint64) * np.uint64(each * tape_BN.element_size())
         work.layers["tape"][first:] = starts + np.uint64(tape_BN.data_ptr())
