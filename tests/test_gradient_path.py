@@ -1,6 +1,8 @@
 """The recorded forward and backward of a gradient rule's token: on a GPU as CUDA graphs, else as they stand or through
 torch.compile(fullgraph=True), which shows that Python waits for no number in them."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -209,6 +211,26 @@ def test_shared_rows_and_budgets_are_left_to_the_modules(options):
     episode.feed(prompt(2, 3))
     assert episode.path == "modules"
     assert episode.events == (4 if "shared" in options else 2)
+
+
+def test_an_episode_that_nobody_holds_is_gone_at_once():
+    """Its recordings do not hold it: a graph holds tensors alone."""
+
+    def weakly(run):
+        there = weakref.WeakMethod(run)
+        return lambda: there()()
+
+    gc.collect()
+    gc.disable()
+    try:
+        episode = recorded(record=RECORD if ON_GPU else weakly)
+        tokens_one_by_one(episode, 5)
+        assert replayed(episode)
+        gone = weakref.ref(episode.cache)
+        del episode
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_it_needs_the_same_memory_after_200_tokens():

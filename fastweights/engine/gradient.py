@@ -31,11 +31,13 @@ TOKEN, POSITION, REAL, EVENT = range(4)  # rows of the inputs; from EVENT on, on
 
 
 class Recorded:
-    """A piece of work that runs once as it is, and from then on as its recording."""
+    """A piece of work that runs once as it is, and from then on as its recording.
 
-    def __init__(self, run: Callable[[], Any], record: Record):
-        self.run, self.record = run, record
-        self.recordings = 0
+    It does not hold the work itself, which would hold it: an episode must be gone as soon as nobody holds it.
+    """
+
+    def __init__(self, record: Record):
+        self.record, self.recordings = record, 0
         self.forget()
 
     def forget(self) -> None:
@@ -43,14 +45,14 @@ class Recorded:
         self.replay: Callable[[], Any] | None = None
         self.warm = self.replayed = False
 
-    def __call__(self) -> Any:
+    def __call__(self, run: Callable[[], Any]) -> Any:
         self.replayed = self.warm
         if not self.warm:  # once without recording, so that whatever is made on first use is there
-            out = self.run()
+            out = run()
             self.warm = True
             return out
         if self.replay is None:
-            self.replay = self.record(self.run)
+            self.replay = self.record(run)
             self.recordings += 1
         return self.replay()
 
@@ -78,7 +80,7 @@ class Gradient:
         self.buffers: list[Tensor] = []  # U of every log; its other buffers come and go with it
         self.taped: Tensor | None = None  # whose numbers are on the tape now
         if record is not None:
-            self.forward, self.backward = Recorded(self._forward, record), Recorded(self._backward, record)
+            self.forward, self.backward = Recorded(record), Recorded(record)
 
     def _unable(self, record: Record | None) -> str | None:
         if record is None:
@@ -111,7 +113,7 @@ class Gradient:
         self._fill(tokens.ids_BT[:, 0].tolist(), positions, real)
         self.taped = None
         with model.binding.bound(self.now, state), torch.cuda.device_of(self.tape_BN):
-            self.forward()
+            self.forward(self._forward)
         self.taped = self.tape_BN.clone()  # the next replay writes over it
         if any(tokens.counts):
             how = Taped(self.taped, self.first, tuple(self.linears), {})
@@ -131,7 +133,7 @@ class Gradient:
                 self.taped = None  # an interrupt must not leave the tape and its name apart
                 self.tape_BN.copy_(how.tape_BN)
                 self.taped = how.tape_BN
-            return self.backward()
+            return self.backward(self._backward)
 
     def _fill(self, ids: list[int], positions: list[int], real: list[bool]) -> None:
         rows = [ids, positions, list(map(int, real)), *(log.event_counts for log in self.state.logs.values())]
