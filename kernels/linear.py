@@ -1,4 +1,4 @@
-"""linear: W h + b, and the products of the scan and the read.
+"""linear: W h + b, and the products of the scan, of the read and of a backward.
 
 On a CPU a few rows of float32 or bfloat16 go to a product in C that reads W once at memory speed. More rows of float32
 go to another where there is AVX-512 and MKL leaves it unused, on processors that are not Intel's: less than half of
