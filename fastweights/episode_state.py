@@ -20,17 +20,40 @@ from .cache import KVCache
 from .sampling import RowGenerator
 from .state import EventLog
 from .state.events import Events
+from .state.reads import Reads
 from .stream import Texts
 
 Address = tuple[int, str]  # of a linear: (layer, name)
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Gradient events of one token that wait for the next token of their rows. Holds a graph of its own."""
+class Graph:
+    """How one token was read, as autograd knows it: where hooks, edits or modules of one's own had a part in it."""
 
-    logprob_BV: Tensor  # log p(next token), with the graph of this one token
+    logprob_BV: Tensor  # log p(next token), with the graph
     taped: dict[Address, tuple[Tensor, Tensor]]  # (a, h) of each linear
+
+
+@dataclass(frozen=True)
+class Taped:
+    """How one token was read, as `backward` takes it."""
+
+    tape_BN: Tensor
+    first: int  # the lowest layer on it
+    addresses: tuple[Address, ...]  # of the linears whose events wait
+    reads: dict[Address, Reads]  # copies of what the log of a linear may not hold until the next token
+
+    def keeping(self, logs: Mapping[Address, EventLog]) -> Taped:
+        """The same with a copy of everything that it reads of the logs."""
+        reads = {a: Reads.of(log).copied() for a, log in logs.items() if a[0] >= self.first and a not in self.reads}
+        return replace(self, reads=self.reads | reads)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Gradient events of one token that wait for the next token of their rows."""
+
+    how: Taped | Graph  # the token was read
     rows_B: Tensor  # bool, on the CPU: rows that still wait
     event_counts: dict[Address, list[int]]  # of each log when the token was read
     edited: bool = False  # the token was read under edits
@@ -225,13 +248,17 @@ class EpisodeState:
         """Takes back each ΔW's last events; the cache keeps what was read with them."""
         with self.attempt():
             assert self.before is not None
+            if events:  # waiting events refer to weights that will be gone: marked, so that `save` refuses them
+                gone = dict.fromkeys(self.logs, [-1] * self.states)
+                self.waiting = [
+                    replace(one, event_counts=dict(gone), how=how.keeping(self.logs) if isinstance(how, Taped) else how)
+                    for one in self.waiting
+                    for how in [one.how]
+                ]
             for address, log in self.logs.items():
                 self.before.kept[address] = log.clone()
             for log in self.logs.values():
                 log.rewind([count - events for count in log.event_counts])
-            if events:  # waiting events refer to weights that are gone: marked, so that `save` refuses them
-                gone = dict.fromkeys(self.logs, [-1] * self.states)
-                self.waiting = [replace(one, event_counts=dict(gone)) for one in self.waiting]
 
     def clone(self) -> EpisodeState:
         """A copy of all of it."""
@@ -240,7 +267,7 @@ class EpisodeState:
         return other
 
     def rows(self, chosen: Sequence[int]) -> EpisodeState:
-        """A copy whose row n has the past of row `chosen[n]`, without waiting events: a graph belongs to its rows."""
+        """A copy whose row n has the past of row `chosen[n]`, without waiting events: those belong to their rows."""
         every = list(chosen) == list(range(self.batch_size))
         logs = {a: log.clone() if self.shared or every else log.rows(chosen) for a, log in self.logs.items()}
         other = EpisodeState(self.cache.rows(chosen), logs, self.generator.rows(chosen), self.shared)
@@ -295,7 +322,7 @@ class EpisodeState:
             self.cache.reserve(other.cache.length)  # says what does not fit
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that moves but the graphs of waiting events: tensors, and values that JSON holds exactly."""
+        """Everything that moves but how waiting tokens were read: tensors, and values that JSON holds exactly."""
         tensors, meta = self.cache.state_dict()
         tensors["generator"] = self.generator.get_state()
         if self.logits_BV is not None:

@@ -13,6 +13,7 @@ from .episode_state import Address
 from .kernels.scan import Gram
 from .state import EventLog
 from .state.events import Events
+from .state.reads import Reads
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Pass:
     rows_per_column: int = 1  # tokens side by side: B where the rows share one ΔW
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
     slot_weights: dict[Address, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
-    # gradient rules: (a, h) of this token, a with its graph
-    taped: dict[Address, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    reads: Mapping[Address, Reads] = field(default_factory=dict)  # of linears that are read where these lie
+    # gradient rules: (a, h) of this token, a with its graph; None: no graph is wanted
+    taped: dict[Address, tuple[Tensor, Tensor]] | None = None
     keys: SharedKeys | None = None  # of the linear that ran last: gate and up read the same input

@@ -104,6 +104,11 @@ class PlasticLinear(nn.Module):
         if now is None:
             return linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.address]
+        if self.address in now.reads:
+            frozen_BTO = linear(h_BTI, self.weight, self.bias)
+            U_BRO, K_BRI, bias_BR, w_BTR = now.reads[self.address]
+            fast_BTO = read(h_BTI.to(log.dtype), U_BRO, K_BRI, bias_BR, w_BTR, self.backend)
+            return (frozen_BTO.to(log.dtype) + fast_BTO).to(frozen_BTO.dtype)
         writes = now.write_BT is not None and self.rule.neuron_local
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None and self.binding.tap is None:
@@ -121,7 +126,7 @@ class PlasticLinear(nn.Module):
             read_BTO = self._tapped("read", read_BTO, a_BTO, 1)
         if read_BTO is not None:
             a_BTO = a_BTO + read_BTO
-        if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
+        if now.taped is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.address] = (a_BTO, h_BTI.detach().to(log.dtype))

@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     gemv = [*[pointer] * 4, *[long] * 3, number]
-    decode = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number]
+    decode = [pointer, long, *[pointer] * 10, *[long] * 9, ctypes.c_float, number]
     functions: dict[str, list] = {
         "gemv": gemv,
         "gemv_bfloat16": gemv,
@@ -56,6 +56,8 @@ def library() -> ctypes.CDLL | None:
         "attention": [pointer, pointer, number],
         "scan_block": [pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
+        "back_float32": [*[pointer] * 4, *[long] * 3, number],
+        "back_bfloat16": [*[pointer] * 4, *[long] * 3, number],
         "decode_float32": decode,
         "decode_bfloat16": decode,
         "put": [pointer, long, long],

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..episode_state import Address, EpisodeState
+from ..episode_state import Address, EpisodeState, Taped, Waiting
 from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
@@ -48,12 +48,14 @@ class Cpu:
             return "a linear runs on backend 'triton'"
         if any(log.dtype != torch.float32 for log in self.state.logs.values()):
             return "a log holds float64 factors"
-        if any(tokens.counts) and not all(linear.rule.neuron_local for linear in self.linears.values()):
-            return "a gradient rule writes this token"
+        if any(tokens.counts) and len({linear.rule.neuron_local for linear in self.linears.values()}) > 1:
+            return "some rules that write this token are neuron-local, and some are not"
         return None
 
     def run(self, tokens: Tokens, watch: Watch) -> Tensor:
-        model, state, writes = self.model, self.state, any(tokens.counts)
+        model, state = self.model, self.state
+        gradient = any(tokens.counts) and not all(linear.rule.neuron_local for linear in self.linears.values())
+        writes, first = any(tokens.counts) and not gradient, min(self.linears)[0] if gradient else None
         if self.groups is None or not self.groups.stand():
             self.groups = Groups(self.linears, state, len(model.model.layers))
         groups, table = self.groups, table_of(model, watch)
@@ -62,7 +64,11 @@ class Cpu:
                 state.keep(address, tokens.counts)
         with model.binding.bound(None, state):
             records = groups.read(tokens, writes) if self.linears else table.frozen
-            out_B1V = run(model, table, tokens.ids_BT, tokens.positions, state.cache, *records)
+            where = (tokens.ids_BT, tokens.positions, state.cache)
+            out_B1V, tape_BN = run(model, table, *where, records[0], records[1], first)
+            if tape_BN is not None and first is not None:
+                how = Taped(tape_BN, first, tuple(self.linears), {})
+                state.waiting.append(Waiting(how, tokens.write_BT[:, 0], state.event_counts))
             state.cache.advance(tokens.positions)
             if writes and self.linears:
                 groups.write(tokens)

@@ -1,4 +1,8 @@
-"""The path that takes every pass: the model's own modules. It is the slow twin of the others."""
+"""The path that takes every pass: the model's own modules. It is the slow twin of the others.
+
+A gradient rule's token leaves a tape behind. Under hooks, edits or captures, and with modules of one's own in the
+model, it leaves a graph of autograd instead, which knows what they did.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..episode_state import Address, EpisodeState, Waiting
+from ..backward import Tape, forward, overwritten
+from ..episode_state import Address, EpisodeState, Graph, Taped, Waiting
 from ..model import Llama
 from ..passes import Pass, Tokens
 from ..plastic import PlasticLinear
 from ..state.events import side_by_side
 from ..watch import Watch
+from .table import table_of
 
 
 class Modules:
-    """Calls the model. Linears read and write as the pass goes by; a gradient rule's token leaves a graph behind."""
+    """Calls the model. Linears read and write as the pass goes by."""
 
     name = "modules"
 
@@ -27,18 +33,31 @@ class Modules:
         return None
 
     def run(self, tokens: Tokens, watch: Watch) -> Tensor:
-        model, state = self.model, self.state
+        model, state, writes = self.model, self.state, any(tokens.counts)
         positions, before = tokens.positions.to(model.device), state.event_counts
-        writes = any(tokens.counts)
-        taping = writes and any(not linear.rule.neuron_local for linear in self.linears.values())
+        ids_BT = tokens.ids_BT.to(model.device)
+        gradient = tuple(a for a, linear in self.linears.items() if writes and not linear.rule.neuron_local)
+        graph = bool(gradient) and (
+            bool(model.binding.taps) or watch.hooked() or table_of(model, watch).stranger is not None
+        )
         now = self._pass(tokens, positions.position_BT, writes)
-        with model.binding.bound(now, state), torch.set_grad_enabled(taping):
-            ids_BT = tokens.ids_BT.to(model.device)
-            out_BTV = model(ids_BT, cache=state.cache, logits=tokens.logits, positions=positions)
-            if now.taped:
-                logprob_BV = out_BTV[:, -1].log_softmax(-1, dtype=torch.promote_types(out_BTV.dtype, torch.float32))
-                under_edits = any(call.what.edits for call in model.binding.taps)
-                state.waiting.append(Waiting(logprob_BV, now.taped, tokens.write_BT[:, 0], before, under_edits))
+        how: Taped | Graph | None = None
+        with model.binding.bound(now, state), torch.set_grad_enabled(graph):
+            if gradient and not graph:
+                first = min(gradient)[0]
+                reads = overwritten(state, self.linears, first)
+                tape_BN = forward(model, ids_BT, positions, state.cache, first)
+                how = Taped(tape_BN, first, gradient, reads)
+                out_BTV = Tape.of(model, tape_BN, first).logits_BV[:, None]
+            else:
+                now.taped = {} if graph else None
+                out_BTV = model(ids_BT, cache=state.cache, logits=tokens.logits, positions=positions)
+                if now.taped:
+                    dtype = torch.promote_types(out_BTV.dtype, torch.float32)
+                    how = Graph(out_BTV[:, -1].log_softmax(-1, dtype=dtype), now.taped)
+        if how is not None:
+            under_edits = any(call.what.edits for call in model.binding.taps)
+            state.waiting.append(Waiting(how, tokens.write_BT[:, 0], before, under_edits))
         state.cache.advance(tokens.positions)
         return out_BTV.detach()
 
