@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import fold as in_c
+
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -133,6 +135,20 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
         for lost in (max(best.lost.tolist(), default=0.0), float(best.lost.norm()))
     )
     return Folded(U_RO, K_RI[:, :-1], K_RI[:, -1], error_2, error_F)
+
+
+def fold_(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> tuple[float, float]:
+    """`fold` in place: the result goes into the first `keep` slots. Returns (error_2, error_F).
+
+    Raises:
+        ValueError: a kept factor does not fit its dtype; nothing changes then.
+    """
+    errors = in_c.fold_(U_SO, K_SI, bias_S, w_S, keep)
+    if errors is not None:
+        return errors
+    best = fold(U_SO, K_SI, bias_S, w_S, keep)
+    U_SO[:keep], K_SI[:keep], bias_S[:keep] = best.U_RO, best.K_RI, best.bias_R
+    return best.error_2, best.error_F
 
 
 def spectrum(U_SO: Tensor, K_SI: Tensor) -> Tensor:
