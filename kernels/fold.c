@@ -14,27 +14,58 @@ typedef struct {
   long S, O, I, R;
 } Fold;
 
-/* sum = A P, of TALL rows of A and SIDE columns of P */
-INLINE void tile64(eight sum[TALL][WIDE], const double *A, long lda, long ka, const double *P, long ldp, long K) {
+/* sum = A P, of TALL rows of A and n vectors of P */
+INLINE void tile64(eight sum[TALL][WIDE], const double *A, long lda, long ka, const double *P, long ldp, long K, const int n) {
   eight s[TALL][WIDE] = {0};
   for (long k = 0; k < K; k++) {
     eight x[WIDE];
-    for (int j = 0; j < WIDE; j++) x[j] = *(const eight *)(P + k * ldp + j * 8);
+    for (int j = 0; j < n; j++) x[j] = *(const eight *)(P + k * ldp + j * 8);
     for (int r = 0; r < TALL; r++)
-      for (int j = 0; j < WIDE; j++) s[r][j] += A[r * lda + k * ka] * x[j];
+      for (int j = 0; j < n; j++) s[r][j] += A[r * lda + k * ka] * x[j];
   }
   memcpy(sum, s, sizeof s);
 }
 
-/* Y [rows, N] = A P, P of K rows N apart; A [rows, K], its rows a and its columns k apart */
-static void multiply(double *Y, const double *A, long a, long k, const double *P, long rows, long K, long N, int threads) {
-#pragma omp parallel for collapse(2) num_threads(threads)
+/* G [TALL, SIDE], rows r and columns c of a symmetric matrix, += A P from its diagonal block on; P begins at column c */
+INLINE void symmetric_tile(double *G, long r, long c, const double *A, long lda, long ka, const double *P, long N, long K) {
+  eight sum[TALL][WIDE];
+  int first = r > c ? (r - c) / 8 : 0;
+  if (first == 0) tile64(sum, A, lda, ka, P, N, K, 3);
+  else if (first == 1) tile64(sum, A, lda, ka, P + 8, N, K, 2);
+  else tile64(sum, A, lda, ka, P + 16, N, K, 1);
+  for (int i = 0; i < TALL; i++)
+    for (int j = first; j < WIDE; j++) *(eight *)(G + i * N + j * 8) += sum[i][j - first];
+}
+
+/* Y [rows, N] = A P, P of K rows N apart; A [rows, K], its rows a and its columns k apart; with `upper`, 0 below its diagonal */
+static void multiply(double *Y, const double *A, long a, long k, const double *P, long rows, long K, long N, int upper,
+                     int threads) {
+#pragma omp parallel for collapse(2) schedule(dynamic, 4) num_threads(threads)
   for (long r = 0; r < rows; r += TALL)
     for (long c = 0; c < N; c += SIDE) {
+      long from = upper ? r : 0;
       eight sum[TALL][WIDE];
-      tile64(sum, A + r * a, a, k, P + c, N, K);
+      tile64(sum, A + r * a + from * k, a, k, P + from * N + c, N, K - from, WIDE);
       for (int i = 0; i < TALL; i++) memcpy(Y + (r + i) * N + c, sum[i], sizeof sum[i]);
     }
+}
+
+/* P [8, N] of eight columns of eight rows of X: the rows, D apart, become columns */
+INLINE void turn(double *P, long N, const float *X, long D) {
+  typedef float row __attribute__((vector_size(32), aligned(4)));
+  typedef long where __attribute__((vector_size(64)));
+  eight x[8], y[8];
+  for (int i = 0; i < 8; i++) x[i] = __builtin_convertvector(*(const row *)(X + i * D), eight);
+  for (int i = 0; i < 8; i += 2) { /* pairs, then fours, then eights */
+    y[i] = __builtin_shuffle(x[i], x[i + 1], (where){0, 8, 2, 10, 4, 12, 6, 14});
+    y[i + 1] = __builtin_shuffle(x[i], x[i + 1], (where){1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 8; i++)
+    x[i] = i & 2 ? __builtin_shuffle(y[i - 2], y[i], (where){2, 3, 10, 11, 6, 7, 14, 15})
+                 : __builtin_shuffle(y[i], y[i + 2], (where){0, 1, 8, 9, 4, 5, 12, 13});
+  for (int i = 0; i < 8; i++)
+    *(eight *)(P + i * N) = i & 4 ? __builtin_shuffle(x[i - 4], x[i], (where){4, 5, 6, 7, 12, 13, 14, 15})
+                                  : __builtin_shuffle(x[i], x[i + 4], (where){0, 1, 2, 3, 8, 9, 10, 11});
 }
 
 /* the upper triangle of G [N, N], of X [S, D], from its columns `from` to `to` alone. panel: [CHUNK, N] */
@@ -42,19 +73,14 @@ static void gram(double *G, const float *X, long S, long D, long from, long to, 
   memset(G, 0, N * N * sizeof *G);
   for (long k0 = from; k0 < to; k0 += CHUNK) {
     long K = to - k0 < CHUNK ? to - k0 : CHUNK;
-    for (long k = 0; k < K; k += 8) {
-      long n = K - k < 8 ? K - k : 8;
-      double *P = panel + k * N;
-      for (long s = 0; s < N; s++)
-        for (long i = 0; i < n; i++) P[i * N + s] = s < S ? X[s * D + k0 + k + i] : 0;
-    }
+    for (long s = 0; s < N; s += 8)
+      for (long k = 0; k < K; k += 8)
+        if (s + 8 <= S && k + 8 <= K) turn(panel + k * N + s, N, X + s * D + k0 + k, D);
+        else
+          for (long i = k; i < k + 8 && i < K; i++)
+            for (long r = s; r < s + 8; r++) panel[i * N + r] = r < S ? X[r * D + k0 + i] : 0;
     for (long c = 0; c < N; c += SIDE)
-      for (long r = 0; r < c + SIDE; r += TALL) {
-        eight sum[TALL][WIDE];
-        tile64(sum, panel + r, 1, N, panel + c, N, K);
-        for (int i = 0; i < TALL; i++)
-          for (int j = 0; j < WIDE; j++) *(eight *)(G + (r + i) * N + c + j * 8) += sum[i][j];
-      }
+      for (long r = 0; r < c + SIDE; r += TALL) symmetric_tile(G + r * N + c, r, c, panel + r, 1, N, panel + c, N, K);
   }
 }
 
@@ -173,7 +199,7 @@ static void recombine(float *X, const double *C, long S, long R, long D, long N,
       for (long i = 0; i < SIDE; i++) P[s * SIDE + i] = i < n ? X[s * D + c + i] : 0;
     for (long r = 0; r < R; r += TALL) {
       eight sum[TALL][WIDE];
-      tile64(sum, C + r * N, N, 1, P, SIDE, S);
+      tile64(sum, C + r * N, N, 1, P, SIDE, S, WIDE);
       for (long i = 0; i < TALL && r + i < R; i++) {
         const double *from = (const double *)sum[i];
         float *to = X + (r + i) * D + c;
@@ -245,8 +271,14 @@ int fold(const Fold *p, double *errors, double *scratch, int threads) {
       rounding += x * x;
     }
   rounding *= DBL_EPSILON * norm_of(G_k, N * N);
-  multiply(T, H, N, 1, G_k, N, N, N, threads);
-  multiply(B, T, N, 1, DL, N, N, N, threads);
+  multiply(T, H, N, 1, G_k, N, N, N, 1, threads);
+  memset(B, 0, N * N * sizeof *B);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long c = N - SIDE; c >= 0; c -= SIDE) /* DL is 0 above column c's own row */
+    for (long r = 0; r < c + SIDE; r += TALL)
+      symmetric_tile(B + r * N + c, r, c, T + r * N + c, N, 1, DL + c * N + c, N, N - c);
+  for (long r = 0; r < N; r++)
+    for (long s = 0; s < r; s++) B[r * N + s] = B[s * N + r];
   memset(Z, 0, N * N * sizeof *Z);
   for (long s = 0; s < S; s++) Z[s * N + s] = 1;
   tridiagonal(B, S, N, squares, e, d_u, d_k);
@@ -268,8 +300,8 @@ int fold(const Fold *p, double *errors, double *scratch, int threads) {
     for (long s = 0; s < N; s++) Y[s * N + r] = r < R ? Z[(order[r] - squares) * N + s] : 0;
   back(Y, B, S, R, N, threads);
   long rows = (R + TALL - 1) / TALL * TALL;
-  multiply(C_k, Y, 1, N, H, rows, S, N, threads);
-  multiply(C_u, Y, 1, N, T, rows, S, N, threads);
+  multiply(C_k, Y, 1, N, H, rows, S, N, 0, threads);
+  multiply(C_u, Y, 1, N, T, rows, S, N, 0, threads);
   double eta = FLT_EPSILON / 2, t = (double)FLT_MIN * FLT_EPSILON / 2, most = 0, slack = unit * sqrt(squared);
   for (long r = 0; r < R; r++) {
     double root = sqrt(unit * inverse[r]);

@@ -62,7 +62,7 @@ def _by_qr(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
 
 
 def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
-    """The best terms as mixtures of the slots. On a GPU this is the one wait for numbers: of the Gram matrices and w."""
+    """The best terms as mixtures of the slots. A GPU is waited for once: for the Gram matrices and w."""
     S = len(U_SO)
     G_u, G_k, w_1S = torch.cat([U_SO @ U_SO.T, K_SI @ K_SI.T, w_S[None]]).cpu().split([S, S, 1])
     C_2RS, sigma_R, lost, slack, arithmetic = _coefficients(G_u, G_k, w_1S[0], keep, _terms(U_SO, K_SI))
