@@ -15,7 +15,8 @@ typedef struct {
 } Fold;
 
 /* sum = A P, of TALL rows of A and n vectors of P */
-INLINE void tile64(eight sum[TALL][WIDE], const double *A, long lda, long ka, const double *P, long ldp, long K, const int n) {
+INLINE void tile64(eight sum[TALL][WIDE], const double *A, long lda, long ka, const double *P, long ldp, long K,
+                   const int n) {
   eight s[TALL][WIDE] = {0};
   for (long k = 0; k < K; k++) {
     eight x[WIDE];
@@ -37,7 +38,8 @@ INLINE void symmetric_tile(double *G, long r, long c, const double *A, long lda,
     for (int j = first; j < WIDE; j++) *(eight *)(G + i * N + j * 8) += sum[i][j - first];
 }
 
-/* Y [rows, N] = A P, P of K rows N apart; A [rows, K], its rows a and its columns k apart; with `upper`, 0 below its diagonal */
+/* Y [rows, N] = A P, P of K rows N apart; A [rows, K], its rows a and its columns k apart; `upper`: it is 0 below its
+   diagonal */
 static void multiply(double *Y, const double *A, long a, long k, const double *P, long rows, long K, long N, int upper,
                      int threads) {
 #pragma omp parallel for collapse(2) schedule(dynamic, 4) num_threads(threads)
@@ -50,22 +52,27 @@ static void multiply(double *Y, const double *A, long a, long k, const double *P
     }
 }
 
+#ifdef __clang__
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef long where __attribute__((vector_size(64)));
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (where){__VA_ARGS__})
+#endif
+
 /* P [8, N] of eight columns of eight rows of X: the rows, D apart, become columns */
 INLINE void turn(double *P, long N, const float *X, long D) {
   typedef float row __attribute__((vector_size(32), aligned(4)));
-  typedef long where __attribute__((vector_size(64)));
   eight x[8], y[8];
   for (int i = 0; i < 8; i++) x[i] = __builtin_convertvector(*(const row *)(X + i * D), eight);
   for (int i = 0; i < 8; i += 2) { /* pairs, then fours, then eights */
-    y[i] = __builtin_shuffle(x[i], x[i + 1], (where){0, 8, 2, 10, 4, 12, 6, 14});
-    y[i + 1] = __builtin_shuffle(x[i], x[i + 1], (where){1, 9, 3, 11, 5, 13, 7, 15});
+    y[i] = MIX(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    y[i + 1] = MIX(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   }
   for (int i = 0; i < 8; i++)
-    x[i] = i & 2 ? __builtin_shuffle(y[i - 2], y[i], (where){2, 3, 10, 11, 6, 7, 14, 15})
-                 : __builtin_shuffle(y[i], y[i + 2], (where){0, 1, 8, 9, 4, 5, 12, 13});
+    x[i] = i & 2 ? MIX(y[i - 2], y[i], 2, 3, 10, 11, 6, 7, 14, 15) : MIX(y[i], y[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
   for (int i = 0; i < 8; i++)
-    *(eight *)(P + i * N) = i & 4 ? __builtin_shuffle(x[i - 4], x[i], (where){4, 5, 6, 7, 12, 13, 14, 15})
-                                  : __builtin_shuffle(x[i], x[i + 4], (where){0, 1, 2, 3, 8, 9, 10, 11});
+    *(eight *)(P + i * N) =
+        i & 4 ? MIX(x[i - 4], x[i], 4, 5, 6, 7, 12, 13, 14, 15) : MIX(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
 }
 
 /* the upper triangle of G [N, N], of X [S, D], from its columns `from` to `to` alone. panel: [CHUNK, N] */
@@ -84,8 +91,8 @@ static void gram(double *G, const float *X, long S, long D, long from, long to, 
   }
 }
 
-/* Householder: A [N, N] symmetric, of n rows and 0 beyond → its diagonal d and off-diagonal e, and the reflections 1 − v vᵀ
-   in the rows of A, from column k + 1 on. w, p: scratch [N] */
+/* Householder: A [N, N] symmetric, of n rows and 0 beyond → its diagonal d and off-diagonal e, and the reflections
+   1 − v vᵀ in the rows of A, from column k + 1 on. w, p: scratch [N] */
 static void tridiagonal(double *A, long n, long N, double *d, double *e, double *w, double *p) {
   const double *old = NULL; /* v of the column before, whose change of A is still to be made */
   for (long k = 0; k < n; k++) {
@@ -129,7 +136,7 @@ static int eigenvectors(double *d, double *e, double *Z, long n, long N) {
   for (long l = 0; l < n; l++)
     for (int sweeps = 0;; sweeps++) {
       long m = l;
-      while (m + 1 < n && fabs(e[m]) > DBL_EPSILON * (fabs(d[m]) + fabs(d[m + 1])) && fabs(e[m]) > DBL_EPSILON / 16 * largest) m++;
+      while (m + 1 < n && fabs(e[m]) > DBL_EPSILON * fmax(fabs(d[m]) + fabs(d[m + 1]), largest / 16)) m++;
       if (m == l) break;
       if (sweeps == 60) return 1;
       double g = (d[l + 1] - d[l]) / (2 * e[l]);

@@ -6,7 +6,8 @@
 The bias key s is one more column of the keys, so a bound for M = [ΔW | Δb] is one for ΔW and for Δb. float64 factors
 go by QR and the SVD of the small core; float32 ones by Gram matrices, at half the cost: what is kept is a mixture
 of slots, and only matrices of the number of slots leave the device. Everything runs in float64; only the kept factors
-are rounded to the dtype they are stored in. Shape suffixes: S slots, R kept, O out, I in.
+are rounded to the dtype they are stored in. `fold` is torch's; `fold_` works in place, on a CPU in C (`kernels.fold`).
+Shape suffixes: S slots, R kept, O out, I in.
 """
 
 from __future__ import annotations
