@@ -129,8 +129,8 @@ static void tridiagonal(double *A, long n, long N, double *d, double *e, double 
 }
 
 /* QL with implicit shifts (Dubrulle, Martin and Wilkinson 1968): d becomes the eigenvalues, and the rows of Z [n, N], which
-   are the unit matrix before, the eigenvectors. 1 if it did not converge. */
-static int eigenvectors(double *d, double *e, double *Z, long n, long N) {
+   are the unit matrix before, the eigenvectors; of these columns `from` to `to`. 1 if it did not converge. */
+static int eigenvectors(double *d, double *e, double *Z, long n, long N, long from, long to) {
   double largest = 0;
   for (long i = 0; i < n; i++) largest = fmax(largest, fmax(fabs(d[i]), fabs(e[i])));
   for (long l = 0; l < n; l++)
@@ -154,7 +154,7 @@ static int eigenvectors(double *d, double *e, double *Z, long n, long N) {
         r = (d[i] - g) * s + 2 * c * b, p = s * r;
         d[i + 1] = g + p, g = c * r - b;
         double *x = Z + i * N, *y = x + N;
-        for (long j = 0; j < N; j += 8) {
+        for (long j = from; j < to; j += 8) {
           eight a = *(eight *)(x + j), z = *(eight *)(y + j);
           *(eight *)(y + j) = s * a + c * z;
           *(eight *)(x + j) = c * a - s * z;
@@ -289,7 +289,18 @@ int fold(const Fold *p, double *errors, double *scratch, int threads) {
   memset(Z, 0, N * N * sizeof *Z);
   for (long s = 0; s < S; s++) Z[s * N + s] = 1;
   tridiagonal(B, S, N, squares, e, d_u, d_k);
-  if (eigenvectors(squares, e, Z, S, N)) return 1;
+  int failed = 0;
+#pragma omp parallel num_threads(threads < 4 ? threads : 4) reduction(| : failed)
+  { /* every thread finds all rotations, and applies them to its share of the columns */
+    double d_own[N], e_own[N];
+    long from, to;
+    memcpy(d_own, squares, sizeof d_own), memcpy(e_own, e, sizeof e_own);
+    share(N / 8, &from, &to);
+#pragma omp barrier
+    failed |= eigenvectors(d_own, e_own, Z, S, N, 8 * from, 8 * to);
+    if (omp_get_thread_num() == 0) memcpy(squares, d_own, sizeof d_own);
+  }
+  if (failed) return 1;
   const double *order[S];
   for (long s = 0; s < S; s++) order[s] = squares + s;
   qsort(order, S, sizeof *order, descending);
