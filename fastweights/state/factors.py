@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, norms
-from .compress import fold
+from .compress import fold_
 from .events import Events
 from .slots import OVERFLOW, Slots
 
@@ -152,11 +152,15 @@ class Factors:
         if self.budget is not None and new.norm_BT is not None:
             more = self.budget.scaled(new.norm_BT, new.write_BT)
             self.scaled = [n + m for n, m in zip(self.scaled, more, strict=True)]
-        if new.all_written and len(set(self.event_counts)) == 1 and self.slots.fits(self.event_counts, new.counts):
-            return self._put_side_by_side(new)
-        for start, end in self.slots.segments(self.event_counts, new.write_BT):
-            before = self.event_counts
-            self._put_segment(new.part(start, end))
+        tokens = new.write_BT.shape[1]
+        alike = new.all_written and len(set(self.event_counts)) == 1
+        whole = alike and self.slots.side_by_side(self.event_counts[0], tokens)
+        for start, end in [(0, tokens)] if whole else self.slots.segments(self.event_counts, new.write_BT):
+            before, part = self.event_counts, new.part(start, end)
+            if alike and self.slots.side_by_side(before[0], end - start):
+                self._put_side_by_side(part)
+            else:
+                self._put_segment(part)
             self.fold_full_rows(before)
 
     def _put_side_by_side(self, new: Events) -> None:
@@ -207,17 +211,16 @@ class Factors:
         norm_R = None if self.norm_BR is None else self.norm_BR[row]
         w_R = self.weigh(self.birth_BR[row], norm_R, n)
         try:
-            best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
+            error_2, error_F = fold_(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
         except ValueError as error:
             raise ValueError(f"event {n} of {self.name} (row {row}) fills its log, and {error}") from None
         left = self._left_of_fold(row, self.slots.last_fold(n - 1))
-        self.errors[row] = (left * self.errors[row][0] + best.error_2, left * self.errors[row][1] + best.error_F)
-        self.U_BRO[row, :kept], self.K_BRI[row, :kept], self.bias_BR[row, :kept] = best.U_RO, best.K_RI, best.bias_R
+        self.errors[row] = (left * self.errors[row][0] + error_2, left * self.errors[row][1] + error_F)
         self.birth_BR[row] = -1
         self.birth_BR[row, :kept] = n - 1  # weight 1 now; later decay applies to the sum as a whole
         if norm_R is not None and self.budget is not None:
             w_11R = w_R.new_ones(1, 1, kept)
-            norm = norms(best.U_RO[None], best.K_RI[None], w_11R)[0, 0]
+            norm = norms(self.U_BRO[row, None, :kept], self.K_BRI[row, None, :kept], w_11R)[0, 0]
             norm_R[:kept] = norm.clamp(max=self.budget.limit)  # a fold rounds, it is not scaled
 
     def certificate(self, row: int) -> tuple[float, float]:

@@ -90,6 +90,10 @@ class Slots:
             return all(c == 1 or n + c <= self.window for n, c in pairs)
         return self.overflow == "grow" or all(n + c <= self.capacity for n, c in pairs)
 
+    def side_by_side(self, events: int, more: int) -> bool:
+        """True if `more` events of a row go into slots in order, and none but the last of them folds."""
+        return self.overflow in ("grow", "error") or self.next(events) + more <= self.capacity
+
     def segments(self, events: Sequence[int], write_BT: Tensor, rows_per_column: int = 1) -> list[tuple[int, int]]:
         """Token ranges that can be written one after the other: no row folds, or overwrites a live slot, inside one.
 
