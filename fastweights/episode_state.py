@@ -21,6 +21,7 @@ from .sampling import RowGenerator
 from .state import EventLog
 from .state.events import Events
 from .state.reads import Reads
+from .state.unseen import Unseen
 from .stream import Texts
 
 Address = tuple[int, str]  # of a linear: (layer, name)
@@ -210,14 +211,16 @@ class EpisodeState:
         if address not in before.kept and not log.slots.fits(began, since):
             before.kept[address] = log.clone()
 
-    def write(self, address: Address, events: Events) -> None:
+    def write(self, address: Address, events: Events, unseen: Unseen | None = None) -> None:
         """The one door for events from Python: writes them into the log of one linear, in token order.
+
+        unseen: see `EventLog.write`.
 
         Raises:
             ValueError: they do not fit, are not finite, or go over a budget that stops; the attempt is undone then.
         """
         self.keep(address, events.counts)
-        self.logs[address].write(events)
+        self.logs[address].write(events, unseen)
 
     def _finish(self, change: Callable[[], None]) -> None:
         """Makes a change that may be made again from any point of itself: what cuts it short does not stop it."""

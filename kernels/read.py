@@ -128,10 +128,10 @@ def launch(
     K_BRI: torch.Tensor,
     bias_BR: torch.Tensor | None,
     w: torch.Tensor,
-    precision: str = "ieee",
 ) -> torch.Tensor:
-    """The read by Triton, float32: two launches, coefficients and combination."""
+    """The read by Triton, float32: two launches, coefficients and combination. x of half precision asks for TF32."""
     require_triton(x_BTI, U_BRO, K_BRI)
+    precision = "tf32" if x_BTI.dtype.itemsize < 4 else "ieee"
     (B, T, I), (R, O) = x_BTI.shape, U_BRO.shape[1:]
     x_BTI = x_BTI.contiguous()
     y_BTO = torch.empty(B, T, O, dtype=torch.float32, device=x_BTI.device)

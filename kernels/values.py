@@ -155,4 +155,6 @@ Number = torch.Tensor | float | Sequence[float]
 
 def per_row(number: Number, rows: int, like: torch.Tensor) -> torch.Tensor:
     """A float, a tuple of B, or a tensor [] or [B], as [B] in like's dtype and place (stride 0 for one number)."""
-    return torch.as_tensor(number, dtype=like.dtype, device=like.device).expand(rows)
+    if isinstance(number, (int, float)):  # filled there: nothing to wait for
+        return torch.full((), number, dtype=like.dtype, device=like.device).expand(rows)
+    return torch.as_tensor(number, dtype=like.dtype).to(like.device, non_blocking=True).expand(rows)

@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import replace
 
-import operators_on_cpu  # noqa: F401  the operators are for CUDA
 import pytest
 import torch
 from test_memory import Allocated

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
-from operators_on_cpu import step_rule
+from rule_forms import step_rule
 from test_kernels import BACKENDS, DEVICE, INTERPRETED, NAN, ON_GPU, RULES, close, factors, oracle, phi, variant
 
 from fastweights.kernels import products, query, step

@@ -97,13 +97,14 @@ class Factors:
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `slot_weights`."""
-        return torch.tensor(self.event_counts, device=self.device)[:, None]
+        return torch.tensor(self.event_counts).to(self.device, non_blocking=True)[:, None]
 
     def slot_weights(self, events_BT: Tensor, slots: int | None = None) -> Tensor:
         """w [B, T, `slots` or used] as seen after `events_BT` events of each row (int64), the last fold or later."""
         slots = slots or self.used
         norm = None if self.norm_BR is None else self.norm_BR[:, None, :slots]
-        return self.weigh(self.birth_BR[:, None, :slots], norm, events_BT.to(self.device)[..., None], self.dtype)
+        events_BT1 = events_BT.to(self.device, non_blocking=True)[..., None]
+        return self.weigh(self.birth_BR[:, None, :slots], norm, events_BT1, self.dtype)
 
     def weigh(
         self, birth: Tensor, norm: Tensor | None, events: Tensor | int, dtype: torch.dtype = torch.float64
@@ -150,7 +151,7 @@ class Factors:
             ValueError: a fold does not fit the dtype; the events before it are written then.
         """
         if self.budget is not None and new.norm_BT is not None:
-            more = self.budget.scaled(new.norm_BT, new.write_BT)
+            more = self.budget.scaled(new.norm_BT, new.write_BT.to(new.norm_BT.device))
             self.scaled = [n + m for n, m in zip(self.scaled, more, strict=True)]
         tokens = new.write_BT.shape[1]
         alike = new.all_written and len(set(self.event_counts)) == 1
@@ -181,11 +182,12 @@ class Factors:
     def _put_segment(self, new: Events) -> None:
         """The events of one segment (`Slots.segments`); rows may write different numbers of them."""
         row, token = new.write_BT.nonzero(as_tuple=True)
-        event = self.now()[row, 0] + (new.write_BT.cumsum(1) - 1)[row, token]
+        event = torch.tensor(self.event_counts)[row] + (new.write_BT.cumsum(1) - 1)[row, token]
+        places = torch.stack([row, token, self.slots.slot(event), event])  # worked out on the CPU
+        row, token, slot, event = places.to(self.device, non_blocking=True)
         self.event_counts = [n + c for n, c in zip(self.event_counts, new.counts, strict=True)]
         if self.overflow == "grow":
             self.make_room(max(self.event_counts))
-        slot = self.slots.slot(event)
         self.U_BRO[row, slot] = new.U_BTO[row, token].to(self.dtype)
         self.K_BRI[row, slot] = new.K_BTI[row, token].to(self.dtype)
         if new.bias_BT is not None:
