@@ -192,17 +192,16 @@ _HANDLED = {
     "rope_parameters",
     "original_max_position_embeddings",
     "auto_map",
+    # by `quantised`: what is loaded is dense
+    *("quantization_config", "quantization", "compression_config"),
 } - {"eos_token_ids"}
 
 # Keys that would change the numbers, and the only values that leave them alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "quantization_config": (None,),
     "sliding_window": (None,),
     "attention_chunk_size": (None,),
     "is_causal": (None, True),
-    "quantization": (None,),  # MLX
-    "compression_config": (None,),  # compressed-tensors before quantization_config
     "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (None, False),
     "per_layer_config": (None, {}),
