@@ -81,10 +81,9 @@ def test_logits_are_those_of_transformers_in_one_pass_and_in_pieces(name, tmp_pa
     for pieces in ([T], [3, 1, 7, 6], [9, 8]):
         episode = fw.Episode(model, 2)
         close(torch.cat([episode.feed(ids) for ids in IDS.split(pieces, dim=1)], 1), wanted)
-    unlike = model.config.windows != (4, 4, 4)
     full = {"sliding_window": None, "layer_types": None, "use_sliding_window": False}
     (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | full))
-    assert float((fw.load(tmp_path)[0](IDS) - wanted).abs().max()) > 0.1 * float(wanted.abs().max()), unlike
+    assert float((fw.load(tmp_path)[0](IDS) - wanted).abs().max()) > 0.1 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("path", ["cpu", "modules", "cuda"])
@@ -150,14 +149,15 @@ def test_generation_goes_on_past_the_window(name, tmp_path):
     model, _ = fw.load(tmp_path)
     episode = fw.Episode(model)
     episode.feed(IDS[:1, :3])
-    episode.generate(20, temperature=0, stop_ids=())
+    assert sum(1 for _ in episode.generate(None, 20, stop_token_ids=[])) == 20
     ids = episode.token_ids[0]
     assert len(ids) == 23
     wanted = theirs(torch.tensor([ids])).logits[0].argmax(-1).tolist()
     assert wanted[2:-1] == list(ids[3:])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# transformers' KV cache keeps every key where the window is 1: it drops the first -0
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "itself" not in name])
 @torch.no_grad()
 def test_hebbian_writes_are_those_of_a_loop_of_hooks_on_transformers(name, tmp_path):
     """k = h / (‖h‖² + mu), u = rate · z, dense, token by token, in float64."""
@@ -165,7 +165,8 @@ def test_hebbian_writes_are_those_of_a_loop_of_hooks_on_transformers(name, tmp_p
     model, _ = fw.load(tmp_path, dtype=torch.float64)
     rate, mu = 0.05, 0.1
     fast = fw.attach(model, [1], fw.Hebbian(rate=rate, mu=mu))
-    found = fw.Episode(model).feed(IDS[:1])
+    episode = fw.Episode(model)
+    found = episode.feed(IDS[:1])
     mlp = theirs.model.layers[1].mlp
     linears = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj, "down_proj": mlp.down_proj}
     before = {site: linear.weight.clone() for site, linear in linears.items()}
@@ -195,7 +196,7 @@ def test_a_saved_model_is_the_same_to_transformers(name, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(again) is type(theirs)
     assert torch.equal(again(IDS).logits, theirs(IDS).logits)
-    assert fw.load(tmp_path / "ours")[0].config == model.config
+    assert LlamaConfig.from_folder(tmp_path / "ours") == model.config
 
 
 # ---- against the naive model, in float64
@@ -255,20 +256,36 @@ def test_events_and_probes_at_every_moment_are_those_of_an_episode_stopped_there
     torch.testing.assert_close(last.probe(question).logits[1, :6], last.probe(question[1]).logits[0], **CLOSE)
 
 
-def test_undo_fork_and_snapshot_go_on_as_if_nothing_had_been(tmp_path):
-    model, _ = windowed()
-    fw.attach(model, [1, 2], HEBBIAN)
+def test_forks_snapshots_and_saved_episodes_go_on_as_if_nothing_had_been(tmp_path):
+    model, config = windowed()
+    fw.attach(model, [1, 2], HEBBIAN, ["gate_proj", "up_proj"])
+    more = [50, 51, 52, 53, 54, 55]
+    naive = naive_of(model, HEBBIAN, config=config)
+    naive.feed(TEXT, write=True)
+    wanted = naive.feed(more, write=True)
     episode = fw.Episode(model)
     episode.feed([TEXT])
-    wanted = episode.fork().feed([[50, 51, 52, 53, 54, 55]])
     episode.save(tmp_path / "life")
-    fork = episode.fork()
-    fork.feed([[1, 2, 3, 4, 5, 6, 7]])
-    fork.undo()
-    loaded = fw.Episode(model)
-    loaded.load(tmp_path / "life")
-    for one in (fork, loaded, episode):
-        torch.testing.assert_close(one.feed([[50, 51, 52, 53, 54, 55]]), wanted, **CLOSE)
+    snapshot, fork = episode.snapshot(), episode.fork(rows=[0, 0])
+    episode.feed([[1, 2, 3, 4, 5, 6, 7]])
+    episode.restore(snapshot)
+    for one in (fork, fw.Episode.load(model, tmp_path / "life"), episode):
+        torch.testing.assert_close(one.feed([more] * one.batch_size)[-1], wanted, **CLOSE)
+
+
+def test_after_an_undo_the_window_goes_on_over_what_was_read():
+    model, config = windowed()
+    fw.attach(model, [1, 2], HEBBIAN, ["gate_proj", "up_proj"])
+    naive, before = (naive_of(model, HEBBIAN, config=config) for _ in range(2))
+    naive.feed(TEXT, write=True)
+    before.feed(TEXT[:8], write=True)
+    for key, fast in before.fast.items():
+        naive.fast[key].dW, naive.fast[key].db = fast.dW, fast.db
+    episode = fw.Episode(model)
+    episode.feed([TEXT])
+    episode.undo(3)
+    more = [50, 51, 52, 53, 54, 55]
+    torch.testing.assert_close(episode.feed([more])[0], naive.feed(more, write=True), **CLOSE)
 
 
 # ---- where no window cuts
