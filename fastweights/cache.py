@@ -71,9 +71,9 @@ class Positions:
         if cut := [window for window in windows if window < self.end]:
             query_BT = self.position_BT if start is None else self.position_BT[:1]
             key_BS = torch.arange(self.end, device=query_BT.device)[None] if cached else query_BT
-            before_BTS = query_BT[:, :, None] - key_BS[:, None]  # how many tokens a key lies before a query
-            causal = (before_BTS >= 0)[:, None] if self.visible is None else self.visible
-            masks = {window: causal & (before_BTS < window)[:, None] for window in cut}
+            query_B1T1, key_B11S = query_BT[:, None, :, None], key_BS[:, None, None]
+            causal = key_B11S <= query_B1T1 if self.visible is None else self.visible
+            masks = {window: causal & (key_B11S > query_B1T1 - window) for window in cut}
             return replace(self.with_visible(), windowed=masks)
         if self.visible is not None or not start or tokens == 1:
             return self
