@@ -228,11 +228,13 @@ def _check_target(model: Llama, rule: Rule, addresses: Sequence[Address]) -> Non
 
 
 def detach(model: Llama) -> None:
-    """Puts the original linears back, all of them, as the same objects.
+    """Puts the original linears back, all of them, as the same objects; with the weights that the model has now.
 
     Raises:
         ValueError: a pass of this model runs, in this thread or another.
     """
     with model.binding.changed("detach()"):
         for (layer, name), plastic in plastic_linears(model).items():
+            # a move to some devices, or load_state_dict(assign=True), puts new parameters into the model's own modules
+            plastic.base.weight, plastic.base.bias = plastic.weight, plastic.bias
             setattr(model.model.layers[layer].mlp, name, plastic.base)

@@ -80,6 +80,12 @@ class Positions:
         everything_TS = torch.ones(tokens, self.end, dtype=torch.bool, device=self.position_BT.device)
         return replace(self, visible=everything_TS.tril(start)[None, None])
 
+    def seen(self, window: int | None) -> tuple[Tensor | None, int | None]:
+        """`visible` and `start` of a layer with this window, as `kernels.attention` takes them."""
+        if window is None or window not in self.windowed:
+            return self.visible, self.start
+        return self.windowed[window], None
+
     def repeat(self, times: int) -> Positions:
         """The same rows over and over: row r stands at r + n · B for every n; without the masks of windows."""
         tile = [times, *[1] * 3]

@@ -20,17 +20,41 @@ from .cache import KVCache
 from .sampling import RowGenerator
 from .state import EventLog
 from .state.events import Events
+from .state.reads import Reads
+from .state.unseen import Unseen
 from .stream import Texts
 
 Address = tuple[int, str]  # of a linear: (layer, name)
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Gradient events of one token that wait for the next token of their rows. Holds a graph of its own."""
+class Graph:
+    """How one token was read, as autograd knows it: where hooks, edits or modules of one's own had a part in it."""
 
-    logprob_BV: Tensor  # log p(next token), with the graph of this one token
+    logprob_BV: Tensor  # log p(next token), with the graph
     taped: dict[Address, tuple[Tensor, Tensor]]  # (a, h) of each linear
+
+
+@dataclass(frozen=True)
+class Taped:
+    """How one token was read, as `backward` takes it."""
+
+    tape_BN: Tensor
+    first: int  # the lowest layer on it
+    addresses: tuple[Address, ...]  # of the linears whose events wait
+    reads: dict[Address, Reads]  # copies of what the log of a linear may not hold until the next token
+
+    def keeping(self, logs: Mapping[Address, EventLog]) -> Taped:
+        """The same with a copy of everything that it reads of the logs."""
+        reads = {a: Reads.of(log).copied() for a, log in logs.items() if a[0] >= self.first and a not in self.reads}
+        return replace(self, reads=self.reads | reads)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Gradient events of one token that wait for the next token of their rows."""
+
+    how: Taped | Graph  # the token was read
     rows_B: Tensor  # bool, on the CPU: rows that still wait
     event_counts: dict[Address, list[int]]  # of each log when the token was read
     edited: bool = False  # the token was read under edits
@@ -187,14 +211,16 @@ class EpisodeState:
         if address not in before.kept and not log.slots.fits(began, since):
             before.kept[address] = log.clone()
 
-    def write(self, address: Address, events: Events) -> None:
+    def write(self, address: Address, events: Events, unseen: Unseen | None = None) -> None:
         """The one door for events from Python: writes them into the log of one linear, in token order.
+
+        unseen: see `EventLog.write`.
 
         Raises:
             ValueError: they do not fit, are not finite, or go over a budget that stops; the attempt is undone then.
         """
         self.keep(address, events.counts)
-        self.logs[address].write(events)
+        self.logs[address].write(events, unseen)
 
     def _finish(self, change: Callable[[], None]) -> None:
         """Makes a change that may be made again from any point of itself: what cuts it short does not stop it."""
@@ -225,13 +251,17 @@ class EpisodeState:
         """Takes back each ΔW's last events; the cache keeps what was read with them."""
         with self.attempt():
             assert self.before is not None
+            if events:  # waiting events refer to weights that will be gone: marked, so that `save` refuses them
+                gone = dict.fromkeys(self.logs, [-1] * self.states)
+                self.waiting = [
+                    replace(one, event_counts=dict(gone), how=how.keeping(self.logs) if isinstance(how, Taped) else how)
+                    for one in self.waiting
+                    for how in [one.how]
+                ]
             for address, log in self.logs.items():
                 self.before.kept[address] = log.clone()
             for log in self.logs.values():
                 log.rewind([count - events for count in log.event_counts])
-            if events:  # waiting events refer to weights that are gone: marked, so that `save` refuses them
-                gone = dict.fromkeys(self.logs, [-1] * self.states)
-                self.waiting = [replace(one, event_counts=dict(gone)) for one in self.waiting]
 
     def clone(self) -> EpisodeState:
         """A copy of all of it."""
@@ -240,7 +270,7 @@ class EpisodeState:
         return other
 
     def rows(self, chosen: Sequence[int]) -> EpisodeState:
-        """A copy whose row n has the past of row `chosen[n]`, without waiting events: a graph belongs to its rows."""
+        """A copy whose row n has the past of row `chosen[n]`, without waiting events: those belong to their rows."""
         every = list(chosen) == list(range(self.batch_size))
         logs = {a: log.clone() if self.shared or every else log.rows(chosen) for a, log in self.logs.items()}
         other = EpisodeState(self.cache.rows(chosen), logs, self.generator.rows(chosen), self.shared)
@@ -295,7 +325,7 @@ class EpisodeState:
             self.cache.reserve(other.cache.length)  # says what does not fit
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that moves but the graphs of waiting events: tensors, and values that JSON holds exactly."""
+        """Everything that moves but how waiting tokens were read: tensors, and values that JSON holds exactly."""
         tensors, meta = self.cache.state_dict()
         tensors["generator"] = self.generator.get_state()
         if self.logits_BV is not None:
@@ -310,6 +340,8 @@ class EpisodeState:
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over, bit for bit, what `state_dict` gave; of a state of the same form that nobody has used yet.
 
+        The tensors may be on any device.
+
         Raises:
             ValueError: a log of another linear, shape, policy or dtype, or incomplete.
         """
@@ -318,7 +350,7 @@ class EpisodeState:
             prefix = f"log.{key_of(address)}."
             own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             log.load_state_dict(own, meta["logs"][key_of(address)])
-        self.logits_BV = tensors.get("logits")
+        self.logits_BV = tensors["logits"].to(self.cache.keys[0].device) if "logits" in tensors else None
         self.token_ids = [list(ids) for ids in meta["seen"]]
         if "generator" in tensors:
             self.generator.set_state(tensors["generator"].cpu())

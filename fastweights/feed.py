@@ -97,7 +97,7 @@ class Reader:
         if self.state.waiting:
             real_BT = positions.real_or_all_BT
             first_B1 = real_BT.int().argmax(1, keepdim=True)
-            settle(self.state, self.linears, tokens.ids_BT.gather(1, first_B1)[:, 0], real_BT.any(1))
+            settle(self.engine, tokens.ids_BT.gather(1, first_B1)[:, 0], real_BT.any(1))
         out_BTV = self.engine.run(tokens, watch)
         self._remember(tokens, out_BTV if out_BTV.shape[1] == 1 else positions.last(out_BTV))
         return out_BTV
@@ -109,7 +109,7 @@ class Reader:
             if own is not None:
                 own.column = t
             column = slice(t, t + 1)
-            settle(state, self.linears, tokens.ids_BT[:, t], real_BT[:, t])
+            settle(self.engine, tokens.ids_BT[:, t], real_BT[:, t])
             here = state.cache.positions((state.batch_size, 1), real_BT[:, column], CPU)
             columns.append(self.engine.run(Tokens(tokens.ids_BT[:, column], here, tokens.write_BT[:, column])))
         out_BTV = torch.cat(columns, dim=1)

@@ -21,13 +21,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, str]) -> None:
-    """Writes a safetensors file, and its folder, whole or not at all."""
+    """Writes a safetensors file, and its folder, whole or not at all; tensors of any device."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, meta)
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, meta)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

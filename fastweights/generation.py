@@ -152,14 +152,14 @@ def _steps(
     reasons: list[str | None] = [None] * state.batch_size
     for number in range(1, count + 1):
         running = [row for row, reason in enumerate(reasons) if reason is None]
-        mask_B1 = None if len(running) == len(reasons) else torch.tensor([[r is None] for r in reasons])
+        mask_B1 = None if len(running) == len(reasons) else torch.tensor([[r is None] for r in reasons], device="cpu")
         _check_around(around)
         with state.alone(), state.attempt():  # a number that is drawn for a token which is not read is drawn again
             logits_BV, chosen = state.logits_BV, [ids[-1] for ids in state.token_ids]
             assert logits_BV is not None
             for row, token in zip(running, _choose(state, logits_BV, running, sampling), strict=True):
                 chosen[row] = token
-            ids_B1 = torch.tensor(chosen)[:, None]
+            ids_B1 = torch.tensor(chosen, device="cpu")[:, None]
             reader.read(ids_B1, mask_B1, update, generated=True, logits="last", edits=edits)
             pieces, found = [""] * len(chosen) if texts else [], [False] * len(chosen)
             if texts is not None:

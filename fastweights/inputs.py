@@ -48,24 +48,24 @@ def written(update: Update, ids_BT: Tensor, position_BT: Tensor, generated: bool
     if isinstance(update, str):
         match update:
             case "all" | "none":
-                return torch.full(shape, update == "all")
+                return torch.full(shape, update == "all", device="cpu")
             case "prompt" | "generated":
-                return torch.full(shape, (update == "generated") == generated)
+                return torch.full(shape, (update == "generated") == generated, device="cpu")
         raise ValueError(f"{name}={update!r}: expected {UPDATES}")
     if isinstance(update, TokenIds):
-        return torch.isin(ids_BT, torch.tensor(sorted(update.ids), dtype=torch.int64))
+        return torch.isin(ids_BT, torch.tensor(sorted(update.ids), dtype=torch.int64, device="cpu"))
     if callable(update):
         pairs = zip(position_BT.flatten().tolist(), ids_BT.flatten().tolist(), strict=True)
-        return torch.tensor([bool(update(position, token)) for position, token in pairs]).reshape(shape)
+        return torch.tensor([bool(update(position, token)) for position, token in pairs], device="cpu").reshape(shape)
     given = None if isinstance(update, int | float | Mapping) else _array(name, update)
     if given is None:
         raise ValueError(f"{name}={update!r}: expected {UPDATES}")
     if given.dtype == bool:
         if generated:
-            return torch.zeros(shape, dtype=torch.bool)  # a mask speaks of the prompt it was made for
+            return torch.zeros(shape, dtype=torch.bool, device="cpu")  # a mask speaks of the prompt it was made for
         if given.shape not in (shape, shape[1:]):
             raise ValueError(f"{name} mask has shape {list(given.shape)}, but this feed is {list(shape)}")
-        return torch.tensor(given).expand(shape)
+        return torch.tensor(given, device="cpu").expand(shape)
     if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
         raise ValueError(f"{name} has shape {list(given.shape)} and {given.dtype}: expected positions, a list of ints")
     if given.size and given.min() < 0:

@@ -245,8 +245,9 @@ class Runner:
 
     def _rows(self) -> Rows:
         lanes, rows = self.kept.lanes, len(self.question.ids_BT)
-        alternative = torch.tensor([-1 if lane.alternative is None else lane.alternative for lane in lanes])
-        row_R = torch.arange(rows).repeat(len(lanes))
+        numbers = [-1 if lane.alternative is None else lane.alternative for lane in lanes]
+        alternative = torch.tensor(numbers, device="cpu")
+        row_R = torch.arange(rows, device="cpu").repeat(len(lanes))
         device = self.question.ids_BT.device
         return Rows(self.question.reading, row_R, device, alternative_R=alternative.repeat_interleave(rows))
 

@@ -50,7 +50,7 @@ class Linear(nn.Linear):
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Angle per position of each pair of channels, [E/2] float32 (Su et al. 2021; llama3 and linear scaling)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
     if scaling is None:
@@ -82,9 +82,7 @@ class Attention(nn.Module):
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        visible, start = positions.visible, positions.start
-        if self.window is not None and self.window in positions.windowed:
-            visible, start = positions.windowed[self.window], None
+        visible, start = positions.seen(self.window)
         tap, z_BTHE = self.binding.tap, None  # what edits and captures see of attention; None as a rule
         if cache is not None and tap is None:
             q, k, v = cache.rotate_append(self.layer, q, k, v, rope, positions)

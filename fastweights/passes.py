@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .cache import Positions
 from .episode_state import Address
-from .kernels.scan import Gram
+from .kernels.gram import Gram
 from .state import EventLog
 from .state.events import Events
+from .state.reads import Reads
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,18 @@ class SharedKeys:
     version: int  # of h, which an edit in place raises
     form: tuple  # (mu, bias, decay, clip) of the rule
     k_BTI: Tensor
+    scale_BT: Tensor  # k = scale · h
     bias_BT: Tensor | None
     norm_BT: Tensor | None  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
+
+
+@dataclass(frozen=True)
+class OnCpu:
+    """What a target that lies on the CPU is asked by: nothing then waits for the device."""
+
+    position_BT: Tensor
+    row_BT: Tensor | None
 
 
 @dataclass
@@ -63,13 +73,15 @@ class Pass:
 
     logs: Mapping[Address, EventLog]
     position_BT: Tensor
-    write_BT: Tensor | None = None  # None: read only
+    write_BT: Tensor | None = None  # on the CPU, where the host may look at it; None: read only
     counts: Sequence[int] = ()  # events to come, per ΔW
     write_events: Callable[[Address, Events], None] | None = None  # their door, see `EpisodeState.write`
     all_written: bool = False  # every token of every row makes an event
     rows_per_column: int = 1  # tokens side by side: B where the rows share one ΔW
     row_BT: Tensor | None = None  # the row of the episode that each of them belongs to
+    on_cpu: OnCpu | None = None  # position_BT and row_BT as they are on the CPU
     slot_weights: dict[Address, Tensor] | None = None  # a probe's own w: [E, rows per ΔW, slots]
-    # gradient rules: (a, h) of this token, a with its graph
-    taped: dict[Address, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    reads: Mapping[Address, Reads] = field(default_factory=dict)  # of linears that are read where these lie
+    # gradient rules: (a, h) of this token, a with its graph; None: no graph is wanted
+    taped: dict[Address, tuple[Tensor, Tensor]] | None = None
     keys: SharedKeys | None = None  # of the linear that ran last: gate and up read the same input

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .binding import Binding
 from .episode_state import Address
+from .kernels.gram import Gram, before
 from .kernels.linear import linear
 from .kernels.read import read
-from .kernels.scan import Gram, Known, before, scan
+from .kernels.scan import Known, scan
 from .model import Llama
 from .passes import Pass, SharedKeys
 from .rules import (
@@ -104,24 +105,29 @@ class PlasticLinear(nn.Module):
         if now is None:
             return linear(h_BTI, self.weight, self.bias)
         log = now.logs[self.address]
+        if self.address in now.reads:
+            frozen_BTO = linear(h_BTI, self.weight, self.bias)
+            U_BRO, K_BRI, bias_BR, w_BTR = now.reads[self.address]
+            fast_BTO = read(h_BTI.to(log.dtype), U_BRO, K_BRI, bias_BR, w_BTR, self.backend)
+            return (frozen_BTO.to(log.dtype) + fast_BTO).to(frozen_BTO.dtype)
         writes = now.write_BT is not None and self.rule.neuron_local
         frozen_BTO = linear(h_BTI, self.weight, self.bias)
         if log.used == 0 and now.write_BT is None and self.binding.tap is None:
             return frozen_BTO
         # The fast read is added, and the rule applied, in the log's precision; only the sum is cast back.
         if writes:
-            return self._write(now, log, frozen_BTO.to(log.dtype), h_BTI).to(frozen_BTO.dtype)
+            return self._write(now, log, frozen_BTO, h_BTI)
         a_BTO = frozen_BTO.to(log.dtype)
         read_BTO = None
         if now.slot_weights is not None:
-            read_BTO = self._read_moments(now.slot_weights[self.address], log, h_BTI.to(log.dtype))
+            read_BTO = self._read_moments(now.slot_weights[self.address], log, h_BTI)
         elif log.used:
-            read_BTO = self._read(log, h_BTI.to(log.dtype), None)
+            read_BTO = self._read(log, h_BTI, None)
         if self.binding.tap is not None:
             read_BTO = self._tapped("read", read_BTO, a_BTO, 1)
         if read_BTO is not None:
             a_BTO = a_BTO + read_BTO
-        if now.write_BT is not None:  # a gradient rule: its event is made when the next token is known
+        if now.taped is not None:  # a gradient rule: its event is made when the next token is known
             if not a_BTO.requires_grad:
                 a_BTO = a_BTO.detach().requires_grad_()
             now.taped[self.address] = (a_BTO, h_BTI.detach().to(log.dtype))
@@ -141,13 +147,13 @@ class PlasticLinear(nn.Module):
         return side_by_side(tap(site, self.address[0], as_rows(x, width)))
 
     def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor:
-        """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more."""
+        """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more; write [B, T] is on the CPU."""
         U_BRO, K_BRI, bias_BR = log.factors()
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
         w_BTR = None
         if not log.all_alive(h_BTI.shape[1]):
-            events_BT = log.now()
+            events_BT = torch.tensor(log.event_counts)[:, None]
             if write_BT is not None and h_BTI.shape[1] > 1:
                 events_BT = events_BT + before(write_BT, width)
             w_BTR = log.slot_weights(events_BT)
@@ -157,7 +163,7 @@ class PlasticLinear(nn.Module):
         """Rows that share one episode row's factors and differ in w; they stand E apart."""
         U_ERO, K_ERI, bias_ER, _ = (factor.to(h_BTI.device) for factor in log.moment_factors())
         rows = len(w_EMR)
-        y_BTO = h_BTI.new_empty(*h_BTI.shape[:2], self.out_features)
+        y_BTO = U_ERO.new_empty(*h_BTI.shape[:2], self.out_features)
         for row in range(rows):
             one, bias = slice(row, row + 1), bias_ER[row : row + 1] if self.rule.bias else None
             w_MR = w_EMR[row][:, None].to(h_BTI.device)
@@ -165,79 +171,85 @@ class PlasticLinear(nn.Module):
         return y_BTO
 
     def _write(self, now: Pass, log: EventLog, frozen_BTO: Tensor, h_BTI: Tensor) -> Tensor:
-        """a of every token, each with the events of the tokens before it; writes the events.
+        """a of every token, each with the events of the tokens before it, in frozen's dtype; writes the events.
 
         If the log overflows inside this prompt, the prompt is processed in segments that end at each fold (or before
         the ring wraps).
         """
         assert now.write_BT is not None
         assert now.write_events is not None
-        keys = self._keys(now, h_BTI, log.dtype)
-        if now.rows_per_column > 1:
+        keys, dtype, width = self._keys(now, h_BTI, log.dtype), frozen_BTO.dtype, now.rows_per_column
+        if width > 1:
             frozen_BTO, h_BTI = side_by_side(frozen_BTO), side_by_side(h_BTI)
-        h_BTI = h_BTI.to(log.dtype)
+        if self.backend == "torch" or self.binding.tap is not None:  # a kernel casts what it loads
+            frozen_BTO = frozen_BTO.to(log.dtype)
         parts = []
         whole = [(0, h_BTI.shape[1])]
-        for t0, t1 in whole if log.fits(now.counts) else log.segments(now.write_BT, now.rows_per_column):
+        for t0, t1 in whole if log.fits(now.counts) else log.segments(now.write_BT, width):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
-            read_BCO = self._read(log, h_BTI[:, t0:t1], write_BC, now.rows_per_column) if log.used else None
+            read_BCO = self._read(log, h_BTI[:, t0:t1], write_BC, width) if log.used else None
             k_BCI = keys.k_BTI[:, t0:t1]
             if self.binding.tap is not None:  # a feed whose edits name reading or writing goes token by token
-                read_BCO = self._tapped("read", read_BCO, a_BCO, now.rows_per_column)
+                read_BCO = self._tapped("read", read_BCO, a_BCO, width)
             if read_BCO is not None:
                 a_BCO = a_BCO + read_BCO
             a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
             if self.binding.tap is not None:
                 event = (("key", k_BCI), ("value", u_BCO))
-                k_BCI, u_BCO = (self._tapped(part, x, x, now.rows_per_column) for part, x in event)
+                k_BCI, u_BCO = (self._tapped(part, x, x, width) for part, x in event)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
             events = Events(u_BCO, k_BCI, bias_BC, write_BC, now.all_written)
             now.write_events(self.address, events)
-            parts.append(a_BCO)
+            parts.append(a_BCO.to(dtype))
         a_BTO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return a_BTO if now.rows_per_column == 1 else as_rows(a_BTO, now.rows_per_column)
+        return a_BTO if width == 1 else as_rows(a_BTO, width)
 
     def _solve(
         self, now: Pass, keys: SharedKeys, a_BCO: Tensor, frozen_BTO: Tensor, t0: int, t1: int
     ) -> tuple[Tensor, Tensor]:
         """a and u of tokens t0 to t1, given a without each other's events."""
         assert now.write_BT is not None
+        dtype = keys.k_BTI.dtype
 
         def value(a: Tensor, c0: int, c1: int) -> Tensor:
             here = slice(t0 + c0, t0 + c1)
             row_BT = None if now.row_BT is None else now.row_BT[:, here]
-            at = Local(frozen_BTO[:, here], self.activation, now.position_BT[:, here], row_BT)
+            at = Local(frozen_BTO[:, here].to(dtype), self.activation, now.position_BT[:, here], row_BT)
             norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, here]
             return event_value(self.rule, value_of(self.rule, a, self.activation, at), norm_BC, row_BT)
 
         if t1 - t0 == now.rows_per_column:
             # the only token that may carry a graph: gradient rules go token by token
-            u_B1O = value(a_BCO.detach(), 0, now.rows_per_column)
-            return a_BCO, u_B1O if now.all_written else u_B1O.masked_fill(~now.write_BT[:, t0:t1, None], 0)
+            u_B1O = value(a_BCO.detach().to(dtype), 0, now.rows_per_column)
+            if not now.all_written:
+                write_B1 = now.write_BT[:, t0:t1, None].to(u_B1O.device, non_blocking=True)
+                u_B1O = u_B1O.masked_fill(~write_B1, 0)
+            return a_BCO, u_B1O
+        part = slice(t0, t1)
         if (t0, t1) not in keys.grams:
-            part = slice(t0, t1)
-            bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, part]
             h_BTI = keys.h_BTI if now.rows_per_column == 1 else side_by_side(keys.h_BTI)
-            own = (h_BTI[:, part].to(a_BCO.dtype), keys.k_BTI[:, part], bias_BC, now.write_BT[:, part])
+            own = (h_BTI[:, part], keys.scale_BT[:, part], self.rule.bias, now.write_BT[:, part])
             keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.rows_per_column)
-        row_BC = None if now.row_BT is None else now.row_BT[:, t0:t1]
-        known = self.kernel_form(a_BCO, now.position_BT[:, t0:t1], row_BC)
+        known = self.kernel_form(now, a_BCO, part)
         if known is not None:
-            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, t0:t1]
-            known = replace(known, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, t0:t1])
+            norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, part]
+            known = replace(known, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, part])
         return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
 
-    def kernel_form(self, a_BCO: Tensor, position_BC: Tensor, row_BC: Tensor | None) -> Known | None:
-        """The rule as the scan's kernels know it; None: they do not."""
+    def kernel_form(self, now: Pass, a_BCO: Tensor, part: slice) -> Known | None:
+        """The rule as the scan's kernels know it, for these tokens; None: they do not."""
         twin, target_BCO = twin_of(self.rule), None
         # in C a rate belongs to a row of the batch, not to a row of a column
-        if twin is None or (self.backend == "torch" and row_BC is not None and isinstance(self.rule.rate, tuple)):
+        if twin is None or (self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple)):
             return None
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):
-            target_BCO = target_at(target, position_BC, row_BC).to(device=a_BCO.device, dtype=torch.float32)
-            target_BCO = target_BCO.expand(a_BCO.shape)
+            # positions are looked up where the target lies: nothing waits for the device
+            there = now if target.device == a_BCO.device or now.on_cpu is None else now.on_cpu
+            row_BC = None if there.row_BT is None else there.row_BT[:, part]
+            target_BCO = target_at(target, there.position_BT[:, part], row_BC)
+            target_BCO = target_BCO.to(a_BCO.device, torch.float32, non_blocking=True).expand(a_BCO.shape)
         return Known(twin.name, self.activation.name, twin.rate, twin.gamma, self.rule.clip, target=target_BCO)
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
@@ -253,7 +265,8 @@ class PlasticLinear(nn.Module):
         h = (h_BTI if now.rows_per_column == 1 else side_by_side(h_BTI)).detach().to(dtype)
         key = key_of(rule, h.square().sum(-1))
         bias_BT = key.scale if rule.bias else None
-        now.keys = SharedKeys(h_BTI.detach(), version, form, h * key.scale[..., None], bias_BT, key.norm, {})
+        k_BTI = h * key.scale[..., None]
+        now.keys = SharedKeys(h_BTI.detach(), version, form, k_BTI, key.scale, bias_BT, key.norm, {})
         return now.keys
 
 

@@ -83,7 +83,7 @@ def probe(
     ids_BT, positions_BT = _asked(model, state, input_ids, attention_mask)
     reading = Reading.of(ids_BT, positions_BT, whole=True)
     if exam is not None:
-        reading = replace(reading, start_B=torch.tensor(_per_row(exam.starts, len(ids_BT))))
+        reading = replace(reading, start_B=torch.tensor(_per_row(exam.starts, len(ids_BT)), device="cpu"))
     column_BT = _columns(positions, reading)
     points, names = _points(model, linears, sites, layers)
     wanted_moments = _moments(state, at)
@@ -260,7 +260,7 @@ def _columns(positions: Any, reading: Reading) -> Tensor | None:
     try:
         columns = torch.as_tensor(positions).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
-        columns = torch.zeros(0)
+        columns = torch.zeros(0, device="cpu")
     whole = not columns.is_floating_point() and columns.dtype != torch.bool and len(columns)
     if not whole or int(columns.min()) < 0 or int(columns.max()) >= width:
         raise ValueError(f"probe(positions={positions!r}): expected columns from 0 to {width - 1}, or 'last'")
@@ -347,7 +347,7 @@ def _wanted(
     to be those, then the exam's.
     """
     rows, width = reading.ids_BT.shape
-    every_BT = torch.arange(width).expand(rows, -1) if column_BT is None else column_BT
+    every_BT = torch.arange(width, device="cpu").expand(rows, -1) if column_BT is None else column_BT
     shows, parts = keep or metric is not None, []
     if (shows and not last) or {"logits", "final_norm"} & set(names):
         parts.append(every_BT)
@@ -360,7 +360,7 @@ def _wanted(
     if exam is not None:
         columns = _per_row(exam.row_columns, rows)
         most = max(map(len, columns))
-        exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns])
+        exam_BC = torch.tensor([[*row, *[-1] * (most - len(row))] for row in columns], device="cpu")
         parts.append(exam_BC.clamp(min=0))
     logit_BT = column_BT if len(parts) == 1 and parts[0] is every_BT else torch.cat(parts, dim=1)
     return Wanted(keep, metric, exam, exam_BC, shown, gradient), logit_BT

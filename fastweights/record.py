@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .files import warn, write_text
+from .files import warn, write_tensors, write_text
 from .report import write
 from .state.drift import Drift
 
@@ -33,6 +33,8 @@ class Event:
 @dataclass(frozen=True)
 class Record:
     """What an experiment returns. Row 0 of every array is the untouched model without the context.
+
+    Its arrays are on the CPU, wherever the model is.
 
     settings: rule, layers, linears, … as the caller gave them, and the versions that ran.
     tokens, token_ids: what was read (and generated, if asked for).
@@ -88,12 +90,9 @@ class Record:
         The report needs matplotlib (`pip install "fastweights[report]"`). Without it, record.json and
         arrays.safetensors are written, a warning says so, and `fastweights.report.write` can make the report later.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(self, name).contiguous() for name in self.ARRAYS}
-        save_file(arrays, folder / "arrays.safetensors")
+        write_tensors(folder / "arrays.safetensors", {name: getattr(self, name) for name in self.ARRAYS}, {})
         write_text(folder / "record.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
         names = ["record.json", "arrays.safetensors"]
         try:

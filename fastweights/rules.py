@@ -330,7 +330,7 @@ def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor 
     """u = rate · value with the rule's clip, which needs key_norm = ‖k‖ [...]; value [..., O], row as in `Local`."""
     rate = rule.rate
     if isinstance(rate, tuple):
-        rate_B = torch.tensor(rate, dtype=value.dtype, device=value.device)
+        rate_B = torch.tensor(rate, dtype=value.dtype).to(value.device, non_blocking=True)
         rate = rate_B.view(-1, *[1] * (value.dim() - 1)) if row is None else rate_B[row][..., None]
     return clipped(cast(Tensor, rate) * value, rule.clip, key_norm)
 

@@ -67,6 +67,7 @@ class SAE:
         """
         if features.shape[-1] != (N := len(self.W_dec)):
             raise ValueError(f"features are {list(features.shape)}, expected [..., {N}]")
+        self._check_device("features are", features)
         if x is None and (self.center or self.normalize != "none"):
             what = "mean" if self.normalize == "none" else f"{self.normalize} of each token"
             raise ValueError(f"this SAE removes the {what}: decode(features, x) needs x, which was encoded")
@@ -143,13 +144,18 @@ class SAE:
     def _dtype(self, x: Tensor) -> torch.dtype:
         return torch.promote_types(torch.promote_types(x.dtype, self.W_dec.dtype), torch.float32)
 
+    def _check_device(self, what: str, x: Tensor) -> None:
+        if x.device != self.W_dec.device:
+            raise ValueError(
+                f"{what} on {x.device} and the SAE on {self.W_dec.device}: load_sae(..., device=) moves it"
+            )
+
     def _flat(self, x: Tensor) -> Tensor:
         """x as [..., D] in the dtype that is computed in."""
         D = len(self.b_dec)
         if not x.is_floating_point():
             raise ValueError(f"x holds {x.dtype}, expected the activations of a site")
-        if x.device != self.W_dec.device:
-            raise ValueError(f"x is on {x.device} and the SAE on {self.W_dec.device}: load_sae(..., device=) moves it")
+        self._check_device("x is", x)
         flat = x
         if self.site in PER_HEAD and x.ndim > 1 and x.shape[-1] != D and x.shape[-2] * x.shape[-1] == D:
             flat = x.flatten(-2)

@@ -53,7 +53,7 @@ class RowGenerator:
             digest = hashlib.blake2b(b"%d %d" % tuple(state), digest_size=8).digest()
             numbers.append((int.from_bytes(digest, "little") >> 12) / (1 << 52))
             state[1] += 1
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def of(self, rows: Sequence[int]) -> RowGenerator:
         """Some of these rows: what they draw, they draw here as well."""
@@ -63,7 +63,7 @@ class RowGenerator:
 
     def get_state(self) -> Tensor:
         """Seed and count of each row, int64 [B, 2]."""
-        return torch.tensor(self._rows)
+        return torch.tensor(self._rows, device="cpu")
 
     def set_state(self, state: Tensor) -> None:
         """Goes on where a generator of as many rows had the state `state`."""

@@ -33,7 +33,7 @@ def save(state: EpisodeState, model: Llama, linears: Mapping[Address, PlasticLin
 def read(
     path: Path, model: Llama, linears: Mapping[Address, PlasticLinear]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` wrote, as `EpisodeState.load_state_dict` takes it.
+    """What `save` wrote, as `EpisodeState.load_state_dict` takes it, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,7 +42,7 @@ def read(
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, expected a file that Episode.save wrote")
     try:
-        with safe_open(path, "pt", device=str(model.device)) as file:
+        with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("episode", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:

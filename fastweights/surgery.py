@@ -86,8 +86,8 @@ def surgery(
             f"the context has {len(ids)} tokens and {max_new_tokens} are to be generated, "
             f"but this model has positions up to {longest}"
         )
-    positions = torch.arange(len(ids))[None]
-    if not max_new_tokens and not written(update, torch.tensor([ids]), positions, generated=False).any():
+    positions = torch.arange(len(ids), device="cpu")[None]
+    if not max_new_tokens and not written(update, torch.tensor([ids], device="cpu"), positions, generated=False).any():
         raise ValueError(f"update={update!r} writes none of the context's {len(ids)} tokens")
     fast = attach(model, layers, rule, linears, rank, overflow, budget=budget, over_budget=over_budget)
     try:
@@ -117,7 +117,7 @@ class Result:
 
     logprob_A: Tensor
     top: list[tuple[str, float]]
-    hidden_LD: Tensor  # at the answer position, float64
+    hidden_LD: Tensor  # at the answer position, float64, on the CPU
     delta_norm: float
 
 
@@ -154,7 +154,7 @@ def _ask(episode: Episode, exam: Exam, events: Sequence[int], progress: Progress
     """What the model says after each of `events`, in batches, with the fast weights of an episode of one row."""
     trace = episode.probe(exam.rows, sites=["resid_post"], at=list(events), positions=exam.columns, progress=progress)
     norm_M = delta_norms(episode.logs, events, row=0)
-    hidden_MLD = trace.hidden_states[:, :, 0, 0].double()
+    hidden_MLD = trace.hidden_states[:, :, 0, 0].cpu().double()
     logprob_MA = exam.score(trace.logits, exam.columns).logprob[:, 0].cpu()
     results = []
     for m, norm in enumerate(norm_M.tolist()):
@@ -177,8 +177,8 @@ def _run(
     on_event: Callable[[Episode, Event], None] | None,
     progress: Progress | None,
 ) -> Record:
-    positions = torch.arange(len(context_ids))[None]
-    write_1T = written(update, torch.tensor([context_ids]), positions, generated=False)
+    positions = torch.arange(len(context_ids), device="cpu")[None]
+    write_1T = written(update, torch.tensor([context_ids], device="cpu"), positions, generated=False)
     reading = _Reading(episode, tokenizer, target, probe_every, on_event)
     # a log that overflows forgets its earlier moments: they must be looked at as they come
     one_by_one = on_event is not None or any(log.overflow in ("compress", "evict") for log in episode.logs.values())
@@ -188,11 +188,11 @@ def _run(
             reading.read(token, writes, generated=False)
     else:
         for token, writes in zip(context_ids, write_1T[0].tolist(), strict=True):
-            episode.feed([token], update=torch.tensor([[writes]]), logits="last")
+            episode.feed([token], update=torch.tensor([[writes]], device="cpu"), logits="last")
             reading.read(token, writes, generated=False)
             reading.look()
     for step in episode.generate(None, max_new_tokens, update=update) if max_new_tokens else ():
-        position = torch.tensor([[len(reading.tokens)]])
+        position = torch.tensor([[len(reading.tokens)]], device="cpu")
         writes = bool(written(update, step.token_ids[:, None], position, generated=True))
         reading.read(int(step.token_ids[0]), writes, generated=True)
         if one_by_one:
@@ -214,7 +214,7 @@ def _run(
         distance=torch.stack(distance_NL),
         cosine=torch.stack(cosine_NL),
         relative=torch.stack(relative_NL),
-        delta_norm=torch.tensor([r.delta_norm for r in results], dtype=torch.float64),
+        delta_norm=torch.tensor([r.delta_norm for r in results], dtype=torch.float64, device="cpu"),
         top=[r.top for r in results],
         target_top=target.top,
         drift=episode.drift(),

@@ -119,7 +119,7 @@ def save(
         plain = Path(temporary) / "plain"
         plain.touch()
         for file, shard in zip(names, shards, strict=True):
-            save_file(shard, Path(temporary) / file, metadata={"format": "pt"})
+            save_file({k: t.cpu() for k, t in shard.items()}, Path(temporary) / file, metadata={"format": "pt"})
             shutil.copymode(plain, Path(temporary) / file)  # safetensors makes it readable for its owner alone
         for file in names:
             os.replace(Path(temporary) / file, folder / file)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from ..files import cache_folder, one_line, warn, why_not_ours
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "decode_body.inc", "cpu.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("cpu.c", "tiles.c", "scan.c", "fold.c", "decode_body.inc", "cpu.h")
+]
 # sums in any order, but NaN and inf as ever: -ffast-math would lose them
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 MOST_ROWS = 8  # of the products of a few rows and a decode step
@@ -47,7 +49,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     gemv = [*[pointer] * 4, *[long] * 3, number]
-    decode = [pointer, long, *[pointer] * 10, *[long] * 8, ctypes.c_float, number]
+    decode = [pointer, long, *[pointer] * 10, *[long] * 9, ctypes.c_float, number]
     functions: dict[str, list] = {
         "gemv": gemv,
         "gemv_bfloat16": gemv,
@@ -56,15 +58,21 @@ def library() -> ctypes.CDLL | None:
         "attention": [pointer, pointer, number],
         "scan_block": [pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
+        "back_float32": [*[pointer] * 4, *[long] * 3, number],
+        "back_bfloat16": [*[pointer] * 4, *[long] * 3, number],
+        "fold": [pointer, pointer, pointer, number],
+        "fold_scratch": [long, long, long, number],
         "decode_float32": decode,
         "decode_bfloat16": decode,
         "put": [pointer, long, long],
     }
     for name, arguments in functions.items():
-        if hasattr(loaded, name):  # the products of many rows, and what is built of them, need AVX-512
+        if hasattr(loaded, name):  # the products of many rows, what is built of them, and folds need AVX-512
             getattr(loaded, name).argtypes = arguments
             getattr(loaded, name).restype = None
     loaded.put.restype = loaded.settled.restype = number
+    if hasattr(loaded, "fold"):
+        loaded.fold.restype, loaded.fold_scratch.restype = number, long
     return loaded
 
 

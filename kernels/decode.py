@@ -15,7 +15,7 @@ from .cpu import library
 POINTER, LONG = np.uint64, np.int64
 WEIGHTS = ("norm1", "q", "k", "v", "o", "norm2", "gate", "up", "down")
 BIASES = ("qb", "kb", "vb", "ob", "gateb", "upb", "downb")
-LAYER = np.dtype([(name, POINTER) for name in (*WEIGHTS, *BIASES, "K", "V")] + [("window", LONG)])
+LAYER = np.dtype([(name, POINTER) for name in (*WEIGHTS, *BIASES, "K", "V", "tape")] + [("window", LONG)])
 POINTERS = ("U", "K", "bias", "w", "birth", "h", "square", "frozen", "a", "c", "u", "scale")
 FAST = np.dtype([(n, POINTER) for n in POINTERS] + [(n, LONG) for n in ("O", "I", "R", "n", "slot", "event")])
 
@@ -34,8 +34,11 @@ def decode(
     sizes: tuple[int, int, int, int],
     slots: int,
     eps: float,
+    tape: int = 0,
 ) -> Tensor:
-    """Logits [B, V] of embeddings x [B, D], float32, which are overwritten; all contiguous, on the CPU.
+    """Logits [B, V] of embeddings x [B, D], float32; all contiguous, on the CPU.
+
+    x holds the residual stream after the last layer afterwards.
 
     Weights, KV cache and logits are float32, or all of them bfloat16: then every sum is a float32 one, rounded once.
 
@@ -43,6 +46,7 @@ def decode(
     what is plastic; which [L, 3] int64: the record of each layer's gate, up and down, -1 where it is frozen. frequency
     [E/2]: rope's angle per position. position, slot [B] int64: each row's position, and where its key and value are
     stored. sizes: F, H, KH, E. slots: S of the cache. scratch: B (H E + 2 F + D + H S + threads H (E + 2)) numbers.
+    tape: how far apart the rows of the layers' tapes lie; a layer without one leaves nothing.
     """
     helper = library()
     assert helper is not None
@@ -51,7 +55,7 @@ def decode(
     tensors = (norm_D, head_VD, x_BD, y_BV, frequency, position_B, slot_B, scratch)
     tables = (layers.ctypes.data, len(layers), fast.ctypes.data, which.ctypes.data)
     F, H, KH, E = sizes
-    numbers = (B, D, F, H, KH, E, slots, V, eps, torch.get_num_threads())
+    numbers = (B, D, F, H, KH, E, slots, V, tape, eps, torch.get_num_threads())
     run = helper.decode_float32 if head_VD.dtype == torch.float32 else helper.decode_bfloat16
     run(*tables, *(t.data_ptr() for t in tensors), *numbers)
     return y_BV

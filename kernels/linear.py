@@ -1,4 +1,4 @@
-"""linear: W h + b, and the products of the scan and the read.
+"""linear: W h + b, and the products of the scan, of the read and of a backward.
 
 On a CPU a few rows of float32 or bfloat16 go to a product in C that reads W once at memory speed. More rows of float32
 go to another where there is AVX-512 and MKL leaves it unused, on processors that are not Intel's: less than half of
@@ -48,6 +48,21 @@ def product(x: Tensor, weight_OI: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], O)
     _columns(helper, y.view(-1, O), x.reshape(-1, I), weight_OI.T, add=False)
     return y
+
+
+def product_back(d_MO: Tensor, weight_OI: Tensor) -> Tensor:
+    """d W, [M, I] in d's dtype, which is float32 where W is in half precision: what a gradient is behind a linear."""
+    (M, O), I = d_MO.shape, weight_OI.shape[1]
+    few = M <= MOST_ROWS and O * I >= LEAST_WEIGHTS and d_MO.dtype == torch.float32
+    stored = weight_OI.is_cpu and weight_OI.is_contiguous() and weight_OI.dtype in (torch.float32, torch.bfloat16)
+    helper = c_library_for(d_MO) if few and stored else None
+    if helper is None:
+        return (d_MO.to(weight_OI.dtype) @ weight_OI).to(d_MO.dtype)
+    threads, d_MO = torch.get_num_threads(), d_MO.contiguous()
+    y_MI, part = d_MO.new_empty(M, I), d_MO.new_empty(threads * M * I)
+    run = helper.back_float32 if weight_OI.dtype == torch.float32 else helper.back_bfloat16
+    run(weight_OI.data_ptr(), d_MO.data_ptr(), y_MI.data_ptr(), part.data_ptr(), O, I, M, threads)
+    return y_MI
 
 
 def add_product_(y_MO: Tensor, x_MI: Tensor, weight_IO: Tensor) -> None:

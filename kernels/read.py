@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .linear import product
-from .values import FUSED, jit, require_triton, tl, triton
+from .values import FUSED, jit, on_its_gpu, require_triton, tl, triton
 
 
 def reference(
@@ -121,16 +121,17 @@ def _combine(
     tl.store(y_ptr + (b * T + t)[:, None] * O + o[None, :], y, mask=t_in & o_in)
 
 
+@on_its_gpu
 def launch(
     x_BTI: torch.Tensor,
     U_BRO: torch.Tensor,
     K_BRI: torch.Tensor,
     bias_BR: torch.Tensor | None,
     w: torch.Tensor,
-    precision: str = "ieee",
 ) -> torch.Tensor:
-    """The read by Triton, float32: two launches, coefficients and combination."""
+    """The read by Triton, float32: two launches, coefficients and combination. x of half precision asks for TF32."""
     require_triton(x_BTI, U_BRO, K_BRI)
+    precision = "tf32" if x_BTI.dtype.itemsize < 4 else "ieee"
     (B, T, I), (R, O) = x_BTI.shape, U_BRO.shape[1:]
     x_BTI = x_BTI.contiguous()
     y_BTO = torch.empty(B, T, O, dtype=torch.float32, device=x_BTI.device)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .cpu import MOST_TOKENS
-from .linear import add_product_, c_library_for, product
+from .gram import OUTER, Gram
+from .linear import add_product_, c_library_for
 from .values import (
     ACTIVATIONS,
     FUSED,
@@ -29,6 +29,7 @@ from .values import (
     clipped_triton,
     jit,
     kernel_of,
+    on_its_gpu,
     per_row,
     require_triton,
     tl,
@@ -57,68 +58,19 @@ class Known:
     target: torch.Tensor | None = None
 
 
-OUTER = MOST_TOKENS  # whose earlier tokens enter as one GEMM
 INNER = 32  # tokens solved together inside
-KEEP = 1 << 26  # Gram entries kept for the next linear that shares h and k (256 MB in float32)
-
-
-def before(write_BT: torch.Tensor, width: int = 1) -> torch.Tensor:
-    """Events that each token sees [B, T]: those of earlier columns of `width` tokens."""
-    count_BT = write_BT.cumsum(1) - write_BT.long()
-    return count_BT if width == 1 else count_BT[:, ::width].repeat_interleave(width, 1)
-
-
-class Gram:
-    """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + bias_s) where s < t and s is written, else 0; by rows of OUTER.
-
-    h, k [B, T, I] any float dtype, bias [B, T] or None, write [B, T] bool, decay a float or a tensor [] or [B].
-    gate_proj and up_proj share h, k, bias, write and decay, and so one Gram: its rows are kept while they are
-    small and computed again otherwise, so that memory stays bounded for any T.
-    """
-
-    def __init__(self, h_BTI, k_BTI, bias_BT, write_BT, decay=0.0, dtype=None, width=1):
-        dtype = dtype or (torch.float64 if k_BTI.dtype == torch.float64 else torch.float32)
-        self.h, self.k = h_BTI.to(dtype), k_BTI.to(dtype)
-        self.bias = None if bias_BT is None else bias_BT.to(dtype)
-        self.write = write_BT.to(torch.bool).expand(h_BTI.shape[:2])
-        self.decay, self.width = decay, width
-        self.count = before(self.write)  # events before each token
-        self.seen = self.count if width == 1 else before(self.write, width)
-        B, T = self.write.shape
-        self._kept: dict[int, torch.Tensor] | None = {} if B * T * T // 2 <= KEEP else None
-
-    def rows(self, t0: int, t1: int) -> torch.Tensor:
-        """G[:, t0:t1, :t1] as [B, t1 − t0, t1]."""
-        if self._kept is not None and t0 in self._kept:
-            return self._kept[t0]
-        G = self._rows(t0, t1)
-        if self._kept is not None:
-            self._kept[t0] = G
-        return G
-
-    def _rows(self, t0: int, t1: int) -> torch.Tensor:
-        G = torch.stack([product(h, k) for h, k in zip(self.h[:, t0:t1], self.k[:, :t1], strict=True)])
-        if self.bias is not None:
-            G += self.bias[:, None, :t1]
-        if isinstance(self.decay, torch.Tensor) or self.decay != 0:
-            events = (self.seen[:, t0:t1, None] - self.count[:, None, :t1] - 1).clamp_(min=0)
-            keep = 1 - torch.as_tensor(self.decay, dtype=G.dtype, device=G.device)
-            G *= keep.reshape(-1, 1, 1) ** events.to(G.dtype)
-        t = torch.arange(t1, device=G.device)
-        if self.width > 1:
-            t //= self.width  # the column of each token
-        earlier = t[None, :] < t[t0:t1, None]
-        return G.masked_fill_(~(earlier & self.write[:, None, :t1]), 0)
 
 
 def scan_sequential(a_BTO: torch.Tensor, gram: Gram, value: Value) -> tuple[torch.Tensor, torch.Tensor]:
     """One token after the other: slow, obviously right."""
     a_BTO, u_BTO = a_BTO.clone(), torch.zeros_like(a_BTO)
     for t in range(a_BTO.shape[1]):
-        G_B1s = gram._rows(t, t + 1)[:, :, :t]
+        G_B1s = gram.part(t, t + 1)[:, :, :t]
         a_BTO[:, t] += (G_B1s @ u_BTO[:, :t])[:, 0]
         u_B1O = value(a_BTO[:, t : t + 1], t, t + 1)
-        u_BTO[:, t : t + 1] = u_B1O.masked_fill(~gram.write[:, t : t + 1, None], 0)
+        if gram.written is not None:
+            u_B1O = u_B1O.masked_fill(~gram.written[:, t : t + 1, None], 0)
+        u_BTO[:, t : t + 1] = u_B1O
     return a_BTO, u_BTO
 
 
@@ -126,11 +78,10 @@ def scan_chunked(
     a_BTO: torch.Tensor, gram: Gram, value: Value, known: Known | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in matrix products: earlier tokens enter as a GEMM, INNER tokens are solved together, or in C."""
-    whole = bool(gram.write.all())
 
     def event(a: torch.Tensor, t0: int, t1: int) -> torch.Tensor:
         u = value(a, t0, t1)
-        return u if whole else u.masked_fill(~gram.write[:, t0:t1, None], 0)
+        return u if gram.written is None else u.masked_fill(~gram.written[:, t0:t1, None], 0)
 
     a_BTO = a_BTO.clone(memory_format=torch.contiguous_format)
     u_BTO = torch.empty_like(a_BTO)
@@ -246,95 +197,105 @@ def _settled(u: torch.Tensor, old: torch.Tensor, tolerance: float) -> bool:
 
 
 @jit
-def _block(
-    a_ptr, u_ptr, G_ptr, write_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, gamma_ptr,
-    t0, t1, O, T_padded, G_rows, write_sb, norm_sb, rate_sb, gamma_sb, clip,
-    RULE: tl.constexpr, PHI: tl.constexpr, FROZEN: tl.constexpr, TARGET: tl.constexpr, CLIP: tl.constexpr,
-    BN: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+def _earlier(
+    start_ptr, G_ptr, u_ptr, a_ptr, t0, t1, T, O, start_sb, start_st, G_sb, G_st,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tokens t0:t1 of BN neurons of one row, C tokens at a time; G is [B, s, t].
+    """a [B, t1 − t0, O] float32 of tokens t0:t1 = start + G u of all tokens before t0, a multiple of BK.
 
-    a, u, frozen and target are [B, O, T_padded]: with tokens contiguous a neuron's tokens sit in one warp, and
-    the row loop needs no barrier.
+    G [B, t1 − t0, at least t0] holds the rows of these tokens; u [B, T, O].
     """
     b = tl.program_id(1).to(tl.int64)  # before any multiply: offsets pass 2**31
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    lane = tl.arange(0, C)
-    alive = (n < O)[:, None]  # tokens need no mask: everything is padded to whole chunks
-    row = (b * O + n)[:, None] * T_padded
+    m = tl.arange(0, BM).to(tl.int64)
+    m_in, n_in = (t0 + m < t1)[:, None], (n < O)[None, :]
+    start = start_ptr + b * start_sb + (t0 + m)[:, None] * start_st + n[None, :]
+    a = tl.load(start, mask=m_in & n_in, other=0.0).to(tl.float32)
+    for s0 in range(0, t0, BK):
+        s = s0 + tl.arange(0, BK).to(tl.int64)
+        G = tl.load(G_ptr + b * G_sb + m[:, None] * G_st + s[None, :], mask=m_in, other=0.0)
+        u = tl.load(u_ptr + (b * T + s)[:, None] * O + n[None, :], mask=n_in, other=0.0)
+        a = tl.dot(G, u, a, input_precision=PRECISION)
+    tl.store(a_ptr + (b * (t1 - t0) + m)[:, None] * O + n[None, :], a, mask=m_in & n_in)
+
+
+@jit
+def _block(
+    a_ptr, G_ptr, y_ptr, u_ptr, written_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, gamma_ptr,
+    t0, t1, T, O, G_sb, G_st, frozen_sb, frozen_st, target_sb, target_st, rate_sb, gamma_sb, clip,
+    RULE: tl.constexpr, PHI: tl.constexpr, FROZEN: tl.constexpr, TARGET: tl.constexpr, CLIP: tl.constexpr,
+    ALL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens t0:t1 of BN neurons of one row, C tokens at a time, given a with everything before t0 in it.
+
+    a [B, t1 − t0, O] is changed on the way; y and u [B, T, O] are the results. A thread has all C tokens of its
+    neurons, each as a vector [BN] of its own: so they need no exchange.
+    """
+    b = tl.program_id(1).to(tl.int64)  # before any multiply: offsets pass 2**31; those inside a block do not
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    alive, tokens = n < O, t1 - t0
+    m = tl.arange(0, 16)[:, None]  # rows of the smallest product: C of them are the tokens of a chunk
     rate, gamma = tl.load(rate_ptr + b * rate_sb), tl.load(gamma_ptr + b * gamma_sb)
-    for c0 in range(t0, t1, C):
-        t = c0 + lane
-        a = tl.load(a_ptr + row + t[None, :], mask=alive, other=0.0)
-        for s0 in range(t0, c0, C):  # the chunks of this block that are done
-            u = tl.load(u_ptr + row + (s0 + lane)[None, :], mask=alive, other=0.0)
-            G = tl.load(G_ptr + (b * G_rows + (s0 - t0 + lane)[:, None]) * G_rows + (t - t0)[None, :])
-            a = tl.dot(u, G, a, input_precision=PRECISION)
-        u = tl.full([BN, C], 0.0, tl.float32)
-        frozen, target = a, a
-        if FROZEN:
-            frozen = tl.load(frozen_ptr + row + t[None, :], mask=alive, other=0.0)
-        if TARGET:
-            target = tl.load(target_ptr + row + t[None, :], mask=alive, other=0.0)
-        for j in range(C):
-            here = (lane == j)[None, :]
-            a_j = tl.sum(tl.where(here, a, 0.0), 1)
+    a_ptr += b * tokens * O
+    G_ptr += b * G_sb + t0
+    y_ptr += (b * T + t0) * O
+    u_ptr += (b * T + t0) * O
+    frozen_ptr += b * frozen_sb + t0 * frozen_st.to(tl.int64)
+    target_ptr += b * target_sb + t0 * target_st.to(tl.int64)
+    norm_ptr += b * T + t0
+    written_ptr += b * T + t0
+    for c0 in range(0, tokens, C):
+        if c0 > 0:  # a of this chunk + G u of the chunks that are done
+            t = c0 + m
+            t_in = (m < C) & (t < tokens)
+            inside = t_in & alive[None, :]
+            a = tl.load(a_ptr + t * O + n[None, :], mask=inside, other=0.0)
+            for s0 in range(0, c0, BK):
+                s = s0 + tl.arange(0, BK)
+                G = tl.load(G_ptr + t * G_st + s[None, :], mask=t_in & (s < c0)[None, :], other=0.0)
+                u = tl.load(u_ptr + s[:, None] * O + n[None, :], mask=(s < c0)[:, None] & alive[None, :], other=0.0)
+                a = tl.dot(G, u, a, input_precision=PRECISION)
+            tl.store(a_ptr + t * O + n[None, :], a, mask=inside)
+            tl.debug_barrier()  # below, a thread loads a as other threads stored it
+        a_C, u_C = (), ()
+        for j in tl.static_range(C):
+            there = tokens > c0 + j  # what is computed of a token after the end is not stored
+            here = n < tl.where(there, O, 0)
+            a_j = tl.load(a_ptr + (c0 + j) * O + n, mask=here, other=0.0)
+            for i in tl.static_range(j):
+                a_j += u_C[i] * tl.load(G_ptr + (c0 + j) * G_st + c0 + i, mask=there, other=0.0)
             frozen_j, target_j = a_j, a_j
             if FROZEN:
-                frozen_j = tl.sum(tl.where(here, frozen, 0.0), 1)
+                frozen_j = tl.load(frozen_ptr + (c0 + j) * frozen_st + n, mask=here, other=0.0).to(tl.float32)
             if TARGET:
-                target_j = tl.sum(tl.where(here, target, 0.0), 1)
+                target_j = tl.load(target_ptr + (c0 + j) * target_st + n, mask=here, other=0.0)
             u_j = rate * RULE(a_j, frozen_j, target_j, gamma, PHI)
             if CLIP:
-                norm = tl.load(norm_ptr + b * norm_sb + c0 + j)
-                u_j = clipped_triton(u_j, clip, norm)
-            write = tl.load(write_ptr + b * write_sb + c0 + j)
-            u_j = tl.where(write != 0, u_j, 0.0)[:, None]
-            G_j = tl.load(G_ptr + (b * G_rows + c0 - t0 + j) * G_rows + c0 - t0 + lane)[None, :]
-            a = tl.where(lane[None, :] > j, a + u_j * G_j, a)  # where, not a zero in G: 0 · NaN is NaN
-            u = tl.where(here, u_j, u)
-        tl.store(a_ptr + row + t[None, :], a, mask=alive)
-        tl.store(u_ptr + row + t[None, :], u, mask=alive)
+                u_j = clipped_triton(u_j, clip, tl.load(norm_ptr + c0 + j, mask=there, other=0.0))
+            if not ALL:
+                u_j = tl.where(tl.load(written_ptr + c0 + j, mask=there, other=0) != 0, u_j, 0.0)
+            a_C, u_C = a_C + (a_j,), u_C + (u_j,)  # type: ignore[assignment]  # noqa: RUF005
+        for j in tl.static_range(C):
+            here = n < tl.where(tokens > c0 + j, O, 0)
+            tl.store(y_ptr + (c0 + j) * O + n, a_C[j], mask=here)
+            tl.store(u_ptr + (c0 + j) * O + n, u_C[j], mask=here)
         tl.debug_barrier()  # the next chunk loads u as other threads stored it
 
 
-BN, C = 32, 16  # neurons of one program, tokens of one chunk
+# of _block: neurons of a program, tokens of a product inside it, tokens of a chunk. All that a chunk needs is loaded
+# ahead, so a longer one takes more registers.
+BLOCK = {"BN": 32, "BK": 16, "C": 8, "num_warps": 1}
+# of _earlier: tokens and neurons of a program, earlier tokens of one step; without tensor cores fewer fit the registers
+PRODUCT = {
+    "tf32": {"BM": OUTER, "BN": 64, "BK": 32, "num_warps": 8},
+    "ieee": {"BM": OUTER, "BN": 32, "BK": 16, "num_warps": 4},
+}
 
 
-def _launch_block(
-    a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, gamma_B, t0, rule, activation, clip
-):  # fmt: skip
-    rule, (B, O, T_padded) = kernel_of(rule, activation), a_BOT.shape
-    G_rows = G_Bst.shape[1]
-    _block[(triton.cdiv(O, BN), B)](
-        a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, gamma_B,
-        t0, t0 + G_rows, O, T_padded, G_rows, write_BT.stride(0), norm_BT.stride(0), rate_B.stride(0),
-        gamma_B.stride(0), float(clip or 0),
-        RULE=rule.value, PHI=activation, FROZEN=rule.reads_frozen, TARGET=rule.reads_target,
-        CLIP=clip is not None, BN=BN, C=C, PRECISION="ieee", num_warps=2, **FUSED,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("fastweights::scan_block", mutates_args=("a", "u"), device_types="cuda")
-def _op(
-    a: torch.Tensor, u: torch.Tensor, G: torch.Tensor, write: torch.Tensor, frozen: torch.Tensor,
-    target: torch.Tensor, norm: torch.Tensor, rate: torch.Tensor, gamma: torch.Tensor, t0: int,
-    rule: str, activation: str, clip: float | None,
-) -> None:  # fmt: skip
-    _launch_block(a, u, G, write, frozen, target, norm, rate, gamma, t0, rule, activation, clip)
-
-
-@_op.register_fake
-def _(a, u, G, write, frozen, target, norm, rate, gamma, t0, rule, activation, clip):
-    return None
-
-
-def launch(a_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scan by Triton: blocks of OUTER tokens, earlier blocks as torch GEMMs, one launch per block.
-
-    Returns views [B, T, O] of tensors laid out [B, O, T].
-    """
-    require_triton(a_BTO, gram.h)
+@on_its_gpu
+def launch(start_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scan by Triton: for each block of OUTER tokens one product with all earlier u, and the block itself."""
+    require_triton(start_BTO, gram.h)
     rule = kernel_of(known.rule, known.activation)
     for name, needed in (
         ("frozen_BTO", rule.reads_frozen),
@@ -343,36 +304,42 @@ def launch(a_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Tensor,
     ):
         if needed and getattr(known, name) is None:
             raise ValueError(f"scan() by rule {known.rule!r} and clip {known.clip} needs {name}, got None")
-    B, T, O = a_BTO.shape
-    padding = -T % C
+    B, T, O = start_BTO.shape
 
-    def neuron_major(x: torch.Tensor | None) -> torch.Tensor:
-        x_BOT = torch.zeros(B, O, T + padding, dtype=torch.float32, device=a_BTO.device)
-        if x is not None:
-            x_BOT[:, :, :T] = x.expand(B, T, O).mT
-        return x_BOT
+    def in_rows(x: torch.Tensor | None) -> torch.Tensor:
+        x = start_BTO if x is None else x.expand(B, T, O)  # something, in the place of what the rule does not read
+        return x if x.stride(2) == 1 else x.contiguous()
 
-    a_BOT, u_BOT = neuron_major(a_BTO), neuron_major(None)
-    nothing_BOT = a_BOT.new_zeros(1, 1, 1).expand_as(a_BOT)  # in the place of what the rule does not read
-    frozen_BOT = neuron_major(known.frozen_BTO) if rule.reads_frozen else nothing_BOT
-    target_BOT = neuron_major(known.target) if rule.reads_target else nothing_BOT
-    write_BT = F.pad(gram.write.to(torch.uint8), (0, padding))
-    rate_B, gamma_B = per_row(known.rate, B, a_BOT), per_row(known.gamma, B, a_BOT)
-    norm_BT = torch.zeros(B, T, device=a_BOT.device) if known.norm_BT is None else known.norm_BT.float()
-    norm_BT = F.pad(norm_BT, (0, padding))
-    block = _op if a_BOT.is_cuda else _launch_block  # on the CPU: Triton's interpreter
+    start, frozen, target = map(in_rows, (start_BTO, known.frozen_BTO, known.target))
+    y_BTO = torch.empty(B, T, O, dtype=start.dtype, device=start.device)
+    u_BTO = torch.empty(B, T, O, dtype=torch.float32, device=start.device)
+    block_BCO = torch.empty(B, min(T, OUTER), O, dtype=torch.float32, device=start.device)
+    rate_B, gamma_B = per_row(known.rate, B, u_BTO), per_row(known.gamma, B, u_BTO)
+    norm_BT = rate_B if known.norm_BT is None else known.norm_BT.expand(B, T).float().contiguous()
+    written_BT = rate_B if gram.written is None else gram.written.to(torch.uint8).contiguous()
+    known_to_triton = {
+        "RULE": rule.value,
+        "PHI": known.activation,
+        "FROZEN": rule.reads_frozen,
+        "TARGET": rule.reads_target,
+        "CLIP": known.clip is not None,
+        "ALL": gram.written is None,
+        "PRECISION": gram.precision,
+    }
+    product_tile = PRODUCT[gram.precision]
     for t0 in range(0, T, OUTER):
         t1 = min(t0 + OUTER, T)
-        G_BCT = gram.rows(t0, t1)
-        if t0:
-            a_BOT[:, :, t0:t1].baddbmm_(u_BOT[:, :, :t0], G_BCT[:, :, :t0].mT)
-        pad = -(t1 - t0) % C
-        G_Bst = F.pad(G_BCT[:, :, t0:].mT, (0, pad, 0, pad)).contiguous()
-        block(
-            a_BOT, u_BOT, G_Bst, write_BT, frozen_BOT, target_BOT, norm_BT, rate_B, gamma_B,
-            t0, known.rule, known.activation, known.clip,
+        G = gram.rows(t0, t1)
+        _earlier[(triton.cdiv(O, product_tile["BN"]), B)](
+            start, G, u_BTO, block_BCO, t0, t1, T, O, *start.stride()[:2], *G.stride()[:2],
+            PRECISION=gram.precision, **product_tile, **FUSED,
         )  # fmt: skip
-    return a_BOT[:, :, :T].mT, u_BOT[:, :, :T].mT
+        _block[(triton.cdiv(O, BLOCK["BN"]), B)](
+            block_BCO, G, y_BTO, u_BTO, written_BT, frozen, target, norm_BT, rate_B, gamma_B,
+            t0, t1, T, O, *G.stride()[:2], *frozen.stride()[:2], *target.stride()[:2], rate_B.stride(0),
+            gamma_B.stride(0), float(known.clip or 0), **known_to_triton, **BLOCK, **FUSED,
+        )  # fmt: skip
+    return y_BTO, u_BTO
 
 
 def scan(
@@ -380,10 +347,12 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pre-activations with every earlier write of this prompt in them, and the values written: (a, u).
 
-    a [B, T, O] float32 or float64: frozen product, bias and the read of the factors present before the
-    prompt; `gram` from the same h, k, bias, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate
-    and clip included (the write mask is applied here). `known`: the same rule as kernels know it; None: it has no
-    kernel, and runs in torch alone. u is 0 where nothing is written.
+    a [B, T, O]: frozen product, bias and the read of the factors present before the prompt. For torch it is float32 or
+    float64. For Triton it may be of any dtype but float64, the rule sees float32, and what is returned is rounded to
+    a's dtype; u is float32.
+    `gram` from the same h, scale, bias, write and decay; `value(a, t0, t1)` the rule for tokens t0:t1, rate and clip
+    included (the write mask is applied here). `known`: the same rule as kernels know it; None: it has no kernel, and
+    runs in torch alone. u is 0 where nothing is written.
     """
     match backend:
         case "torch":

@@ -8,7 +8,8 @@ A rule of one's own brings its kernel by `KERNELS["name"] = Kernel(triton_functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,17 @@ except ModuleNotFoundError:  # a platform without Triton: backend="torch" works,
 
     def jit(function=None, **options):
         return jit if function is None else _Missing(function.__name__)
+
+
+def on_its_gpu(launch: Callable) -> Callable:
+    """A launcher that runs with the GPU of its first tensor as the current one: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def on_it(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **options)
+
+    return on_it
 
 
 FUSED = {"enable_fp_fusion": True}  # said at every launch: Triton 3.10 changes the default
@@ -143,4 +155,6 @@ Number = torch.Tensor | float | Sequence[float]
 
 def per_row(number: Number, rows: int, like: torch.Tensor) -> torch.Tensor:
     """A float, a tuple of B, or a tensor [] or [B], as [B] in like's dtype and place (stride 0 for one number)."""
-    return torch.as_tensor(number, dtype=like.dtype, device=like.device).expand(rows)
+    if isinstance(number, (int, float)):  # filled there: nothing to wait for
+        return torch.full((), number, dtype=like.dtype, device=like.device).expand(rows)
+    return torch.as_tensor(number, dtype=like.dtype).to(like.device, non_blocking=True).expand(rows)

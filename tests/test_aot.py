@@ -83,7 +83,7 @@ def check_resources(binary, target, tmp_path):
         assert "STACK:0" in usage, usage
         assert not re.search(r"\b(LDL|STL)\b", listing)
         registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    print(f"{binary.metadata.name} {target}: {registers} registers, {binary.metadata.shared} bytes shared")
+    print(f"\n{binary.metadata.name} {target}: {registers} registers, {binary.metadata.shared} bytes shared")
     assert registers <= REGISTERS
     return listing
 
@@ -104,7 +104,7 @@ def innermost_loops(listing):
     return ["\n".join(lines[start : end + 1]) for start, end in inner]
 
 
-def scan_constants(rule, **more):
+def scan_constants(rule, precision):
     known = values.KERNELS[rule]
     return {
         "RULE": known.value,
@@ -112,10 +112,10 @@ def scan_constants(rule, **more):
         "FROZEN": known.reads_frozen,
         "TARGET": known.reads_target,
         "CLIP": True,
-        "BN": 32,
-        "C": 16,
-        "PRECISION": "ieee",
-    } | more
+        "ALL": False,
+        **{size: scan.BLOCK[size] for size in ("BN", "BK", "C")},
+        "PRECISION": precision,
+    }
 
 
 WORD, HALF = "*fp32", "*bf16"
@@ -132,35 +132,40 @@ def step_linear(plastic, made=False, bias=False):
     return frozen._replace(**factors, **token, rate=WORD, gamma=WORD, R="i32", mu="fp32", clip="fp32", **strides)
 
 
-ODD = (
-    "T",
-    "R",
-    "B",
-    "H",
-    "KH",
-    "per",
-    "rows",
-    "write_sb",
-    "norm_sb",
-    "rate_sb",
-    "gamma_sb",
-    "bias_sb",
-    "birth_sb",
-    "w_sb",
-    "w_st",
-)
+ODD = ("T", "t1", "R", "B", "H", "KH", "per", "rows", "rate_sb", "gamma_sb", "bias_sb", "birth_sb", "w_sb", "w_st")
+ODD += ("write_sb", "norm_sb")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("rule", ["ones", "slow_derivative", "delta"])
-def test_scan(rule, target, tmp_path):
-    binary = compiled(scan._block, scan_constants(rule), target, 2, {"write_ptr": "*u8"}, ODD)
-    loops = innermost_loops(check_resources(binary, target, tmp_path))
-    rows = [loop for loop in loops if re.search(r"MUFU\.EX2|v_exp_f32", loop)]
-    if rule == "delta":  # no exponential: the loop that shuffles
-        rows = [loop for loop in loops if re.search(r"SHFL|_dpp|ds_bpermute|ds_swizzle", loop)]
-    assert len(rows) == 1
-    assert not re.search(r"BAR\.SYNC|s_barrier|\bSTS\b|\bLDS\b|ds_write|ds_read", rows[0])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("rule", ["ones", "slow_derivative"])
+def test_scan(rule, precision, target, tmp_path):
+    """A thread goes through the tokens of a chunk by itself: between its exponentials no thread waits for another."""
+    constants = scan_constants(rule, precision)
+    types = {"written_ptr": "*u8", "y_ptr": "*bf16", "frozen_ptr": "*bf16"}
+    binary = compiled(scan._block, constants, target, 1, types, ODD)
+    lines = check_resources(binary, target, tmp_path).splitlines()
+    exponentials = [n for n, line in enumerate(lines) if re.search(r"MUFU\.EX2|v_exp_f32", line)]
+    assert len(exponentials) == constants["C"]
+    tokens = "\n".join(lines[exponentials[0] : exponentials[-1] + 1])
+    assert not re.search(r"BAR\.SYNC|s_barrier|SHFL|_dpp|ds_bpermute|\bSTS\b|\bLDS\b|ds_write|ds_read", tokens)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scan_by_a_target(target, tmp_path):
+    binary = compiled(scan._block, scan_constants("delta", "tf32"), target, 1, {"written_ptr": "*u8"}, ODD)
+    check_resources(binary, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_scan_of_earlier_blocks(precision, target, tmp_path):
+    tile = {size: scan.PRODUCT[precision][size] for size in ("BM", "BN", "BK")} | {"PRECISION": precision}
+    types = {"start_ptr": "*bf16"}
+    binary = compiled(scan._earlier, tile, target, scan.PRODUCT[precision]["num_warps"], types, ("T", "t1"))
+    listing = check_resources(binary, target, tmp_path)
+    if precision == "tf32":  # on the tensor cores
+        assert re.search(r"\bH[G]?MMA\b.*TF32|v_mfma_f32_\w+xf32", listing)
 
 
 def wide_loads(listing, target):

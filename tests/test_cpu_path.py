@@ -192,7 +192,8 @@ def replace_module(model):
 
 
 def plastic_meanwhile(model):
-    fw.attach(model, [1], fw.GradientAscent(rate=0.1))  # needs a graph
+    fw.attach(model, [1], fw.GradientAscent(rate=0.1))
+    fw.attach(model, [2], fw.Hebbian(rate=0.1))  # which writes at once
     return lambda: fw.detach(model)
 
 

@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import replace
 
-import operators_on_cpu  # noqa: F401  the operators are for CUDA
 import pytest
 import torch
 from test_memory import Allocated
@@ -12,7 +11,7 @@ from tiny import prompt, tiny
 import fastweights as fw
 from fastweights.engine.cuda import Cuda, graphed
 from fastweights.state import factors
-from fastweights.state.compress import fold
+from fastweights.state.compress import fold_
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -372,10 +371,10 @@ def test_a_fold_that_fails_half_way_leaves_every_log_as_it_was(monkeypatch):
         calls.append(1)
         if len(calls) == 3:
             raise ValueError("no convergence")
-        return fold(*args)
+        return fold_(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(factors, "fold", failing)
+        patch.setattr(factors, "fold_", failing)
         with pytest.raises(ValueError, match="no convergence"):
             episode.feed([[5]])
     assert (len(calls), episode.length, episode.events) == (3, 11, 11)

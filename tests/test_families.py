@@ -1,6 +1,5 @@
 """Families beside Llama: tiny random models of transformers, read from their folders, run on every path, and saved."""
 
-
 import pytest
 import torch
 from test_weights import add_tokenizer

@@ -16,7 +16,7 @@ ORDER = [
     *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights", "anatomy"),  # checkpoints
     *("sae_files", "sae"),
     "probes",
-    *("episode_state", "passes", "plastic"),
+    *("episode_state", "passes", "plastic", "backward"),
     "engine",
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode"),

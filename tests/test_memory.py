@@ -147,10 +147,10 @@ def test_a_decode_step_needs_the_same_memory_after_200_steps(rule, overflow):
             peaks.append(bytes_.peak)
             bytes_.peak = bytes_.now
     early, late = slice(40, 80), slice(160, 200)  # each has whole cycles of folds
-    # the event that waits holds a graph with the keys and values of the layers above it: 120 tokens more of them
-    waits = 0 if rule.neuron_local else 120 * 2 * episode.cache.keys[0][0, :, 0].nbytes
-    assert max(held[late]) - max(held[early]) == waits
-    assert max(peaks[late]) - max(peaks[early]) <= 4 * waits  # and its backward pass
+    assert max(held[late]) == max(held[early])
+    # a backward looks at all tokens so far in 4 heads: scores, their gradients and what is between, of 120 tokens more
+    looked = 0 if rule.neuron_local else 120 * 4 * 8
+    assert max(peaks[late]) - max(peaks[early]) <= 6 * looked
 
 
 def test_an_episode_keeps_the_logits_of_one_token_whatever_the_prompt():

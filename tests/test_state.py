@@ -4,15 +4,18 @@ import json
 import math
 from dataclasses import replace
 
+import other_device  # noqa: F401  it makes the device "other"
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastweights.kernels import fold as in_c
+from fastweights.kernels.cpu import library
 from fastweights.state import EventLog
 from fastweights.state.budget import Budget
-from fastweights.state.compress import fold
+from fastweights.state.compress import Folded, fold, fold_
 from fastweights.state.events import Events
 from fastweights.state.moments import Moment
 
@@ -250,13 +253,33 @@ def hard(kind, S, O, I):
     return U, K, b, w
 
 
-@pytest.mark.parametrize("kind", ["cancelling", "steep", "unbalanced", "repeated", "low rank", "holes", "nothing"])
-@pytest.mark.parametrize(("S", "O", "I", "keep"), [(96, 576, 200, 64), (24, 48, 40, 16), (12, 11, 7, 4)])
-def test_the_bounds_of_a_float32_fold_hold_where_sums_are_hard(kind, S, O, I, keep):
+def by_torch(U, K, b, w, keep) -> Folded:
+    return fold(U, K, b, w, keep)
+
+
+def by_c(U, K, b, w, keep) -> Folded:
+    """The same in C, where there is C: it works in place."""
+    if not hasattr(library(), "fold"):
+        pytest.skip("folds in C need AVX-512 and a compiler")
+    U, K, b = U.clone(), K.clone(), b.clone()
+    errors = in_c.fold_(U, K, b, w, keep)
+    assert errors is not None
+    return Folded(U[:keep], K[:keep], b[:keep], *errors)
+
+
+ways = pytest.mark.parametrize("way", [by_torch, by_c])
+HARD = ["cancelling", "steep", "unbalanced", "repeated", "low rank", "holes", "nothing"]
+SIZES = [(96, 576, 200, 64), (24, 48, 40, 16), (12, 11, 7, 4)]
+
+
+@ways
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize(("S", "O", "I", "keep"), SIZES)
+def test_the_bounds_of_a_float32_fold_hold_where_sums_are_hard(kind, S, O, I, keep, way):
     for seed in range(3):
         torch.manual_seed(seed)
         U, K, b, w = hard(kind, S, O, I)
-        found = fold(U, K, b, w, keep)
+        found = way(U, K, b, w, keep)
         M, N = (
             u.double().T @ torch.cat([k, s[:, None]], 1).double()
             for u, k, s in ((U.double() * w[:, None], K, b), (found.U_RO, found.K_RI, found.bias_R))
@@ -268,22 +291,71 @@ def test_the_bounds_of_a_float32_fold_hold_where_sums_are_hard(kind, S, O, I, ke
         assert found.error_F <= best.norm() + 2e-6 * size
 
 
-def test_the_bounds_hold_where_gram_matrices_round_most():
+@pytest.mark.parametrize("kind", ["random", *HARD])
+@pytest.mark.parametrize(
+    ("S", "O", "I", "keep"), [*SIZES, (96, 1536, 577, 64), (2, 1, 1, 1), (25, 770, 9, 10), (256, 300, 260, 9)]
+)
+def test_a_fold_in_c_is_that_of_torch(kind, S, O, I, keep):
+    """The same bounds and the same sum, but for rounding; on any number of threads the same bits."""
+    torch.manual_seed(1)
+    U, K, b, w = hard(kind, S // 2 * 2, O, I)
+    wanted, found = by_torch(U, K, b, w, keep), by_c(U, K, b, w, keep)
+    M, N = (F.U_RO.double().T @ torch.cat([F.K_RI, F.bias_R[:, None]], 1).double() for F in (wanted, found))
+    size = float((U.double() * w[:, None]).norm() * K.double().norm())
+    assert found.error_2 == pytest.approx(wanted.error_2, rel=2e-3, abs=1e-12 * size)
+    assert found.error_F == pytest.approx(wanted.error_F, rel=2e-3, abs=1e-12 * size)
+    sigma = torch.linalg.svdvals((U.double() * w[:, None]).T @ torch.cat([K, b[:, None]], 1).double())
+    if float(sigma[keep - 1]) > 1.001 * float(sigma[keep:].amax() if len(sigma) > keep else 0):  # one best sum
+        assert float((M - N).norm()) <= found.error_F - float(sigma[keep:].norm()) + 1e-7 * size
+    torch.testing.assert_close(torch.linalg.svdvals(N), torch.linalg.svdvals(M), rtol=0, atol=1e-6 * size + 1e-30)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            again = by_c(U, K, b, w, keep)
+            assert torch.equal(again.U_RO, found.U_RO)
+            assert torch.equal(again.K_RI, found.K_RI)
+            assert (again.error_2, again.error_F) == (found.error_2, found.error_F)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_fold_that_c_cannot_make_changes_nothing_there():
+    by_c(torch.ones(2, 2), torch.ones(2, 2), torch.zeros(2), torch.ones(2, dtype=F64), 1)
+    full, b, w = torch.full((12, 40), 1e38), torch.ones(12), torch.ones(12, dtype=F64)
+    U, K = full.clone(), full.clone()
+    assert in_c.fold_(U, K, b, w, 1) is None
+    with pytest.raises(ValueError, match=r"does not fit torch\.float32"):
+        fold_(U, K, b, w, 1)
+    for tensor, before in ((U, full), (K, full), (b, torch.ones(12))):
+        assert torch.equal(tensor, before)
+    assert in_c.fold_(U.double(), K.double(), b.double(), w, 1) is None
+    many = torch.ones(in_c.MOST_SLOTS + 1, 2)
+    assert in_c.fold_(many, many.clone(), many[:, 0].clone(), many[:, 0].double(), 1) is None
+
+
+@ways
+def test_the_bounds_hold_where_gram_matrices_round_most(way):
     """Two slots of nearly constant vectors that cancel: every Gram entry is a long sum of like terms."""
     O, I, c, d = 1536, 14336, 1.534965991973877, 1.2625155448913574
     U, K = torch.tensor([[c], [d]]).expand(2, O).clone(), torch.tensor([[d], [-c]]).expand(2, I).clone()
     K[0, :2807] = d + 10 * 2**-23
-    found = fold(U, K, torch.zeros(2), torch.ones(2, dtype=F64), 1)
-    r = c * K[0].double() + d * K[1].double()  # M = 1 rᵀ, and nothing of it is kept
-    assert not found.U_RO.any()
-    assert 0.0037 < float(r.norm() * O**0.5) <= found.error_2 <= found.error_F
+    found = way(U, K, torch.zeros(2), torch.ones(2, dtype=F64), 1)
+    r = c * K[0].double() + d * K[1].double()  # M = 1 rᵀ
+    A, B = torch.stack([torch.ones(O), -found.U_RO[0]], 1).double(), torch.stack([r, found.K_RI[0].double()], 1)
+    lost = torch.linalg.matrix_norm(torch.linalg.qr(A).R @ torch.linalg.qr(B).R.T, 2)  # ‖M − û k̂ᵀ‖
+    assert 0 < float(lost) <= found.error_2 <= found.error_F
+    if way is by_torch:  # whose Gram matrices do not see r: nothing of it is kept
+        assert not found.U_RO.any()
+        assert float(lost) > 0.0037
 
 
+@ways
 @pytest.mark.parametrize(("u", "w"), [(1e-42, 1.0), (1.0, 1e-94), (1.0, 1e-170), (1e18, 1.0)])
-def test_the_bounds_hold_at_the_ends_of_float32(u, w):
+def test_the_bounds_hold_at_the_ends_of_float32(u, w, way):
     torch.manual_seed(0)
     U, K, w = u * torch.randn(12, 20), u * torch.randn(12, 30), torch.full((12,), w, dtype=F64)
-    found = fold(U, K, torch.zeros(12), w, 4)
+    found = way(U, K, torch.zeros(12), w, 4)
     M, N = (U.double() * w[:, None]).T @ K.double(), found.U_RO.double().T @ found.K_RI.double()
     largest = float((M - N).abs().max())  # norms of the smallest underflow even in float64
     assert 0 < largest * float(torch.linalg.matrix_norm((M - N) / largest, 2)) <= found.error_2 <= found.error_F
@@ -653,7 +725,7 @@ def test_the_keys_of_a_saved_log_are_those_of_files_that_exist():
     assert log_of("grow").state_dict()[1].keys() == form | {"events", "errors"}
 
 
-@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+@pytest.mark.parametrize("device", ["cpu", "other", *["cuda"] * torch.cuda.is_available()])
 @pytest.mark.parametrize("archive", [False, True])
 @pytest.mark.parametrize("overflow", ["compress", "evict"])
 def test_counts_masks_events_and_copies_may_lie_on_another_device(overflow, archive, device):

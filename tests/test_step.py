@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
-from operators_on_cpu import step_rule
-from test_kernels import BACKENDS, DEVICE, INTERPRETED, NAN, ON_GPU, RULES, close, factors, oracle, phi, variant
+from rule_forms import step_rule
+from test_kernels import BACKENDS, DEVICE, INTERPRETED, NAN, RULES, close, factors, oracle, phi, variant
 
 from fastweights.kernels import products, query, step
 from fastweights.kernels.products import Frozen, Norm
 from fastweights.state.slots import Slots
 
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
 warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
 # float16 outputs are rounded once; of several rows, h and the frozen products are rounded too
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.float64: 1e-12}

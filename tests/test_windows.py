@@ -2,7 +2,6 @@
 
 import json
 
-import operators_on_cpu  # noqa: F401  the operators of the step on a GPU
 import pytest
 import torch
 from naive import bent, twin
@@ -15,6 +14,7 @@ import fastweights as fw
 from fastweights.cache import Positions
 from fastweights.config import LlamaConfig
 from fastweights.engine.cuda import Cuda
+from fastweights.engine.gradient import Gradient
 
 SHAPE = {"hidden_size": 60, "intermediate_size": 92, "num_hidden_layers": 3, "num_attention_heads": 6}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 131}
@@ -254,6 +254,24 @@ def test_events_and_probes_at_every_moment_are_those_of_an_episode_stopped_there
     last = fw.Episode(model)
     last.feed([TEXT])
     torch.testing.assert_close(last.probe(question).logits[1, :6], last.probe(question[1]).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("path", ["cpu", "modules", "cuda"])
+def test_gradient_events_of_single_tokens_are_those_of_autograd_on_every_path(path):
+    """The way back goes through the attention of a layer with a window and of one without."""
+    rule, dtype = fw.GradientAscent(rate=0.1), torch.float32 if path == "cpu" else torch.float64
+    model, config = windowed(dtype=dtype)
+    fw.attach(model, [0, 1], rule, ["gate_proj", "up_proj"], backend="torch")
+    naive = naive_of(model, rule, layers=(0, 1), config=config)
+    exact = naive.feed(TEXT, write=True)
+    episode = fw.Episode(model)
+    if path == "cuda":
+        episode.engine.gradient = Gradient(model, episode.engine.linears, episode.state, as_it_stands)
+    found = feed_one_by_one(path, episode, torch.tensor([TEXT]))
+    near = {"rtol": 1e-4, "atol": 1e-4} if path == "cpu" else CLOSE
+    torch.testing.assert_close(found[0].double(), exact, **near)
+    for address, fast in naive.fast.items():
+        torch.testing.assert_close(episode.delta_weight(*address).double(), fast.dW, **near)
 
 
 def test_forks_snapshots_and_saved_episodes_go_on_as_if_nothing_had_been(tmp_path):

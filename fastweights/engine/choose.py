@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ..episode_state import Address, EpisodeState
+from ..backward import Slope, backward
+from ..episode_state import Address, EpisodeState, Taped
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear, plastic_linears
+from ..state.reads import Reads
 from ..watch import Watch, standing
 from .cpu import Cpu
 from .cuda import Cuda, graphed
+from .gradient import Gradient
 from .modules import Modules
 
 
@@ -41,7 +45,8 @@ class Engine:
         self.model, self.state = model, state
         self.linears = plastic_linears(model)
         record = graphed if model.device.type == "cuda" else None
-        self.paths: list[Path] = [  # the fastest first
+        self.gradient = Gradient(model, self.linears, state, record)
+        self.paths: list[Path] = [  # the fastest first; `gradient` in place of the first where a rule asks for it
             Cuda(model, self.linears, state, record),
             Cpu(model, self.linears, state),
             Modules(model, self.linears, state),
@@ -76,13 +81,27 @@ class Engine:
         watch: what `check` gave just now; None: it is asked here.
         """
         watch, why = watch or self.check(), dict[str, str]()
-        for path in self.paths:
+        by_gradient = not all(linear.rule.neuron_local for linear in self.linears.values())
+        for path in (self.gradient if by_gradient else self.paths[0], *self.paths[1:]):
             reason = path.refuses(tokens, watch)
             if reason is None:
                 self.path, self.why = path.name, why
                 return path.run(tokens, watch)
             why[path.name] = reason
         raise AssertionError("the modules take every pass")
+
+    @torch.no_grad()
+    def slopes(self, how: Taped, rows_B: Tensor, next_B: Tensor) -> dict[Address, Slope]:
+        """∂ log p(next token) / ∂a of a token that waits, in some rows; all tensors but the slopes are on the CPU."""
+        model, state = self.model, self.state
+        recorded = self.gradient.slopes(how, rows_B, next_B, self.watch or self.check())
+        if recorded is not None:
+            return recorded
+        next_B, rows_B = next_B.to(model.device), rows_B.to(model.device)
+        position_B = torch.tensor(state.lengths, device=model.device).clamp(min=1) - 1
+        reads = {a: Reads.of(log) for a, log in state.logs.items() if a[0] >= how.first} | how.reads
+        token = (how.tape_BN, how.first, how.addresses, next_B, rows_B, position_B)
+        return backward(model, *token, state.cache, state.cache.length, reads)
 
 
 def _check_linears(linears: Mapping[Address, PlasticLinear], model: Llama) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..episode_state import Address, EpisodeState
+from ..episode_state import Address, EpisodeState, Taped, Waiting
 from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
@@ -48,12 +48,14 @@ class Cpu:
             return "a linear runs on backend 'triton'"
         if any(log.dtype != torch.float32 for log in self.state.logs.values()):
             return "a log holds float64 factors"
-        if any(tokens.counts) and not all(linear.rule.neuron_local for linear in self.linears.values()):
-            return "a gradient rule writes this token"
+        if any(tokens.counts) and len({linear.rule.neuron_local for linear in self.linears.values()}) > 1:
+            return "some rules that write this token are neuron-local, and some are not"
         return None
 
     def run(self, tokens: Tokens, watch: Watch) -> Tensor:
-        model, state, writes = self.model, self.state, any(tokens.counts)
+        model, state = self.model, self.state
+        gradient = any(tokens.counts) and not all(linear.rule.neuron_local for linear in self.linears.values())
+        writes, first = any(tokens.counts) and not gradient, min(self.linears)[0] if gradient else None
         if self.groups is None or not self.groups.stand():
             self.groups = Groups(self.linears, state, len(model.model.layers))
         groups, table = self.groups, table_of(model, watch)
@@ -62,7 +64,11 @@ class Cpu:
                 state.keep(address, tokens.counts)
         with model.binding.bound(None, state):
             records = groups.read(tokens, writes) if self.linears else table.frozen
-            out_B1V = run(model, table, tokens.ids_BT, tokens.positions, state.cache, *records)
+            where = (tokens.ids_BT, tokens.positions, state.cache)
+            out_B1V, tape_BN = run(model, table, *where, records[0], records[1], first)
+            if tape_BN is not None and first is not None:
+                how = Taped(tape_BN, first, tuple(self.linears), {})
+                state.waiting.append(Waiting(how, tokens.write_BT[:, 0], state.event_counts))
             state.cache.advance(tokens.positions)
             if writes and self.linears:
                 groups.write(tokens)
@@ -111,7 +117,7 @@ class Groups:
         self.record_of = np.full((layers, len(ACTIVATIONS)), -1)  # of each layer's linears; -1: frozen
         for n, linear in enumerate(self.linears):
             self.record_of[linear.address[0], list(ACTIVATIONS).index(linear.address[1])] = n
-        self.square_LB1 = torch.empty(len(self.linears), self.rows, 1)
+        self.square_LB1 = torch.empty(len(self.linears), self.rows, 1, device="cpu")
         self.records["square"] = addresses(self.square_LB1)
         self.groups, start = [], 0
         for linears_N in alike.values():
@@ -129,11 +135,11 @@ class Groups:
 
     def _group(self, linears: list[PlasticLinear], here: slice) -> Group:
         I, O = linears[0].in_features, linears[0].out_features
-        h, frozen, a = (torch.empty(len(linears), self.rows, 1, size) for size in (I, O, O))
+        h, frozen, a = (torch.empty(len(linears), self.rows, 1, size, device="cpu") for size in (I, O, O))
         self.records["I"][here], self.records["O"][here] = I, O
         for name, buffer in (("h", h), ("frozen", frozen), ("a", a)):
             self.records[name][here] = addresses(buffer)
-        row_NB1 = torch.arange(self.rows)[:, None].expand(len(linears), -1, -1)
+        row_NB1 = torch.arange(self.rows, device="cpu")[:, None].expand(len(linears), -1, -1)
         return Group(linears, here, row_NB1, h, frozen, a)
 
     def stand(self) -> bool:
@@ -174,7 +180,7 @@ class Groups:
             (log.slots, log.decay, log.archive is None, None if log.budget is None else n) for n, log in enumerate(logs)
         ]
         self.kinds = [kinds.index(kind) for kind in kinds]
-        self.scratch = torch.empty(len(logs), self.rows, max(log.capacity for log in logs))
+        self.scratch = torch.empty(len(logs), self.rows, max(log.capacity for log in logs), device="cpu")
         self.records["c"] = addresses(self.scratch)
 
     def write(self, tokens: Tokens) -> None:

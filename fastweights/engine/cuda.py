@@ -37,7 +37,7 @@ from ..plastic import ACTIVATIONS, PlasticLinear
 from ..rules import IDENTITY, SILU, Rule, target_at, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
-from .table import strange_module
+from .table import table_of
 
 Run = Callable[[], Tensor]
 IDS, POSITION, PLACE, WRITE, EVENT = range(5)  # rows of the inputs; from EVENT on, one for each group of logs
@@ -139,14 +139,14 @@ class Cuda:
         if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
             return "a rule is not neuron-local, or has no Triton kernel"
         if self.strange[0] is not watch:
-            self.strange = watch, self._strange()
+            self.strange = watch, self._strange(watch)
         if self.strange[1] is not None:
             return self.strange[1]
         return "there are hooks on the model, or a forward of its user's" if watch.hooked() else None
 
-    def _strange(self) -> str | None:
-        if (strange := strange_module(self.model)) is not None:
-            return f"the model holds a module that the fused step does not know: {strange}"
+    def _strange(self, watch: Watch) -> str | None:
+        if (stranger := table_of(self.model, watch).stranger) is not None:
+            return f"the model holds a module that the fused step does not know: {stranger}"
         if any(p.dtype != self.model.dtype or not p.is_contiguous() for p in self.model.parameters()):
             return "the weights differ in dtype, or are not contiguous"
         return None

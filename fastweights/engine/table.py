@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..backward import length, widths
 from ..cache import KVCache, Positions
 from ..kernels.cpu import MOST_ROWS, library
 from ..kernels.decode import FAST, LAYER, decode
@@ -29,7 +30,7 @@ class Workspace(threading.local):
     def __init__(self, layers: np.ndarray):
         self.layers = layers.copy()  # with the KV buffers of the cache at hand
         self.cache: list[int] = []  # their addresses
-        self.scratch = torch.empty(0)
+        self.scratch = torch.empty(0, device="cpu")
 
     def point_at(self, cache: KVCache) -> None:
         """Names the KV buffers to C."""
@@ -42,11 +43,12 @@ class Workspace(threading.local):
 class Table:
     """Where a model's weights lie, as long as its watch stands.
 
-    why: why C cannot run this model; None if it can.
+    why: why C cannot run this model; None if it can. stranger: a type of module of which only the module itself knows
+    what it computes; None: there is none.
     """
 
     def __init__(self, model: Llama, watch: Watch):
-        self.watch = watch
+        self.watch, self.stranger = watch, strange_module(model)
         self.why = self._why(model)
         if self.why is not None:
             return
@@ -70,8 +72,8 @@ class Table:
         self.workspace = Workspace(layers)
 
     def _why(self, model: Llama) -> str | None:
-        if (strange := strange_module(model)) is not None:
-            return f"the model holds a module that the step in C does not know: {strange}"
+        if self.stranger is not None:
+            return f"the model holds a module that the step in C does not know: {self.stranger}"
         if any(p.dtype != model.dtype or not p.is_cpu or not p.is_contiguous() for p in model.parameters()):
             return "the weights differ in dtype or device, or are not contiguous"
         return None if library() is not None else "there is no C helper"
@@ -129,7 +131,7 @@ def fast_step(model: Llama, input_ids: Tensor, positions: Positions, cache: KVCa
     elif cache.keys[0].dtype != model.dtype:
         return None
     table = table_of(model, watch)
-    return run(model, table, input_ids, positions, cache, *table.frozen)
+    return run(model, table, input_ids, positions, cache, *table.frozen)[0]
 
 
 def run(
@@ -140,8 +142,12 @@ def run(
     cache: KVCache,
     fast: np.ndarray,
     which: np.ndarray,
-) -> Tensor:
-    """`fast_step` by a table; `fast` and `which` as in `kernels.decode`."""
+    first: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`fast_step` by a table; `fast` and `which` as in `kernels.decode`.
+
+    first: also the tape from this layer on, as `backward.Tape` has it; None: no tape.
+    """
     rows, (F, H, _, E) = len(input_ids), table.sizes
     work = table.workspace
     work.point_at(cache)
@@ -152,7 +158,14 @@ def run(
     x_BD = torch.embedding(table.embedding, input_ids[:, 0]).float()
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * places + torch.get_num_threads() * H * (E + 2))
     if len(work.scratch) < needed:
-        work.scratch = torch.empty(needed)
+        work.scratch = torch.empty(needed, device="cpu")
+    tape_BN, width = None, 0
+    work.layers["tape"] = 0
+    if first is not None:
+        width, each = length(model, first), sum(widths(model)[:-2])
+        tape_BN = model.lm_head.weight.new_empty(rows, width)
+        starts = np.arange(len(work.layers) - first, dtype=np.uint64) * np.uint64(each * tape_BN.element_size())
+        work.layers["tape"][first:] = starts + np.uint64(tape_BN.data_ptr())
     y_BV = decode(
         work.layers,
         fast,
@@ -167,8 +180,12 @@ def run(
         table.sizes,
         places,
         model.config.rms_norm_eps,
+        width,
     )
-    return y_BV[:, None]
+    if tape_BN is not None:
+        V = y_BV.shape[1]
+        tape_BN[:, -V - x_BD.shape[1] : -V], tape_BN[:, -V:] = x_BD, y_BV
+    return y_BV[:, None], tape_BN
 
 
 Llama.fast_step = staticmethod(fast_step)

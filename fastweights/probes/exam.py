@@ -173,7 +173,7 @@ class Exam:
 
     def _index(self, columns: Sequence[int] | Tensor | None, width: int) -> dict[tuple[int, int], int]:
         """(row, column) → its place in the T′ axis."""
-        given = torch.arange(width) if columns is None else torch.as_tensor(columns).cpu()
+        given = torch.arange(width, device="cpu") if columns is None else torch.as_tensor(columns).cpu()
         if given.dim() not in (1, 2) or given.shape[-1] != width or (given.dim() == 2 and len(given) != len(self.rows)):
             wanted = f"[{width}] or [{len(self.rows)}, {width}]"
             raise ValueError(f"score(columns=…) has shape {list(given.shape)}, but these logits want {wanted}")

@@ -42,7 +42,7 @@ class Reading:
     @property
     def last_B(self) -> Tensor:
         """The column of each row's last real token; of a row that is all padding, column 0."""
-        column_T = torch.arange(self.position_BT.shape[1])
+        column_T = torch.arange(self.position_BT.shape[1], device="cpu")
         return ((self.position_BT >= 0) * column_T).amax(1)
 
 
@@ -113,17 +113,18 @@ class Places:
         rows = len(position_BT)
         self.check_rows(rows)
         if self.rows is not None:
-            chosen_BT = chosen_BT & torch.isin(torch.arange(rows), torch.tensor(self.rows))[:, None]
+            named_B = torch.isin(torch.arange(rows, device="cpu"), torch.tensor(self.rows, device="cpu"))
+            chosen_BT = chosen_BT & named_B[:, None]
         if self.positions is None:
             return chosen_BT
         if isinstance(self.positions, PerRow):
             pairs = zip(position_BT, self.positions.rows, strict=True)
-            wanted = [torch.isin(p, torch.tensor(row, dtype=torch.int64)) for p, row in pairs]
+            wanted = [torch.isin(p, torch.tensor(row, dtype=torch.int64, device="cpu")) for p, row in pairs]
             return chosen_BT & torch.stack(wanted)
         if isinstance(self.positions, str) and self.positions == "last":
             if reading.generated:
                 return chosen_BT
-            column_T, last_B = torch.arange(position_BT.shape[1]), reading.last_B
+            column_T, last_B = torch.arange(position_BT.shape[1], device="cpu"), reading.last_B
             start_B = last_B if reading.start_B is None else reading.start_B
             return chosen_BT & (column_T >= start_B[:, None]) & (column_T <= last_B[:, None])
         given = list(self.positions) if isinstance(self.positions, tuple) else self.positions
@@ -178,8 +179,8 @@ def _positions(given: Any) -> Any:
     if items and all(isinstance(item, (Sequence, range, Tensor, np.ndarray)) for item in items):
         rows = [item.tolist() if hasattr(item, "tolist") else list(item) for item in items]
         if any(isinstance(value, bool) for row in rows for value in row):
-            return torch.tensor(rows)
+            return torch.tensor(rows, device="cpu")
         return PerRow(tuple(() if not row else numbers("position", row) or () for row in rows))
     if any(isinstance(item, bool) for item in items):
-        return torch.tensor(items)
+        return torch.tensor(items, device="cpu")
     return () if not items else numbers("position", items)

@@ -81,7 +81,7 @@ class Bound:
         self.edit, self.alternative = edit, alternative
         self.fired: dict[int, set[int]] = {}
         self.reading: Reading | None = None
-        self.chosen_BT = torch.zeros(0, 0, dtype=torch.bool)
+        self.chosen_BT = torch.zeros(0, 0, dtype=torch.bool, device="cpu")
         self.rows: Rows | None = None
         self.acting: Acting | None = None
 
@@ -225,7 +225,7 @@ class Taps:
         whole = Taps.together(parts)
         reading = whole.reading or Reading.of(ids_BT, positions)
         whole.begin(reading)
-        tap = Tap(model, whole, Rows(reading, torch.arange(len(ids_BT)), model.device, whole.column))
+        tap = Tap(model, whole, Rows(reading, torch.arange(len(ids_BT), device="cpu"), model.device, whole.column))
         if last and whole.column is None:
             tap.columns["logits"] = reading.last_B[:, None].to(model.device)
         with whole.attempt(), tap.hooked():

@@ -6,7 +6,8 @@
 The bias key s is one more column of the keys, so a bound for M = [ΔW | Δb] is one for ΔW and for Δb. float64 factors
 go by QR and the SVD of the small core; float32 ones by Gram matrices, at half the cost: what is kept is a mixture
 of slots, and only matrices of the number of slots leave the device. Everything runs in float64; only the kept factors
-are rounded to the dtype they are stored in. Shape suffixes: S slots, R kept, O out, I in.
+are rounded to the dtype they are stored in. `fold` is torch's; `fold_` works in place, on a CPU in C (`kernels.fold`).
+Shape suffixes: S slots, R kept, O out, I in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import fold as in_c
+
 EPSILON = torch.finfo(torch.float64).eps
+AMPLE = 32  # rows of norm √σ are shorter than so many times that, even where slack is as large as σ
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,20 @@ def _by_qr(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
 
 
 def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
-    """M = Uᵀ D K, of slots scaled to length 1 with Gram matrices G_u = L Lᵀ and G_k:
+    """The best terms as mixtures of the slots. A GPU is waited for once: for the Gram matrices and w."""
+    S = len(U_SO)
+    G_u, G_k, w_1S = torch.cat([U_SO @ U_SO.T, K_SI @ K_SI.T, w_S[None]]).cpu().split([S, S, 1])
+    C_2RS, sigma_R, lost, slack, arithmetic = _coefficients(G_u, G_k, w_1S[0], keep, _terms(U_SO, K_SI))
+    C_u, C_k = C_2RS.to(U_SO.device, non_blocking=True)
+    return Best(C_u @ U_SO, C_k @ K_SI, sigma_R, lost, slack, arithmetic)
+
+
+def _coefficients(
+    G_u: Tensor, G_k: Tensor, w_S: Tensor, keep: int, terms: int
+) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """C [2, R, S] with U_RO = C_u U and K_RI = C_k K, and what else there is in `Best`; on the CPU.
+
+    M = Uᵀ D K, of slots scaled to length 1 with Gram matrices G_u = L Lᵀ and G_k:
 
         (D L)ᵀ G_k (D L) = Y diag(σ²) Yᵀ,  V = diag(1/σ) Yᵀ (D L)ᵀ K,  M Vᵀ = Uᵀ D G_k (D L) Y diag(1/σ)
 
@@ -69,11 +86,10 @@ def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
     the Gram matrices, round most: slack² = (16 + (O + I + S) / 8) ε N² is ten times what they were seen to. Terms with
     σ² ≤ 16 ε N² are not kept.
     """
-    G_u, G_k = (U_SO @ U_SO.T).cpu(), (K_SI @ K_SI.T).cpu()
     norm_u, norm_k = G_u.diagonal().sqrt(), G_k.diagonal().sqrt()
     scale_u, scale_k = (torch.where(norm > 0, 1 / norm, 0.0) for norm in (norm_u, norm_k))
     G_u, G_k = (G * scale * scale[:, None] for G, scale in ((G_u, scale_u), (G_k, scale_k)))
-    D_S1 = (w_S.cpu() * norm_u * norm_k)[:, None]
+    D_S1 = (w_S * norm_u * norm_k)[:, None]
     unit = float(D_S1.abs().max()) or 1.0  # squares of tiny weights would vanish
     D_S1 /= unit
     delta, failed = len(G_u) * EPSILON / 16, 1
@@ -84,17 +100,17 @@ def _by_grams(U_SO: Tensor, K_SI: Tensor, w_S: Tensor, keep: int) -> Best:
     squares, Y = torch.linalg.eigh(DL.T @ G_k @ DL)
     squares, Y = squares.flip(0), Y.flip(1)[:, :keep]
     rounding = EPSILON * float(DL.square().sum() * G_k.norm())
-    squared = (16 + _terms(U_SO, K_SI) / 8) * rounding
+    squared = (16 + terms / 8) * rounding
     live_R = squares[:keep] > 16 * rounding
     sigma_R = torch.where(live_R, squares[:keep], 0.0).sqrt()
     inverse_R = torch.where(live_R, 1 / sigma_R, 0.0)
     C_k = DL @ Y * (unit * inverse_R).sqrt()
     C_u = D_S1 * (G_k @ (C_k * inverse_R))
-    U_RO, K_RI = ((C.T * scale).to(X.device) @ X for C, scale, X in ((C_u, scale_u, U_SO), (C_k, scale_k, K_SI)))
     lost = squares.clamp(min=0).sqrt()
     lost[:keep][live_R] = 0
     arithmetic = squared * float(inverse_R.norm())
-    return Best(U_RO, K_RI, unit * sigma_R, unit * lost, unit * squared**0.5, unit * arithmetic)
+    C_2RS = torch.stack([C_u.T * scale_u, C_k.T * scale_k])
+    return C_2RS, unit * sigma_R, unit * lost, unit * squared**0.5, unit * arithmetic
 
 
 def _terms(U_SO: Tensor, K_SI: Tensor) -> int:
@@ -118,13 +134,13 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
     """
     U, K = U_SO.double(), torch.empty(len(K_SI), K_SI.shape[1] + 1, dtype=torch.float64, device=K_SI.device)
     K[:, :-1], K[:, -1] = K_SI, bias_S
-    wide = U_SO.dtype == torch.float64
+    wide, info = U_SO.dtype == torch.float64, torch.finfo(U_SO.dtype)
     best = (_by_qr if wide else _by_grams)(U, K, w_S, keep)
     U_RO, K_RI = best.U_RO.to(U_SO.dtype), best.K_RI.to(K_SI.dtype)
-    fits = math.isfinite(float(U_RO.sum() + K_RI.sum()))  # a sum may overflow by itself: only then look at every number
+    root_R = best.sigma_R.sqrt()
+    fits = AMPLE * float(root_R[0]) < info.max  # and so does every entry of a row of norm √σ: nobody has to look
     if not fits and not bool(U_RO.isfinite().all() & K_RI.isfinite().all()):
         raise ValueError(f"the sum of the events, of norm {float(best.sigma_R.norm()):.3g}, does not fit {U_SO.dtype}")
-    info, root_R = torch.finfo(U_SO.dtype), best.sigma_R.sqrt()
     eta, t = (0.0, 0.0) if wide else (info.eps / 2, info.smallest_normal * info.eps / 2)
     d_u, d_k = (torch.where(root_R > 0, eta * root_R + t * X.shape[1] ** 0.5, 0.0) for X in (U, K))
     rounding = float((root_R * d_u).norm() + (root_R * d_k).norm() + d_u.norm() * d_k.norm()) + best.arithmetic
@@ -133,6 +149,20 @@ def fold(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> 
         for lost in (max(best.lost.tolist(), default=0.0), float(best.lost.norm()))
     )
     return Folded(U_RO, K_RI[:, :-1], K_RI[:, -1], error_2, error_F)
+
+
+def fold_(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) -> tuple[float, float]:
+    """`fold` in place: the result goes into the first `keep` slots. Returns (error_2, error_F).
+
+    Raises:
+        ValueError: a kept factor does not fit its dtype; nothing changes then.
+    """
+    errors = in_c.fold_(U_SO, K_SI, bias_S, w_S, keep)
+    if errors is not None:
+        return errors
+    best = fold(U_SO, K_SI, bias_S, w_S, keep)
+    U_SO[:keep], K_SI[:keep], bias_S[:keep] = best.U_RO, best.K_RI, best.bias_R
+    return best.error_2, best.error_F
 
 
 def spectrum(U_SO: Tensor, K_SI: Tensor) -> Tensor:

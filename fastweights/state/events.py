@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,16 @@ def as_rows(x_1T: Tensor, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Events:
-    """What one pass wants to write: one candidate event per token of every row."""
+    """What one pass wants to write: one candidate event per token of every row.
+
+    Which of them are written is a matter of the host: on a GPU it must not wait for the device to know how many events
+    there are and which slots they take.
+    """
 
     U_BTO: Tensor
     K_BTI: Tensor
     bias_BT: Tensor | None
-    write_BT: Tensor  # bool: which of them are written
+    write_BT: Tensor  # bool, best on the CPU: which of them are written
     all_written: bool = False  # True: the caller knows that every entry of write_BT is True
     norm_BT: Tensor | None = None  # with a budget: ‖ΔW‖_F after each event, before the budget scales it
 
@@ -56,14 +60,20 @@ class Events:
         U_BTO, K_BTI, write_BT = map(side_by_side, (self.U_BTO, self.K_BTI, self.write_BT))
         return Events(U_BTO, K_BTI, bias_BT, write_BT, self.all_written)
 
+    def total(self) -> Tensor:
+        """The sum of all their numbers, []: not finite if one of them is not, and perhaps where they are large."""
+        total = self.U_BTO.sum() + self.K_BTI.sum()
+        return total if self.bias_BT is None else total + self.bias_BT.sum()
+
     def finite_BT(self) -> Tensor:
         """Whether key, value and bias key of each event are finite, [B, T]."""
         finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
         return finite_BT if self.bias_BT is None else finite_BT & self.bias_BT.isfinite()
 
     def to(self, device: torch.device) -> Events:
-        """The same events on another device."""
-        return self._each(lambda t: t.to(device))
+        """The same events on another device; which are written stays, or comes, on the CPU."""
+        write_BT = self.write_BT.cpu()
+        return replace(self._each(lambda t: t if t is self.write_BT else t.to(device)), write_BT=write_BT)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Events:
         bias_BT, norm_BT = (None if t is None else change(t) for t in (self.bias_BT, self.norm_BT))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, norms
-from .compress import fold
+from .compress import fold_
 from .events import Events
 from .slots import OVERFLOW, Slots
 
@@ -97,13 +97,14 @@ class Factors:
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `slot_weights`."""
-        return torch.tensor(self.event_counts, device=self.device)[:, None]
+        return torch.tensor(self.event_counts).to(self.device, non_blocking=True)[:, None]
 
     def slot_weights(self, events_BT: Tensor, slots: int | None = None) -> Tensor:
         """w [B, T, `slots` or used] as seen after `events_BT` events of each row (int64), the last fold or later."""
         slots = slots or self.used
         norm = None if self.norm_BR is None else self.norm_BR[:, None, :slots]
-        return self.weigh(self.birth_BR[:, None, :slots], norm, events_BT.to(self.device)[..., None], self.dtype)
+        events_BT1 = events_BT.to(self.device, non_blocking=True)[..., None]
+        return self.weigh(self.birth_BR[:, None, :slots], norm, events_BT1, self.dtype)
 
     def weigh(
         self, birth: Tensor, norm: Tensor | None, events: Tensor | int, dtype: torch.dtype = torch.float64
@@ -150,13 +151,17 @@ class Factors:
             ValueError: a fold does not fit the dtype; the events before it are written then.
         """
         if self.budget is not None and new.norm_BT is not None:
-            more = self.budget.scaled(new.norm_BT, new.write_BT)
+            more = self.budget.scaled(new.norm_BT, new.write_BT.to(new.norm_BT.device))
             self.scaled = [n + m for n, m in zip(self.scaled, more, strict=True)]
-        if new.all_written and len(set(self.event_counts)) == 1 and self.slots.fits(self.event_counts, new.counts):
-            return self._put_side_by_side(new)
-        for start, end in self.slots.segments(self.event_counts, new.write_BT):
-            before = self.event_counts
-            self._put_segment(new.part(start, end))
+        tokens = new.write_BT.shape[1]
+        alike = new.all_written and len(set(self.event_counts)) == 1
+        whole = alike and self.slots.side_by_side(self.event_counts[0], tokens)
+        for start, end in [(0, tokens)] if whole else self.slots.segments(self.event_counts, new.write_BT):
+            before, part = self.event_counts, new.part(start, end)
+            if alike and self.slots.side_by_side(before[0], end - start):
+                self._put_side_by_side(part)
+            else:
+                self._put_segment(part)
             self.fold_full_rows(before)
 
     def _put_side_by_side(self, new: Events) -> None:
@@ -177,11 +182,12 @@ class Factors:
     def _put_segment(self, new: Events) -> None:
         """The events of one segment (`Slots.segments`); rows may write different numbers of them."""
         row, token = new.write_BT.nonzero(as_tuple=True)
-        event = self.now()[row, 0] + (new.write_BT.cumsum(1) - 1)[row, token]
+        event = torch.tensor(self.event_counts)[row] + (new.write_BT.cumsum(1) - 1)[row, token]
+        places = torch.stack([row, token, self.slots.slot(event), event])  # worked out on the CPU
+        row, token, slot, event = places.to(self.device, non_blocking=True)
         self.event_counts = [n + c for n, c in zip(self.event_counts, new.counts, strict=True)]
         if self.overflow == "grow":
             self.make_room(max(self.event_counts))
-        slot = self.slots.slot(event)
         self.U_BRO[row, slot] = new.U_BTO[row, token].to(self.dtype)
         self.K_BRI[row, slot] = new.K_BTI[row, token].to(self.dtype)
         if new.bias_BT is not None:
@@ -207,17 +213,16 @@ class Factors:
         norm_R = None if self.norm_BR is None else self.norm_BR[row]
         w_R = self.weigh(self.birth_BR[row], norm_R, n)
         try:
-            best = fold(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
+            error_2, error_F = fold_(self.U_BRO[row], self.K_BRI[row], self.bias_BR[row], w_R, kept)
         except ValueError as error:
             raise ValueError(f"event {n} of {self.name} (row {row}) fills its log, and {error}") from None
         left = self._left_of_fold(row, self.slots.last_fold(n - 1))
-        self.errors[row] = (left * self.errors[row][0] + best.error_2, left * self.errors[row][1] + best.error_F)
-        self.U_BRO[row, :kept], self.K_BRI[row, :kept], self.bias_BR[row, :kept] = best.U_RO, best.K_RI, best.bias_R
+        self.errors[row] = (left * self.errors[row][0] + error_2, left * self.errors[row][1] + error_F)
         self.birth_BR[row] = -1
         self.birth_BR[row, :kept] = n - 1  # weight 1 now; later decay applies to the sum as a whole
         if norm_R is not None and self.budget is not None:
             w_11R = w_R.new_ones(1, 1, kept)
-            norm = norms(best.U_RO[None], best.K_RI[None], w_11R)[0, 0]
+            norm = norms(self.U_BRO[row, None, :kept], self.K_BRI[row, None, :kept], w_11R)[0, 0]
             norm_R[:kept] = norm.clamp(max=self.budget.limit)  # a fold rounds, it is not scaled
 
     def certificate(self, row: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -19,6 +20,7 @@ from .budget import Budget, Held, OneByOne
 from .compress import effective_rank, spectrum
 from .events import Events
 from .factors import Factors
+from .unseen import Unseen
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -109,8 +111,11 @@ class EventLog(Factors):
                 f'written); attach with a larger rank or overflow="grow"'
             )
 
-    def write(self, new: Events) -> None:
+    def write(self, new: Events, unseen: Unseen | None = None) -> None:
         """Writes the events of one pass, in token order; rows may write different numbers of them.
+
+        unseen: where the caller will look whether they are finite, once for all logs; the pass must be undone if they
+            are not. None: it is looked at here, before anything is written. A budget and a fold need to know it here.
 
         Raises:
             ValueError: for events that do not fit ("error"), are not finite, or are over a budget that stops;
@@ -120,17 +125,26 @@ class EventLog(Factors):
                 written then.
         """
         new = new.to(self.device)
+        before, fits = list(self.event_counts), self.fits(new.counts)
+        if unseen is not None and (self.budget is not None or (self.overflow == "compress" and not fits)):
+            unseen.look()  # what was written before is named first
+            unseen = None
+        self.check_room(new.counts)
         if self.budget is not None:
             new = self._measured(new, self.budget)
-        self._check(new)
+        if unseen is None:
+            self._check(new)
+        else:  # a ring may lose events before anybody looks: then they are kept by themselves
+            unseen.add(new.total(), partial(self._refuse_kept, before) if fits else partial(self._refuse, new, before))
         if self.archive is not None:
             self.archive.put(new.to(self.archive.device))
         self.put(new)
 
     def _measured(self, new: Events, budget: Budget) -> Events:
         """The same events, with ‖ΔW‖_F after each; refuses those that are over a budget that stops."""
-        norm_BT = self.held().norms_after(new)
-        over_BT = new.write_BT & ~(norm_BT <= budget.limit)  # NaN is over as well
+        write_BT = new.write_BT.to(self.device)
+        norm_BT = self.held().norms_after(replace(new, write_BT=write_BT))
+        over_BT = write_BT & ~(norm_BT <= budget.limit)  # NaN is over as well
         if over_BT.any():
             if new.write_BT.shape[1] > 1:
                 raise OneByOne
@@ -154,17 +168,26 @@ class EventLog(Factors):
         return Held(*buffers, self.event_counts, self.slots, self.decay, self.budget.limit, self.weigh)
 
     def _check(self, new: Events) -> None:
-        """Refuses, before anything has changed, events that do not fit or are not finite."""
-        self.check_room(new.counts)
-        total = new.U_BTO.sum() + new.K_BTI.sum()
-        if new.bias_BT is not None:
-            total = total + new.bias_BT.sum()
-        if math.isfinite(float(total)):  # one look for all of them; a sum may overflow by itself
-            return
-        bad_BT = new.write_BT & ~new.finite_BT()
+        """Refuses, before anything has changed, events that are not finite."""
+        if not math.isfinite(float(new.total())):  # one look for all of them; a sum may overflow by itself
+            self._refuse(new, self.event_counts)
+
+    def _refuse(self, new: Events, before: Sequence[int]) -> None:
+        """Refuses the first of these events that is not finite, if there is one; `before` [B] events came before."""
+        bad_BT = new.write_BT & ~new.finite_BT().cpu()
         if bad_BT.any():
             row, token = bad_BT.nonzero()[0].tolist()
-            self.refuse(row, self.event_counts[row] + int(new.write_BT[row, : token + 1].sum()))
+            self.refuse(row, before[row] + int(new.write_BT[row, : token + 1].sum()))
+
+    def _refuse_kept(self, before: Sequence[int]) -> None:
+        """The same of the events after the first `before` [B], which are all in their slots."""
+        U_BRO, K_BRI, bias_BR = self.factors()
+        finite_BR = U_BRO.isfinite().all(-1) & K_BRI.isfinite().all(-1) & bias_BR.isfinite()
+        birth_BR = self.birth_BR[:, : self.used].masked_fill(finite_BR, -1).cpu()
+        for row, (events, first) in enumerate(zip(birth_BR, before, strict=True)):
+            bad = events[events >= first]
+            if len(bad):
+                self.refuse(row, int(bad.min()) + 1)
 
     def refuse(self, row: int, event: int) -> NoReturn:
         """Refuses an event that is not finite, by its number from 1."""
@@ -194,9 +217,9 @@ class EventLog(Factors):
         """
         before, counts = self.event_counts, [int(count) for count in counts]
         if self.archive is not None:
-            each, slot = torch.arange(len(before)), self.slots.slot(torch.tensor(before))
+            each, slot = torch.arange(len(before), device="cpu"), self.slots.slot(torch.tensor(before, device="cpu"))
             U, K, bias = (buffer[each, slot][:, None].cpu() for buffer in (self.U_BRO, self.K_BRI, self.bias_BR))
-            self.archive.put(Events(U, K, bias, torch.tensor(counts)[:, None] > 0))
+            self.archive.put(Events(U, K, bias, torch.tensor(counts, device="cpu")[:, None] > 0))
         self.event_counts = [n + c for n, c in zip(before, counts, strict=True)]
         self.fold_full_rows(before)
 
@@ -335,7 +358,7 @@ class EventLog(Factors):
         """‖u‖‖k‖ of every event of one row as it was written, [events] float64; NaN before `oldest_event`."""
         U_RO, K_RI, _, birth_R = (factor[row] for factor in self.moment_factors())
         own_R = birth_R >= self.oldest_event(row)  # the result of a fold is born before that
-        norm = torch.full((self.event_counts[row],), float("nan"), dtype=torch.float64)
+        norm = torch.full((self.event_counts[row],), float("nan"), dtype=torch.float64, device="cpu")
         norm[birth_R[own_R].cpu()] = (U_RO[own_R].double().norm(dim=1) * K_RI[own_R].double().norm(dim=1)).cpu()
         return norm
 

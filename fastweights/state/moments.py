@@ -99,7 +99,7 @@ def delta_norms(logs: Mapping[tuple[int, str], EventLog], events: Sequence[int],
 
     ‖Σ_j w_j u_j k_jᵀ‖² = Σ_ij w_i w_j (u_i·u_j)(k_i·k_j).
     """
-    square_M = torch.zeros(len(events), dtype=torch.float64)
+    square_M = torch.zeros(len(events), dtype=torch.float64, device="cpu")
     for address, log in logs.items():
         U_RO, K_RI = (factor[row].double() for factor in log.moment_factors()[:2])
         w_MR = torch.stack([Moment(n).slot_weights(log, address, row) for n in events]).double()

@@ -90,6 +90,10 @@ class Slots:
             return all(c == 1 or n + c <= self.window for n, c in pairs)
         return self.overflow == "grow" or all(n + c <= self.capacity for n, c in pairs)
 
+    def side_by_side(self, events: int, more: int) -> bool:
+        """True if `more` events of a row go into slots in order, and none but the last of them folds."""
+        return self.overflow in ("grow", "error") or self.next(events) + more <= self.capacity
+
     def segments(self, events: Sequence[int], write_BT: Tensor, rows_per_column: int = 1) -> list[tuple[int, int]]:
         """Token ranges that can be written one after the other: no row folds, or overwrites a live slot, inside one.
 
@@ -100,7 +104,8 @@ class Slots:
         tokens, width = write_BT.shape[1], rows_per_column
         if tokens <= width or self.overflow in ("grow", "error"):
             return [(0, tokens)]
-        count_BC, before_B1 = write_BT.cpu().unflatten(1, (-1, width)).sum(2), torch.tensor(list(events))[:, None]
+        count_BC = write_BT.cpu().unflatten(1, (-1, width)).sum(2)
+        before_B1 = torch.tensor(list(events), device="cpu")[:, None]
         after_BC = before_B1 + count_BC.cumsum(1)
         cuts = []
         if self.overflow == "compress":

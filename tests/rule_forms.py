@@ -1,0 +1,15 @@
+"""Rules as the kernels of one token know them, with their events in torch."""
+
+from fastweights import rules
+from fastweights.kernels import step
+
+PHI = {"silu": rules.SILU, "identity": rules.IDENTITY}
+
+
+def step_rule(name, activation, mu, clip=None):
+    return step.StepRule(name, activation, mu, clip, event)
+
+
+def event(rule, a, frozen, norm, inputs):
+    numbers = (inputs.rate, inputs.gamma, inputs.target)
+    return rules.twin_event(rule.name, PHI[rule.activation], rule.clip, a, frozen, norm, *numbers)
