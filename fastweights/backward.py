@@ -74,7 +74,7 @@ def forward(model: Llama, ids_B1: Tensor, positions: Positions, cache: KVCache, 
     do not run: whoever calls this has made sure that there are none.
     """
     x_B1D = model.model.blocks(model.model.embed_tokens(ids_B1), positions, cache, stop=first)
-    rope = model.model.rope(positions.position_BT)
+    rope, positions = model.model.rope(positions.position_BT), positions.with_visible(model.model.windows)
     parts = []
     for layer in range(first, len(model.model.layers)):
         block: Any = model.model.layers[layer]
@@ -87,7 +87,7 @@ def forward(model: Llama, ids_B1: Tensor, positions: Positions, cache: KVCache, 
         )
         q, k, v = cache.rotate_append(layer, q, k, v, rope, positions)
         parts.append(q.flatten(1)[:, None])
-        x_B1D = x_B1D + own.o_proj(attention(q, k, v, positions.visible, positions.start).flatten(2))
+        x_B1D = x_B1D + own.o_proj(attention(q, k, v, *positions.seen(own.window)).flatten(2))
         parts.append(x_B1D)
         h_B1D = block.post_attention_layernorm(x_B1D)
         gate, up = mlp.gate_proj(h_B1D), mlp.up_proj(h_B1D)
@@ -152,7 +152,9 @@ def backward(
     before, between = Normed.of(left.x_BLD, eps), Normed.of(left.mid_BLD, eps)
     cos_B1E, sin_B1E = (part[:, 0].to(dtype) for part in model.model.rope(position_B[:, None]))
     backwards = (cos_B1E, -sin_B1E)  # rope by the opposite angle
-    hidden_BS = torch.arange(end, device=position_B.device) > position_B[:, None]
+    place_S, at_B1 = torch.arange(end, device=position_B.device), position_B[:, None]
+    hidden_BS: dict[int | None, Tensor] = {None: place_S > at_B1}
+    hidden_BS |= {window: hidden_BS[None] | (place_S <= at_B1 - window) for window in model.model.windows}
     for layer in range(len(model.model.layers) - 1, first - 1, -1):
         block: Any = model.model.layers[layer]
         n, mlp, own = layer - first, block.mlp, block.self_attn
@@ -173,7 +175,8 @@ def backward(
         d_h_BD = through(mlp.gate_proj, d_gate_BM, reads.get(gate)) + through(mlp.up_proj, d_up_BM, reads.get(up))
         d_BD = between.block(n).back(block.post_attention_layernorm, d_h_BD, d_BD)
         past = (cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end])
-        d_q, d_k, d_v = through_attention(left.q_BLZ[:, n], *past, position_B, hidden_BS, through(own.o_proj, d_BD))
+        unseen_BS = hidden_BS[own.window]
+        d_q, d_k, d_v = through_attention(left.q_BLZ[:, n], *past, position_B, unseen_BS, through(own.o_proj, d_BD))
         d_q, d_k = turned(torch.cat((d_q, d_k), dim=1), backwards).split((d_q.shape[1], d_k.shape[1]), dim=1)
         d_h_BD = through(own.q_proj, d_q.flatten(1)) + through(own.k_proj, d_k.flatten(1))
         d_h_BD = d_h_BD + through(own.v_proj, d_v.flatten(1))

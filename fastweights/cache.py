@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens of this pass, S places of the cache, K key/val
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ class Positions:
     start: int | None  # the place of the first token if all rows agree on it; None if they differ
     end: int  # places in use after this pass, longest row
     visible: Tensor | None  # [B or 1, 1, T, S] True where a query may look; None: at itself and all before it
+    # the same under each sliding window that ends within the text, [B or 1, 1, T, S]
+    windowed: Mapping[int, Tensor] = field(default_factory=dict)
     place_BT: Tensor | None = field(init=False, default=None)  # in the cache, −1 for padding; None: `start` onwards
 
     def __post_init__(self) -> None:
@@ -51,30 +53,48 @@ class Positions:
         return torch.ones_like(self.position_BT, dtype=torch.bool) if self.real_BT is None else self.real_BT
 
     def to(self, device: torch.device) -> Positions:
-        """The same on another device."""
+        """The same on another device, without the masks of windows."""
         if self.position_BT.device == device:
             return self
         moved = (None if t is None else t.to(device) for t in (self.position_BT, self.real_BT, self.visible))
         position_BT, real_BT, visible = moved
         assert position_BT is not None
-        return replace(self, position_BT=position_BT, real_BT=real_BT, visible=visible)
+        return replace(self, position_BT=position_BT, real_BT=real_BT, visible=visible, windowed={})
 
-    def with_visible(self) -> Positions:
-        """The same, with a mask wherever torch's causal attention, which starts at place 0, would not do."""
+    def with_visible(self, windows: Iterable[int] = (), cached: bool = True) -> Positions:
+        """The same, with a mask wherever torch's causal attention, which starts at place 0, would not do.
+
+        windows: of the layers. cached: whether the keys stand in a KV cache, at the places that are their positions,
+        or are those of the tokens themselves.
+        """
         tokens, start = self.position_BT.shape[1], self.start
+        if cut := [window for window in windows if window < self.end]:
+            query_BT = self.position_BT if start is None else self.position_BT[:1]
+            key_BS = torch.arange(self.end, device=query_BT.device)[None] if cached else query_BT
+            query_B1T1, key_B11S = query_BT[:, None, :, None], key_BS[:, None, None]
+            causal = key_B11S <= query_B1T1 if self.visible is None else self.visible
+            masks = {window: causal & (key_B11S > query_B1T1 - window) for window in cut}
+            return replace(self.with_visible(), windowed=masks)
         if self.visible is not None or not start or tokens == 1:
             return self
         everything_TS = torch.ones(tokens, self.end, dtype=torch.bool, device=self.position_BT.device)
         return replace(self, visible=everything_TS.tril(start)[None, None])
 
+    def seen(self, window: int | None) -> tuple[Tensor | None, int | None]:
+        """`visible` and `start` of a layer with this window, as `kernels.attention` takes them."""
+        if window is None or window not in self.windowed:
+            return self.visible, self.start
+        return self.windowed[window], None
+
     def repeat(self, times: int) -> Positions:
-        """The same rows over and over: row r stands at r + n · B for every n."""
+        """The same rows over and over: row r stands at r + n · B for every n; without the masks of windows."""
         tile = [times, *[1] * 3]
         return replace(
             self,
             position_BT=self.position_BT.repeat(times, 1),
             real_BT=None if self.real_BT is None else self.real_BT.repeat(times, 1),
             visible=None if self.visible is None or len(self.visible) == 1 else self.visible.repeat(tile),
+            windowed={},
         )
 
     def last(self, x_BTD: Tensor) -> Tensor:

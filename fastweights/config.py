@@ -51,7 +51,9 @@ class LlamaConfig:
 
     `rope_scaling` is None for plain rope. `attention_bias` is that of q, k and v; `output_bias` says whether o has one
     as well. `eos_token_ids` holds every id that ends a text (possibly none). `dtype` is what config.json says; the
-    tensors themselves decide what is loaded. `model_type` is a row of `families`.
+    tensors themselves decide what is loaded. `model_type` is a row of `families`. `windows` holds a number for each
+    layer: a token sees itself and `window` − 1 tokens before it; None: it sees all before it, as with a window that is
+    as long as any text. Left out, no layer has one.
     """
 
     vocab_size: int
@@ -73,6 +75,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     dtype: str | None = None
     model_type: str = "llama"
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
@@ -93,6 +96,22 @@ class LlamaConfig:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number (rope turns pairs of channels)")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "windows", self._checked_windows())
+
+    def _checked_windows(self) -> tuple[int | None, ...]:
+        """A window for every layer; None where it cuts no text."""
+        layers, windows = self.num_hidden_layers, tuple(self.windows)
+        given = {window for window in windows if window is not None}
+        for window in given:
+            _check_positive_int("sliding_window", window)
+        if not given:
+            return (None,) * layers
+        if len(windows) != layers:
+            raise ValueError(f"windows has {len(windows)} entries, expected one for each of {layers} layers")
+        kinds = self.family.windows
+        if kinds is None or len(given) > 1 or (kinds == "all" and None in windows):
+            raise ValueError(f"windows is {windows}, and a {self.model_type} has no layers of such windows")
+        return tuple(None if window is None or window >= self.max_position_embeddings else window for window in windows)
 
     @property
     def family(self) -> Family:
@@ -157,9 +176,15 @@ class LlamaConfig:
             "hidden_act": "silu",
         }
         hf |= asdict(self)
-        if self.family.qkv_bias is not None:  # the family itself says it; and no window cuts what is loaded here
+        del hf["windows"]
+        if self.family.qkv_bias is not None:  # the family itself says it
             del hf["attention_bias"], hf["mlp_bias"]
-            hf["sliding_window"] = None
+        if self.family.windows is not None:
+            hf["sliding_window"] = next((window for window in self.windows if window is not None), None)
+        if self.family.windows == "some" and hf["sliding_window"] is not None:
+            hf["use_sliding_window"] = True
+            hf["layer_types"] = [_FULL if window is None else _SLIDING for window in self.windows]
+            hf["max_window_layers"] = hf["layer_types"].index(_SLIDING)  # for versions without layer_types
         hf["rope_scaling"] = self.rope_scaling.to_dict() if self.rope_scaling else None
         eos = hf.pop("eos_token_ids")
         hf["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
@@ -194,12 +219,13 @@ _HANDLED = {
     "auto_map",
     # by `quantised`: what is loaded is dense
     *("quantization_config", "quantization", "compression_config"),
-} - {"eos_token_ids"}
+} - {"eos_token_ids", "windows"}
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # in layer_types
 
 # Keys that would change the numbers, and the only values that leave them alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "sliding_window": (None,),
     "attention_chunk_size": (None,),
     "is_causal": (None, True),
     "partial_rotary_factor": (None, 1.0),
@@ -277,17 +303,9 @@ def _read(hf: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
     given, hf = hf, {**family.defaults, **hf}
     for key, allowed in _ONLY.items():
         if key in hf and hf[key] not in allowed:
-            if key == "sliding_window" and (hf.get("use_sliding_window") is False or _as_long_as_any_text(hf)):
-                continue
             raise ValueError(f"{key} is {_short(hf[key])}, and fastweights implements only {_list(allowed)}")
-    if any(kind not in ("full_attention", "attention") for kind in hf.get("layer_types") or ()):
-        raise ValueError(
-            f"layer_types is {_short(hf['layer_types'])}, and fastweights implements only 'full_attention'"
-        )
-    if hf.get("use_sliding_window") and not _as_long_as_any_text(hf):
-        raise ValueError("use_sliding_window is true, and fastweights implements only full attention")
-    known = _HANDLED | _ONLY.keys() | _HARMLESS | {"model_type", "layer_types", "use_sliding_window"} | family.idle
-    unread += given.keys() - known
+    known = _HANDLED | _ONLY.keys() | _HARMLESS | {"sliding_window", "use_sliding_window", "layer_types"}
+    unread += given.keys() - known - ({"max_window_layers"} if family.windows == "some" else set())
     biases = {key: _first(hf.get(key), False) for key in ("attention_bias", "mlp_bias")}
     if family.qkv_bias is not None:
         unread += [key for key in biases if given.get(key) not in (None, family.qkv_bias and key == "attention_bias")]
@@ -329,13 +347,58 @@ def _read(hf: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
         "pad_token_id": _token_id("pad_token_id", hf.get("pad_token_id")),
         "dtype": dtype.removeprefix("torch.") if isinstance(dtype, str) and dtype != "auto" else None,
         "model_type": hf["model_type"],
+        "windows": _windows(hf, family, length),
     }
 
 
-def _as_long_as_any_text(hf: Mapping[str, Any]) -> bool:
-    """Whether the sliding window never moves."""
-    window, length = hf.get("sliding_window"), hf.get("max_position_embeddings")
-    return isinstance(window, int) and isinstance(length, int) and window >= length
+def _windows(hf: Mapping[str, Any], family: Family, length: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer; refuses keys that contradict each other, and windows that the family lacks."""
+    window, layers, uses = hf.get("sliding_window"), hf["num_hidden_layers"], hf.get("use_sliding_window")
+    if window is not None:
+        _check_positive_int("sliding_window", window)
+    if uses not in (None, True, False):
+        raise ValueError(f"use_sliding_window is {_short(uses)}, expected true, false or null")
+    full, types, name = (None,) * layers, _layer_types(hf), hf["model_type"]
+    cuts = window is not None and window < length
+    if family.windows is None:
+        if (cuts and uses is not False) or (uses and window is None) or _SLIDING in types:
+            key = next(key for key in ("sliding_window", "use_sliding_window", "layer_types") if hf.get(key))
+            raise ValueError(f"{key} is {_short(hf[key])}, and a {name} has no sliding windows")
+        return full
+    if uses and window is None:
+        raise ValueError("use_sliding_window is true, but sliding_window is null")
+    if family.windows == "all":
+        if cuts and uses is False:
+            raise ValueError(
+                f"sliding_window is {window}, but use_sliding_window is false; a {name} reads only the first"
+            )
+        if (cuts and _FULL in types) or (window is None and _SLIDING in types):
+            raise ValueError(
+                f"layer_types is {_short(types)}, but sliding_window is {_short(window)} in all layers of a {name}"
+            )
+        return (window,) * layers
+    if not uses:
+        if _SLIDING in types:
+            raise ValueError(f"layer_types is {_short(types)}, but use_sliding_window is not true")
+        return full
+    first = hf["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ValueError(f"max_window_layers is {_short(first)}, expected a number of layers")
+    if types and len(types) != layers:
+        raise ValueError(f"layer_types has {len(types)} entries, expected one for each of {layers} layers")
+    types = types or tuple(_FULL if layer < first else _SLIDING for layer in range(layers))
+    return tuple(window if kind == _SLIDING else None for kind in types)
+
+
+def _layer_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """What layer_types says of the layers; () where it says nothing."""
+    types = hf.get("layer_types")
+    if types is None:
+        return ()
+    kinds = (_FULL, "attention", _SLIDING)  # "attention" is an older name of full attention
+    if not isinstance(types, list | tuple) or any(kind not in kinds for kind in types):
+        raise ValueError(f"layer_types is {_short(types)}, and fastweights implements only {_FULL} and {_SLIDING}")
+    return tuple(_SLIDING if kind == _SLIDING else _FULL for kind in types)
 
 
 def _rope(hf: Mapping[str, Any], length: int, unread: list[str]) -> tuple[float, RopeScaling | None]:

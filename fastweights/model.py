@@ -68,6 +68,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, binding: Binding):
         super().__init__()
         self.layer, self.head_dim, self.binding = layer, config.head_dim, binding
+        self.window = config.windows[layer]
         D, E, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=bias)
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=bias)
@@ -81,6 +82,7 @@ class Attention(nn.Module):
             project(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        visible, start = positions.seen(self.window)
         tap, z_BTHE = self.binding.tap, None  # what edits and captures see of attention; None as a rule
         if cache is not None and tap is None:
             q, k, v = cache.rotate_append(self.layer, q, k, v, rope, positions)
@@ -91,9 +93,9 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.append(self.layer, k, v, positions)
         if tap is not None:
-            z_BTHE = tap.attention(self.layer, q, k, v, positions.visible)
+            z_BTHE = tap.attention(self.layer, q, k, v, visible)
         if z_BTHE is None:
-            z_BTHE = attention(q, k, v, positions.visible, positions.start)
+            z_BTHE = attention(q, k, v, visible, start)
         return self.o_proj(z_BTHE.flatten(2))
 
 
@@ -135,6 +137,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig, binding: Binding):
         super().__init__()
         self.config = config
+        self.windows = {window for window in config.windows if window is not None}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, binding) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -153,7 +156,8 @@ class Decoder(nn.Module):
         stop: int | None = None,
     ) -> Tensor:
         """The residual stream after blocks `start` to `stop`."""
-        rope, positions = self.rope(positions.position_BT), positions.with_visible()
+        rope = self.rope(positions.position_BT)
+        positions = positions.with_visible(self.windows, cached=cache is not None)
         for block in islice(self.layers, start, stop):
             x_BTD = block(x_BTD, rope, positions, cache)
         return x_BTD

@@ -108,10 +108,13 @@ static void remember(const Fast *f, const float *h, long M) {
 
 /* The threads of attention each take a range of positions, so that every key and value is read once, in order. A part is
    what one thread finds of one head: E sums of s v, the largest score, and the sum of s. */
-static long parts(long position) {
-  long most = 1 + position / 32, T = omp_get_num_threads();
+static long parts(long keys) {
+  long most = 1 + (keys - 1) / 32, T = omp_get_num_threads();
   return most < T ? most : T;
 }
+
+/* the first position that a token at this one sees; window: how many it sees, with its own, or 0: all before it */
+static long first_seen(long position, long window) { return window && window <= position ? position + 1 - window : 0; }
 
 #define KIND float32
 #define WEIGHT float

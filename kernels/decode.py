@@ -15,7 +15,7 @@ from .cpu import library
 POINTER, LONG = np.uint64, np.int64
 WEIGHTS = ("norm1", "q", "k", "v", "o", "norm2", "gate", "up", "down")
 BIASES = ("qb", "kb", "vb", "ob", "gateb", "upb", "downb")
-LAYER = np.dtype([(name, POINTER) for name in (*WEIGHTS, *BIASES, "K", "V", "tape")])
+LAYER = np.dtype([(name, POINTER) for name in (*WEIGHTS, *BIASES, "K", "V", "tape")] + [("window", LONG)])
 POINTERS = ("U", "K", "bias", "w", "birth", "h", "square", "frozen", "a", "c", "u", "scale")
 FAST = np.dtype([(n, POINTER) for n in POINTERS] + [(n, LONG) for n in ("O", "I", "R", "n", "slot", "event")])
 
@@ -42,11 +42,11 @@ def decode(
 
     Weights, KV cache and logits are float32, or all of them bfloat16: then every sum is a float32 one, rounded once.
 
-    layers: LAYER [L]. fast: FAST [N], what is plastic; which [L, 3] int64: the record of each layer's gate, up and
-    down, -1 where it is frozen. frequency [E/2]: rope's angle per position. position, slot [B] int64: each row's
-    position, and where its key and value are stored. sizes: F, H, KH, E. slots: S of the cache. scratch:
-    B (H E + 2 F + D + H S + threads H (E + 2)) numbers. tape: how far apart the rows of the layers' tapes lie; a layer
-    without one leaves nothing.
+    layers: LAYER [L]; their window: how many positions a token sees, with its own; 0: all before it. fast: FAST [N],
+    what is plastic; which [L, 3] int64: the record of each layer's gate, up and down, -1 where it is frozen. frequency
+    [E/2]: rope's angle per position. position, slot [B] int64: each row's position, and where its key and value are
+    stored. sizes: F, H, KH, E. slots: S of the cache. scratch: B (H E + 2 F + D + H S + threads H (E + 2)) numbers.
+    tape: how far apart the rows of the layers' tapes lie; a layer without one leaves nothing.
     """
     helper = library()
     assert helper is not None

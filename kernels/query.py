@@ -2,6 +2,8 @@
 
     z = softmax(q kᵀ / √E) v        over the keys 0 to position, the last of which is this token's own
 
+Under a window those are the last `window` of them.
+
 Several programs share the keys of one KV head. The last of them to arrive puts their parts together.
 """
 
@@ -28,7 +30,9 @@ class Where(NamedTuple):
     sin_Pe: Tensor
 
 
-def reference(qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, heads: int, end: int) -> Tensor:
+def reference(
+    qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, heads: int, end: int, window: int
+) -> Tensor:
     """The definition, in torch."""
     (B, KH, _, E), row_B = K_BKSE.shape, torch.arange(len(qkv_BO), device=qkv_BO.device)
     q, k, v = (part.unflatten(1, (-1, E)) for part in qkv_BO.split([heads * E, KH * E, KH * E], dim=1))
@@ -41,7 +45,8 @@ def reference(qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, head
     q, k = rotated(q), rotated(k)
     K_BKSE[row_B, :, where.place_B], V_BKSE[row_B, :, where.place_B] = k, v
     # a token that is padding stores nothing that is read, and sees itself alone
-    seen_BS = torch.arange(end, device=qkv_BO.device) < where.position_B[:, None]
+    before_BS = where.position_B[:, None] - torch.arange(end, device=qkv_BO.device)  # how many tokens a key lies back
+    seen_BS = (before_BS > 0) & (before_BS < window)
     keys, values = (torch.cat((C[:, :, :end], own[:, :, None]), dim=2) for C, own in ((K_BKSE, k), (V_BKSE, v)))
     seen_BS = torch.cat((seen_BS, seen_BS.new_ones(B, 1)), dim=1)
     q = q.unflatten(1, (KH, -1)).to(torch.promote_types(q.dtype, torch.float32))
@@ -66,11 +71,11 @@ def _turned(x_ptr, e, cos_ptr, sin_ptr, E: tl.constexpr, mask):
 @jit
 def _attend(
     qkv_ptr, position_ptr, place_ptr, cos_ptr, sin_ptr, K_ptr, V_ptr, z_ptr, acc_ptr, sum_ptr, arrived_ptr,
-    H, KH, places, per, scale,
+    H, KH, places, window, per, scale,
     G: tl.constexpr, BG: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one KV head of one row, over `per` of its keys. scale: log2(e) / √E.
+    """The queries of one KV head of one row, over `per` of the last `window` keys. scale: log2(e) / √E.
 
     acc [B, H, programs, E] and sum [B, H, programs, 2] hold the parts: unnormalised z; the largest score, and the sum
     of exponentials under it. arrived [B, KH] counts; it is 0 before and after.
@@ -79,7 +84,8 @@ def _attend(
     wait(PDL)
     kh, part, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.load(position_ptr + b)
-    parts = position // per + 1  # the last has this token's own key
+    oldest = tl.maximum(position + 1 - window, 0)  # the first key it sees
+    parts = (position - oldest) // per + 1  # the last has this token's own key
     if part < parts:
         dtype: tl.constexpr = K_ptr.dtype.element_ty
         e = tl.arange(0, BE)
@@ -94,7 +100,7 @@ def _attend(
         total = tl.full([BG], 0.0, tl.float32)
         acc = tl.full([BG, BE], 0.0, tl.float32)
         base = (b * KH + kh) * places
-        first = part.to(tl.int64) * per
+        first = oldest + part.to(tl.int64) * per
         last = tl.minimum(first + per, position)
         for s0 in range(first, last, BS):
             s = s0 + tl.arange(0, BS)
@@ -160,16 +166,19 @@ def keys_per_program(end: int, heads: int) -> int:
     return triton.cdiv(triton.cdiv(end, parts), KEYS) * KEYS
 
 
-def launch(qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, heads: int, end: int, arrived: Tensor):
+def launch(
+    qkv_BO: Tensor, where: Where, K_BKSE: Tensor, V_BKSE: Tensor, heads: int, window: int, arrived: Tensor
+) -> Tensor:
     require_triton(qkv_BO, K_BKSE)
     (B, KH, places, E), device = K_BKSE.shape, qkv_BO.device
-    per = keys_per_program(end, B * KH)
-    most, z_BO = triton.cdiv(end, per), torch.empty(B, heads * E, dtype=qkv_BO.dtype, device=device)
+    per = keys_per_program(window, B * KH)
+    most, z_BO = triton.cdiv(window, per), torch.empty(B, heads * E, dtype=qkv_BO.dtype, device=device)
     acc, sums = (torch.empty(B * heads * most * n, dtype=torch.float32, device=device) for n in (E, 2))
     G = heads // KH
     BS = 32 if K_BKSE.dtype == torch.float32 or torch.version.hip else 64  # what the registers hold
     _attend[(KH, most, B)](
-        qkv_BO, *where, K_BKSE, V_BKSE, z_BO, acc, sums, arrived, heads, KH, places, per, 1.4426950408889634 / E**0.5,
+        qkv_BO, *where, K_BKSE, V_BKSE, z_BO, acc, sums, arrived, heads, KH, places, window, per,
+        1.4426950408889634 / E**0.5,
         G=G, BG=max(16, triton.next_power_of_2(G)), E=E, BE=max(16, triton.next_power_of_2(E)), BS=BS,
         BP=triton.next_power_of_2(most),
         PRECISION=SINGLE, num_warps=4, num_stages=2, **chained(device),
@@ -186,12 +195,15 @@ def attend_(
     end: int,
     arrived_BK: Tensor,
     backend: str = "torch",
+    window: int | None = None,
 ) -> Tensor:
     """z [B, H · E] of one token of each row; stores its key and value.
 
     qkv [B, (H + 2 KH) E]: queries, keys and values before rope; K and V [B, KH, places, E]: a layer's cache; all are
     contiguous. end: no position is larger than end − 1. arrived [B, KH] int32: zeros, and zeros again afterwards.
+    window: how many keys a token sees, with its own; None: all before it.
     """
+    window = end if window is None else min(window, end)
     if backend == "torch":
-        return reference(qkv_BO, where, K_BKSE, V_BKSE, heads, end)
-    return launch(qkv_BO, where, K_BKSE, V_BKSE, heads, end, arrived_BK)
+        return reference(qkv_BO, where, K_BKSE, V_BKSE, heads, end, window)
+    return launch(qkv_BO, where, K_BKSE, V_BKSE, heads, window, arrived_BK)

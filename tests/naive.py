@@ -32,7 +32,8 @@ def keep(site: str, layer: int | None, position: int, x: Tensor) -> Tensor:
 class Naive(Frozen):
     """One sequence. `sites[site, layer]` is what each of its tokens held there, after the change.
 
-    fast: the plastic linears of another sequence, where both read and write one ΔW.
+    fast: the plastic linears of another sequence, where both read and write one ΔW. config["windows"]: of each layer,
+    how many tokens it sees, with its own; None: all.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Naive(Frozen):
         fast: dict[tuple[int, str], FastLinear] | None = None,
     ):
         super().__init__(weights, config)
+        self.windows = config.get("windows") or [None] * self.L
         self.fast = fast if fast is not None else {}
         for (layer, linear), rule in (plastic or {}).items():
             W, b = self.frozen(f"model.layers.{layer}.mlp.{linear}")
@@ -63,9 +65,12 @@ class Naive(Frozen):
         tokens = self.sites[site, layer]
         if site not in SQUARE:
             return torch.stack(tokens)
-        last = len(tokens[-1][0])
-        fill = 0.0 if site == "pattern" else -torch.inf
-        return torch.stack([torch.nn.functional.pad(x, (0, last - x.shape[1]), value=fill) for x in tokens], 1)
+        fill, count = 0.0 if site == "pattern" else -torch.inf, len(tokens)
+        rows = []
+        for position, x in enumerate(tokens):  # of the tokens up to this one, the last ones
+            around = (position + 1 - x.shape[1], count - 1 - position)
+            rows.append(torch.nn.functional.pad(x, around, value=fill))
+        return torch.stack(rows, 1)
 
     # ---- running
 
@@ -172,6 +177,8 @@ class Naive(Frozen):
         self.keys[layer].append(k.detach())
         self.values[layer].append(v.detach())
         groups = [head // (self.H // self.G) for head in range(self.H)]
+        if self.windows[layer] is not None:
+            keys, values = keys[-self.windows[layer] :], values[-self.windows[layer] :]
         scores = torch.stack([keys[:, g] @ q[head] / math.sqrt(self.E) for head, g in enumerate(groups)])
         pattern = at("pattern", layer, torch.softmax(at("scores", layer, scores), dim=-1))
         z = at("z", layer, torch.stack([pattern[head] @ values[:, g] for head, g in enumerate(groups)]))

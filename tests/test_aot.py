@@ -223,7 +223,7 @@ def test_attention_of_one_query(E, dtype, target, tmp_path):
     constants = {"G": 4, "BG": 16, "E": E, "BE": triton.next_power_of_2(E), "PRECISION": precision(target)}
     constants["BP"] = 32
     constants["BS"] = 64 if dtype == HALF and target != "gfx942" else 32
-    binary = compiled(query._attend, constants | dependent(target), target, 4, types, (*ODD, "places"))
+    binary = compiled(query._attend, constants | dependent(target), target, 4, types, (*ODD, "places", "window"))
     check_resources(binary, target, tmp_path)
 
 

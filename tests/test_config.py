@@ -234,11 +234,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 REFUSED = [
     ({"model_type": "gemma3_text"}, 'model_type is "gemma3_text", and fastweights implements only "llama" or "qwen2"'),
-    ({"model_type": "mistral"}, "sliding_window is 4096, and fastweights implements only null"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding_window is 64"),
     ({"hidden_act": "gelu"}, 'hidden_act is "gelu", and fastweights implements only "silu" or "swish"'),
-    ({"sliding_window": 4096}, "sliding_window is 4096, and fastweights implements only null"),
-    ({"use_sliding_window": True}, "use_sliding_window is true"),
+    ({"sliding_window": 64}, "sliding_window is 64, and a llama has no sliding windows"),
+    ({"use_sliding_window": True}, "use_sliding_window is true, and a llama has no sliding windows"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ({"attention_chunk_size": 64}, "attention_chunk_size is 64, and fastweights implements only null"),

@@ -1,7 +1,5 @@
 """Families beside Llama: tiny random models of transformers, read from their folders, run on every path, and saved."""
 
-import json
-
 import pytest
 import torch
 from test_weights import add_tokenizer
@@ -109,23 +107,6 @@ def test_what_a_family_fills_in_for_absent_keys():
     assert (mistral.attention_bias, mistral.num_key_value_heads, mistral.bos_token_id) == (False, 8, 1)
     llama = LlamaConfig.from_dict({**base, "model_type": "llama", "attention_bias": True})
     assert (llama.attention_bias, llama.output_bias) == (True, True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"model_type": "mistral", "max_position_embeddings": 4097},
-            "sliding_window is 4096, and fastweights implements only null",
-        ),
-        ({"model_type": "mistral", "sliding_window": 63}, "sliding_window is 63"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding_window is 8"),
-    ],
-)
-def test_a_window_that_would_cut_is_refused(changes, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "rms_norm_eps": 1e-6, **changes}))
-    with pytest.raises(ValueError, match=message):
-        fw.load(tmp_path)
 
 
 def test_a_key_that_the_family_does_not_read_is_named():

@@ -99,8 +99,8 @@ def test_projections_of_a_norm_and_additions_to_the_stream(backend, number, rows
 # ---- attention of one token
 
 
-def exact_attention(qkv, position, K, V, heads, theta):
-    """Token by token and head by head; K and V [KH, places, E] hold the tokens before."""
+def exact_attention(qkv, position, K, V, heads, theta, oldest):
+    """Token by token and head by head; K and V [KH, places, E] hold the tokens before, of which `oldest` is seen."""
     KH, _, E = K.shape
     q, k, v = (x.view(-1, E).double() for x in qkv.double().split([heads * E, KH * E, KH * E]))
     angle = position * theta
@@ -113,31 +113,38 @@ def exact_attention(qkv, position, K, V, heads, theta):
     z = torch.zeros(heads, E, dtype=torch.float64)
     for head in range(heads):
         kv = head * KH // heads
-        keys = torch.cat((K[kv, :position].double(), k[kv : kv + 1]))
-        values = torch.cat((V[kv, :position].double(), v[kv : kv + 1]))
+        keys = torch.cat((K[kv, oldest:position].double(), k[kv : kv + 1]))
+        values = torch.cat((V[kv, oldest:position].double(), v[kv : kv + 1]))
         z[head] = (keys @ q[head] / E**0.5).softmax(0) @ values
     return z.flatten(), k, v
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "E", "parts", "dtype"),
+    ("heads", "kv_heads", "E", "parts", "dtype", "window"),
     [
-        (4, 2, 8, 1, torch.float32),
-        (3, 3, 96, 4, torch.float32),
-        (8, 1, 64, 3, torch.float16),
-        (2, 2, 10, 2, torch.float32),
-        (20, 1, 16, 5, torch.float16),
+        (4, 2, 8, 1, torch.float32, None),
+        (3, 3, 96, 4, torch.float32, None),
+        (8, 1, 64, 3, torch.float16, None),
+        (2, 2, 10, 2, torch.float32, None),
+        (20, 1, 16, 5, torch.float16, None),
+        (4, 2, 8, 3, torch.float32, 1),
+        (4, 2, 8, 3, torch.float32, 32),
+        (6, 2, 16, 3, torch.float16, 33),
+        (4, 2, 8, 3, torch.float32, 70),
+        (4, 2, 8, 3, torch.float32, 500),
     ],
 )
-def test_attention_of_one_token_of_each_row(backend, heads, kv_heads, E, parts, dtype, monkeypatch):
+def test_attention_of_one_token_of_each_row(backend, heads, kv_heads, E, parts, dtype, window, monkeypatch):
     """Rows at their own places, in several programs a KV head; one row is padding and stores into the last place."""
     position, end, places = [0, 1, 31, 32, 33, 100, 0], 101, 131
     B = len(position)
     monkeypatch.setattr(query, "KEYS", 32)
     monkeypatch.setattr(query, "PROGRAMS", parts * B * kv_heads)
     K, V = random(B, kv_heads, places, E, dtype=dtype), random(B, kv_heads, places, E, dtype=dtype)
-    for b, at in enumerate(position):  # nothing behind a row's place may be looked at
+    oldest = [max(0, at + 1 - (window or end)) for at in position]
+    for b, (first, at) in enumerate(zip(oldest, position, strict=True)):  # nothing around a row's window is looked at
+        K[b, :, :first], V[b, :, :first] = NAN if backend == "triton" else 0, NAN if backend == "triton" else 0
         K[b, :, at:], V[b, :, at:] = NAN if backend == "triton" else 0, NAN if backend == "triton" else 0
     theta = 10000.0 ** -(torch.arange(0, E, 2, dtype=torch.float64) / E)
     angle = torch.arange(places)[:, None] * theta
@@ -147,11 +154,12 @@ def test_attention_of_one_token_of_each_row(backend, heads, kv_heads, E, parts, 
     arrived = torch.zeros(B, kv_heads, dtype=torch.int32, device=DEVICE)
     qkv, kept = random(B, (heads + 2 * kv_heads) * E, dtype=dtype), (K.clone(), V.clone())
     for _ in range(2):  # the second time over its own leavings
-        z = query.attend_(qkv, where, K, V, heads, end, arrived, backend)
+        z = query.attend_(qkv, where, K, V, heads, end, arrived, backend, window)
         assert z.dtype == dtype
         assert not arrived.any()
         for b in range(B):
-            exact, k, v = exact_attention(qkv[b].cpu(), position[b], kept[0][b].cpu(), kept[1][b].cpu(), heads, theta)
+            before = kept[0][b].cpu(), kept[1][b].cpu()
+            exact, k, v = exact_attention(qkv[b].cpu(), position[b], *before, heads, theta, oldest[b])
             close(z[b], exact, TOLERANCE[dtype])
             close(K[b, :, place[b]], k, TOLERANCE[dtype])
             close(V[b, :, place[b]], v, 0)

@@ -68,6 +68,7 @@ class Layer:
     o: Frozen
     before_mlp: Norm
     mlp: tuple[StepLinear, StepLinear, StepLinear]  # gate, up, down
+    window: int | None  # how many tokens attention sees; None: all
 
 
 class Cuda:
@@ -207,7 +208,7 @@ class Cuda:
         heads, dtype = model.config.num_attention_heads, model.dtype
         for layer, K_BKSE, V_BKSE in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
             qkv_BO = project(x_BD, layer.before_attention, layer.qkv, dtype, backend)
-            z_BO = attend_(qkv_BO, where, K_BKSE, V_BKSE, heads, self.end, self.arrived_BK, backend)
+            z_BO = attend_(qkv_BO, where, K_BKSE, V_BKSE, heads, self.end, self.arrived_BK, backend, layer.window)
             add_project_(x_BD, z_BO, layer.o, backend)
             gate, up, down = (_at(linear, position_B) for linear in layer.mlp)
             down_(x_BD, gate_up(x_BD, layer.before_mlp, gate, up, backend), down, backend)
@@ -301,7 +302,7 @@ class Cuda:
             StepLinear(_frozen(getattr(block.mlp, name)), plastic.get((number, name))) for name in ACTIVATIONS
         )
         norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        return Layer(norms[0], qkv, _frozen(attention.o_proj), norms[1], (gate, up, down))
+        return Layer(norms[0], qkv, _frozen(attention.o_proj), norms[1], (gate, up, down), attention.window)
 
     def _plastic(self, number: int, address: Address) -> Plastic:
         """What the kernels must know of the fast weights of one linear."""

@@ -61,6 +61,7 @@ class Table:
         self.frozen = np.zeros(0, FAST), np.full((len(blocks), len(ACTIVATIONS)), -1)
         for layer, block in zip(layers, blocks, strict=True):
             attention, mlp = block.self_attn, block.mlp
+            layer["window"] = attention.window or 0
             layer["norm1"] = block.input_layernorm.weight.data_ptr()
             layer["norm2"] = block.post_attention_layernorm.weight.data_ptr()
             linears = {name[0]: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
