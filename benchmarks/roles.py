@@ -29,7 +29,7 @@ def step_kernels(bed: Bed, rows: int = 1, context: int = CONTEXT) -> Experiment:
     path.unable = None  # on a CPU its definitions in torch
     path.renew(episode.engine.check(), path.cache.bucket(context + 1), False)
     backend, layers, heads = path.backend, path.layers, config.num_attention_heads
-    x_BD = torch.randn(rows, config.hidden_size, device=bed.device, dtype=path.stream)
+    x_BD = torch.randn(rows, config.hidden_size, device=bed.device, dtype=torch.promote_types(bed.dtype, torch.float32))
     h_BD = x_BD.to(bed.dtype)
     qkv_BO = project(x_BD, layers[0].before_attention, layers[0].qkv, bed.dtype, backend)
     z_BO, act_BO = (

@@ -188,7 +188,7 @@ class Llama(nn.Module):
         logits_BTV = model(torch.tensor([tokenizer.encode("The capital of France is")]))
     """
 
-    # one token of each row without running the modules, or None where they must run; `engine.cpu` gives it
+    # one token of each row without running the modules, or None where they must run; `engine.fused` gives it
     fast_step: ClassVar[FastStep | None] = None
 
     def __init__(self, config: LlamaConfig):

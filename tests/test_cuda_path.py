@@ -9,6 +9,7 @@ from test_memory import Allocated
 from tiny import prompt, tiny
 
 import fastweights as fw
+from fastweights.engine import fused
 from fastweights.engine.cuda import Cuda, graphed
 from fastweights.state import factors
 from fastweights.state.compress import fold_
@@ -141,6 +142,28 @@ def test_models_of_every_form(changes):
         out.append(decode(episode))
         assert episode.path == ("cuda" if able else "modules")
     close(*out)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_loop_of_ones_own_over_the_model_has_the_bits_of_a_frozen_episode(rows):
+    model = tiny(DTYPE).to(DEVICE)
+    episode = fw.Episode(model, rows)
+    episode.engine.paths[0] = Cuda(model, {}, episode.state, RECORD, BACKEND)
+    episode.engine.paths[0].unable = None
+    cache, ids = model.new_cache(rows), prompt(rows, 6).to(DEVICE)
+    for t in range(6):
+        positions = cache.positions((rows, 1), None, model.device)
+        cache.reserve(positions.end)
+        logits = fused.fast_step(model, ids[:, t : t + 1], positions, cache, BACKEND)
+        cache.advance(positions)
+        assert torch.equal(logits, episode.feed(ids[:, t : t + 1]))
+        close(logits[:, 0], model(ids[:, : t + 1])[:, -1])
+    assert episode.path == "cuda"
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    assert fused.fast_step(model, ids[:, :1], positions, cache, BACKEND) is None
+    handle.remove()
+    with fw.edited(model, fw.ablate("z", layers=0)):
+        assert fused.fast_step(model, ids[:, :1], positions, cache, BACKEND) is None
 
 
 def test_decoding_goes_on_over_the_border_of_a_kv_bucket():

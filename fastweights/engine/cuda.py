@@ -1,47 +1,32 @@
-"""The path of one token on a GPU: five kernels a layer over the model's weights, recorded once as a CUDA graph.
+"""The path of one token on a GPU: the kernels of `fused`, recorded once as a CUDA graph and replayed.
 
-Two kernels more where linears of the layer are plastic. Whatever changes from token to token (ids, positions, event
-numbers, the write mask, rates) lies in tensors that stay where they are, and nothing looks at them from Python. What
-the recording relied on is looked at before every replay. Once it has changed (the KV bucket, a buffer, a weight, a
-module, the form of a rule) the step runs once without recording, and is then recorded again.
+Whatever changes from token to token (ids, positions, event numbers, the write mask, rates) lies in tensors that stay
+where they are, and nothing looks at them from Python. What the recording relied on is looked at before every replay.
+Once it has changed (the KV bucket, a buffer, a weight, a module, the form of a rule) the step runs once without
+recording, and is then recorded again.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..episode_state import Address, EpisodeState
-from ..kernels import values
-from ..kernels.products import MOST_ROWS, Frozen, Norm, add_project_, project
-from ..kernels.query import Where, attend_
-from ..kernels.step import (
-    Factors,
-    Plastic,
-    StepInputs,
-    StepLinear,
-    StepRule,
-    Turns,
-    down_,
-    gate_up,
-    launch_place,
-)
+from ..kernels.query import Where
+from ..kernels.step import Factors, Plastic, StepInputs, StepRule, Turns, launch_place
 from ..model import Llama
 from ..passes import Tokens
-from ..plastic import ACTIVATIONS, PlasticLinear
-from ..rules import IDENTITY, SILU, Rule, target_at, twin_event, twin_of
+from ..plastic import PlasticLinear
+from ..rules import IDENTITY, SILU, Rule, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
-from .table import table_of
+from .fused import arrivals, layers_of, rope_of, strange, token, unable
 
 Run = Callable[[], Tensor]
 IDS, POSITION, PLACE, WRITE, EVENT = range(5)  # rows of the inputs; from EVENT on, one for each group of logs
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEVER = 1 << 62
 
 
@@ -57,18 +42,6 @@ def graphed(run: Run) -> Run:
         return out
 
     return replay
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The weights of one block by role. The MLP's linears: (how a kernel knows them, the target's tensor)."""
-
-    before_attention: Norm
-    qkv: tuple[Frozen, Frozen, Frozen]
-    o: Frozen
-    before_mlp: Norm
-    mlp: tuple[StepLinear, StepLinear, StepLinear]  # gate, up, down
-    window: int | None  # how many tokens attention sees; None: all
 
 
 class Cuda:
@@ -114,12 +87,8 @@ class Cuda:
     def _unable(self) -> str | None:
         if self.record is None and (not self.linears or any(x.backend != self.backend for x in self.linears.values())):
             return "the model is not on a GPU"
-        if self.backend == "triton" and values.triton is None:
-            return "triton is not installed"
-        if self.backend == "triton" and self.model.dtype not in DTYPES:
-            return "the fused step takes float32, bfloat16 and float16"
-        if self.state.batch_size > MOST_ROWS:
-            return f"the fused step takes up to {MOST_ROWS} rows"
+        if (reason := unable(self.model, self.state.batch_size, self.backend)) is not None:
+            return reason
         if any(linear.backend != self.backend for linear in self.linears.values()):
             return f"a linear does not run on backend {self.backend!r}"
         if any(linear.budget is not None for linear in self.linears.values()):
@@ -139,17 +108,10 @@ class Cuda:
         if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
             return "a rule is not neuron-local, or has no Triton kernel"
         if self.strange[0] is not watch:
-            self.strange = watch, self._strange(watch)
+            self.strange = watch, strange(self.model, watch)
         if self.strange[1] is not None:
             return self.strange[1]
         return "there are hooks on the model, or a forward of its user's" if watch.hooked() else None
-
-    def _strange(self, watch: Watch) -> str | None:
-        if (stranger := table_of(self.model, watch).stranger) is not None:
-            return f"the model holds a module that the fused step does not know: {stranger}"
-        if any(p.dtype != self.model.dtype or not p.is_contiguous() for p in self.model.parameters()):
-            return "the weights differ in dtype, or are not contiguous"
-        return None
 
     def _rules(self) -> list[Rule]:
         return [linear.rule for linear in self.linears.values()]
@@ -201,19 +163,10 @@ class Cuda:
     def _run(self) -> Tensor:
         """The step itself: Python never waits for a number in it, so it can be recorded."""
         self._begin()
-        model, backend, position_B = self.model, self.backend, self.inputs[POSITION]
         assert self.rope is not None
-        where = Where(position_B, self.inputs[PLACE], *self.rope)
-        x_BD = torch.embedding(model.model.embed_tokens.weight, self.inputs[IDS]).to(self.stream)
-        heads, dtype = model.config.num_attention_heads, model.dtype
-        for layer, K_BKSE, V_BKSE in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
-            qkv_BO = project(x_BD, layer.before_attention, layer.qkv, dtype, backend)
-            z_BO = attend_(qkv_BO, where, K_BKSE, V_BKSE, heads, self.end, self.arrived_BK, backend, layer.window)
-            add_project_(x_BD, z_BO, layer.o, backend)
-            gate, up, down = (_at(linear, position_B) for linear in layer.mlp)
-            down_(x_BD, gate_up(x_BD, layer.before_mlp, gate, up, backend), down, backend)
-        head = Frozen(model.lm_head.weight, model.lm_head.bias)
-        return project(x_BD, _norm(model.model.norm), (head,), dtype, backend)[:, None]
+        where = Where(self.inputs[POSITION], self.inputs[PLACE], *self.rope)
+        rest = (self.cache, self.end, self.arrived_BK, self.backend)
+        return token(self.model, self.layers, self.inputs[IDS], where, *rest)
 
     def _begin(self) -> None:
         """The mask, slots and weights of this token's events."""
@@ -284,25 +237,12 @@ class Cuda:
         self.bad_LB = _rows(len(self.logs), rows, torch.int32, device)
         self.slot_GB = _rows(len(self.alike), rows, torch.int64, device)
         self.w_GBR = [logs[0].U_BRO.new_zeros(rows, logs[0].capacity) for logs in self.alike]
-        self.arrived_BK = torch.zeros(rows, self.model.config.num_key_value_heads, dtype=torch.int32, device=device)
-        self.stream = torch.promote_types(self.model.dtype, torch.float32)  # of the residual stream
+        self.arrived_BK = arrivals(self.model, rows)
         if self.rope is None or len(self.rope[0]) != self.cache.capacity + 1:
-            position_1P = torch.arange(self.cache.capacity + 1, device=device)[None]
-            cos, sin = self.model.model.rope(position_1P)
-            half = self.model.config.head_dim // 2
-            self.rope = cos[0, 0, :, :half].contiguous(), sin[0, 0, :, :half].contiguous()
+            self.rope = rope_of(self.model, self.cache.capacity + 1)
         self.moved = []
         plastic = {address: self._plastic(n, address) for n, address in enumerate(self.logs)} if writes else {}
-        self.layers = [self._layer(number, block, plastic) for number, block in enumerate(self.model.model.layers)]
-
-    def _layer(self, number: int, block: Any, plastic: Mapping[Address, Plastic]) -> Layer:
-        attention = block.self_attn
-        qkv = (_frozen(attention.q_proj), _frozen(attention.k_proj), _frozen(attention.v_proj))
-        gate, up, down = (
-            StepLinear(_frozen(getattr(block.mlp, name)), plastic.get((number, name))) for name in ACTIVATIONS
-        )
-        norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        return Layer(norms[0], qkv, _frozen(attention.o_proj), norms[1], (gate, up, down), attention.window)
+        self.layers = layers_of(self.model, plastic)
 
     def _plastic(self, number: int, address: Address) -> Plastic:
         """What the kernels must know of the fast weights of one linear."""
@@ -334,23 +274,6 @@ def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inpu
     activation = SILU if rule.activation == "silu" else IDENTITY
     numbers = (inputs.rate, inputs.gamma, inputs.target)
     return twin_event(rule.name, activation, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
-
-
-def _at(linear: StepLinear, position_B: Tensor) -> StepLinear:
-    """The linear with its target at these positions."""
-    plastic = linear.plastic
-    if plastic is None or plastic.inputs.target is None:
-        return linear
-    target_BO = target_at(plastic.inputs.target, position_B[:, None]).expand(len(position_B), 1, -1)[:, 0]
-    return linear._replace(plastic=plastic._replace(inputs=plastic.inputs._replace(target=target_BO)))
-
-
-def _frozen(linear: Any) -> Frozen:
-    return Frozen(linear.weight, linear.bias)
-
-
-def _norm(norm: nn.Module) -> Norm:
-    return Norm(norm.weight, norm.eps)  # type: ignore[arg-type]
 
 
 def _turns(log: EventLog) -> Turns:

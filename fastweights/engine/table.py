@@ -1,6 +1,6 @@
 """A model's weights by role, as the step in C reads them: one token of each row in one call.
 
-`Llama.fast_step` is this step with the frozen weights; `Cpu` is the path of an episode over the same table.
+`fast_step` is this step with the frozen weights; `Cpu` is the path of an episode over the same table.
 Shape suffixes as in `model`.
 """
 
@@ -49,6 +49,7 @@ class Table:
 
     def __init__(self, model: Llama, watch: Watch):
         self.watch, self.stranger = watch, strange_module(model)
+        self.fused: Any = None  # what `fused.fast_step` knows of the model
         self.why = self._why(model)
         if self.why is not None:
             return
@@ -186,6 +187,3 @@ def run(
         V = y_BV.shape[1]
         tape_BN[:, -V - x_BD.shape[1] : -V], tape_BN[:, -V:] = x_BD, y_BV
     return y_BV[:, None], tape_BN
-
-
-Llama.fast_step = staticmethod(fast_step)
