@@ -217,6 +217,8 @@ _HANDLED = {
     "rope_parameters",
     "original_max_position_embeddings",
     "auto_map",
+    # by `quantised`: what is loaded is dense
+    *("quantization_config", "quantization", "compression_config"),
 } - {"eos_token_ids", "windows"}
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # in layer_types
@@ -224,11 +226,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"  # in layer_types
 # Keys that would change the numbers, and the only values that leave them alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "quantization_config": (None,),
     "attention_chunk_size": (None,),
     "is_causal": (None, True),
-    "quantization": (None,),  # MLX
-    "compression_config": (None,),  # compressed-tensors before quantization_config
     "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (None, False),
     "per_layer_config": (None, {}),

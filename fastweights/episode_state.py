@@ -49,6 +49,11 @@ class Taped:
         reads = {a: Reads.of(log).copied() for a, log in logs.items() if a[0] >= self.first and a not in self.reads}
         return replace(self, reads=self.reads | reads)
 
+    def to(self, device: torch.device) -> Taped:
+        """The same on another device."""
+        reads = {address: reads.to(device) for address, reads in self.reads.items()}
+        return replace(self, tape_BN=self.tape_BN.to(device), reads=reads)
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -58,6 +63,10 @@ class Waiting:
     rows_B: Tensor  # bool, on the CPU: rows that still wait
     event_counts: dict[Address, list[int]]  # of each log when the token was read
     edited: bool = False  # the token was read under edits
+
+    def to(self, device: torch.device) -> Waiting:
+        """The same for a model on another device; a graph stays where its own model is."""
+        return replace(self, how=self.how.to(device)) if isinstance(self.how, Taped) else self
 
 
 @dataclass
@@ -292,7 +301,7 @@ class EpisodeState:
             self.cache.copy_from(other.cache)
             for address, log in other.logs.items():
                 self.logs[address].copy_from(log)
-            self.waiting = list(other.waiting)
+            self.waiting = [one.to(self.cache.keys[0].device) for one in other.waiting]
             self.logits_BV = (
                 None if other.logits_BV is None else other.logits_BV.to(self.cache.keys[0].device, copy=True)
             )

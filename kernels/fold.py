@@ -39,7 +39,7 @@ def fold_(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) ->
     if not all(t.is_contiguous() for t in every) or w_S.dtype != torch.float64 or not w_S.is_cpu:
         return None
     threads = torch.get_num_threads() if S * S * (O + I) >= LEAST_TERMS else 1
-    scratch = torch.empty(helper.fold_scratch(S, O, I, threads), dtype=torch.float64)
+    scratch = torch.empty(helper.fold_scratch(S, O, I, threads), dtype=torch.float64, device="cpu")
     record, errors = Fold(*(t.data_ptr() for t in every), S, O, I, keep), (ctypes.c_double * 2)()
     if helper.fold(ctypes.addressof(record), errors, scratch.data_ptr(), threads):
         return None

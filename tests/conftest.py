@@ -1,9 +1,16 @@
-"""The real default model, once per session, through the same path as a user's."""
+"""The real default model, once per session, through the same path as a user's; one thread for each of two workers."""
+
+import os
 
 import pytest
+import torch
 
 import fastweights as fw
 from fastweights.hub import default_folder
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers would wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,19 @@ ORDER = [
     *("files", "version", "progress"),
     *("flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
     *("families", "config", "state", "cache", "model"),
-    *("bpe", "spm", "chat", "stream", "tokenizer", "hub", "gguf", "stored", "weights", "anatomy"),  # checkpoints
+    *(
+        "bpe",
+        "spm",
+        "chat",
+        "stream",
+        "tokenizer",
+        "hub",
+        "gguf",
+        "stored",
+        "quantised",
+        "weights",
+        "anatomy",
+    ),  # checkpoints
     *("sae_files", "sae"),
     "probes",
     *("episode_state", "passes", "plastic", "backward"),

@@ -481,7 +481,7 @@ def test_a_hub_name_downloads_only_the_files_needed(tmp_path, monkeypatch):
     assert all(
         map(
             wanted,
-            ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"),
+            ("config.json", "quantize_config.json", "model-00001-of-00002.safetensors", "chat_template.jinja"),
         )
     )
     assert not any(map(wanted, ("pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth")))

@@ -176,7 +176,8 @@ class Cuda:
         position = [n * r for n, r in zip(lengths, real, strict=True)]
         place = [n if r else self.cache.capacity for n, r in zip(lengths, real, strict=True)]  # the last is scratch
         ids = tokens.ids_BT[:, 0].tolist()
-        self.inputs.copy_(torch.tensor([ids, position, place, counts, *(logs[0].event_counts for logs in self.alike)]))
+        numbers = [ids, position, place, counts, *(logs[0].event_counts for logs in self.alike)]
+        self.inputs.copy_(torch.tensor(numbers, device="cpu"))
         with self.model.binding.bound(None, self.state), torch.cuda.device_of(self.inputs):
             # after a change run once without recording, so that all kernels are compiled before the graph is captured
             if self.record is None or changed:
@@ -263,7 +264,7 @@ class Cuda:
         twins = [twin for rule in rules if (twin := twin_of(rule)) is not None]
         for numbers_LB, name in ((self.rate_LB, "rate"), (self.gamma_LB, "gamma")):
             for numbers_B, twin in zip(numbers_LB, twins, strict=True):
-                numbers_B.copy_(torch.tensor(getattr(twin, name), dtype=torch.float64))
+                numbers_B.copy_(torch.tensor(getattr(twin, name), dtype=torch.float64, device="cpu"))
         self.kernels = [
             (twin.name, rule.mu, rule.clip, rule.bias, id(getattr(rule, "target", None)))
             for twin, rule in zip(twins, rules, strict=True)

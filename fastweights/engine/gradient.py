@@ -137,7 +137,7 @@ class Gradient:
 
     def _fill(self, ids: list[int], positions: list[int], real: list[bool]) -> None:
         rows = [ids, positions, list(map(int, real)), *(log.event_counts for log in self.state.logs.values())]
-        self.inputs.copy_(torch.tensor(rows))
+        self.inputs.copy_(torch.tensor(rows, device="cpu"))
 
     # ---- what is recorded: Python never waits for a number in it
 

@@ -97,7 +97,7 @@ class Factors:
 
     def now(self) -> Tensor:
         """Events so far as a tensor [B, 1], for `slot_weights`."""
-        return torch.tensor(self.event_counts).to(self.device, non_blocking=True)[:, None]
+        return torch.tensor(self.event_counts, device="cpu").to(self.device, non_blocking=True)[:, None]
 
     def slot_weights(self, events_BT: Tensor, slots: int | None = None) -> Tensor:
         """w [B, T, `slots` or used] as seen after `events_BT` events of each row (int64), the last fold or later."""
@@ -182,7 +182,7 @@ class Factors:
     def _put_segment(self, new: Events) -> None:
         """The events of one segment (`Slots.segments`); rows may write different numbers of them."""
         row, token = new.write_BT.nonzero(as_tuple=True)
-        event = torch.tensor(self.event_counts)[row] + (new.write_BT.cumsum(1) - 1)[row, token]
+        event = torch.tensor(self.event_counts, device="cpu")[row] + (new.write_BT.cumsum(1) - 1)[row, token]
         places = torch.stack([row, token, self.slots.slot(event), event])  # worked out on the CPU
         row, token, slot, event = places.to(self.device, non_blocking=True)
         self.event_counts = [n + c for n, c in zip(self.event_counts, new.counts, strict=True)]

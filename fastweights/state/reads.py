@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .log import EventLog
@@ -24,6 +25,10 @@ class Reads(NamedTuple):
     def of(cls, log: EventLog) -> Reads:
         """Those of the next token: views of the log, good until it changes."""
         return cls(*log.factors(), None if log.all_alive(1) else log.slot_weights(log.now()))
+
+    def to(self, device: torch.device) -> Reads:
+        """The same on another device."""
+        return Reads(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def copied(self) -> Reads:
         """A copy that stays as it is whatever happens to the log."""
