@@ -1,6 +1,6 @@
 """fold_: the fold of one row's float32 slots in one call of C; `state.compress.fold` is its slow twin.
 
-The products use every thread, the eigenvectors one. No sum depends on the number of threads.
+On many cores the products use every thread. No sum depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .linear import c_library_for
 
 MOST_SLOTS = 256  # the eigenvectors of more are found sooner by LAPACK
 LEAST_TERMS = 1 << 21  # of the products: below this they cost less than waking the threads
+LEAST_THREADS = 4  # two save a tenth of a fold of 96 slots where the cores are idle, and double it where one is not
 
 
 class Fold(ctypes.Structure):
@@ -38,7 +39,9 @@ def fold_(U_SO: Tensor, K_SI: Tensor, bias_S: Tensor, w_S: Tensor, keep: int) ->
         return None
     if not all(t.is_contiguous() for t in every) or w_S.dtype != torch.float64 or not w_S.is_cpu:
         return None
-    threads = torch.get_num_threads() if S * S * (O + I) >= LEAST_TERMS else 1
+    threads = torch.get_num_threads()
+    if threads < LEAST_THREADS or S * S * (O + I) < LEAST_TERMS:
+        threads = 1
     scratch = torch.empty(helper.fold_scratch(S, O, I, threads), dtype=torch.float64, device="cpu")
     record, errors = Fold(*(t.data_ptr() for t in every), S, O, I, keep), (ctypes.c_double * 2)()
     if helper.fold(ctypes.addressof(record), errors, scratch.data_ptr(), threads):
