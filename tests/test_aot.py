@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastweights.kernels import elementwise, products, query, read, rope, scan, step, values
+from fastweights.kernels import elementwise, place, products, query, read, rope, scan, step, values
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -276,7 +276,7 @@ def test_where_the_next_event_goes(decay, target, tmp_path):
     types |= dict.fromkeys(("first", "free", "kept", "window"), "i64")
     constants = {"LOG2_KEEP": decay, "BR": 128, **dependent(target)}
     check_resources(
-        compiled(step._place, constants, target, 4, types, (*ODD, "first", "free", "kept", "window")), target, tmp_path
+        compiled(place._place, constants, target, 4, types, (*ODD, "first", "free", "kept", "window")), target, tmp_path
     )
 
 

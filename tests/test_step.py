@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: F401  the interpreter looks for it in the 
 from rule_forms import step_rule
 from test_kernels import BACKENDS, DEVICE, INTERPRETED, NAN, RULES, close, factors, oracle, phi, variant
 
-from fastweights.kernels import products, query, step
+from fastweights.kernels import place, products, query, step
 from fastweights.kernels.products import Frozen, Norm
 from fastweights.state.slots import Slots
 
@@ -148,8 +148,8 @@ def test_attention_of_one_token_of_each_row(backend, heads, kv_heads, E, parts, 
         K[b, :, at:], V[b, :, at:] = NAN if backend == "triton" else 0, NAN if backend == "triton" else 0
     theta = 10000.0 ** -(torch.arange(0, E, 2, dtype=torch.float64) / E)
     angle = torch.arange(places)[:, None] * theta
-    place = torch.tensor([*position[:-1], places - 1])
-    where = query.Where(torch.tensor(position), place, angle.cos().to(dtype), angle.sin().to(dtype))
+    stored_at = torch.tensor([*position[:-1], places - 1])
+    where = query.Where(torch.tensor(position), stored_at, angle.cos().to(dtype), angle.sin().to(dtype))
     where = query.Where(*(x.to(DEVICE).contiguous() for x in where))
     arrived = torch.zeros(B, kv_heads, dtype=torch.int32, device=DEVICE)
     qkv, kept = random(B, (heads + 2 * kv_heads) * E, dtype=dtype), (K.clone(), V.clone())
@@ -161,9 +161,9 @@ def test_attention_of_one_token_of_each_row(backend, heads, kv_heads, E, parts, 
             before = kept[0][b].cpu(), kept[1][b].cpu()
             exact, k, v = exact_attention(qkv[b].cpu(), position[b], *before, heads, theta, oldest[b])
             close(z[b], exact, TOLERANCE[dtype])
-            close(K[b, :, place[b]], k, TOLERANCE[dtype])
-            close(V[b, :, place[b]], v, 0)
-            K[b, :, place[b]], V[b, :, place[b]] = kept[0][b, :, place[b]], kept[1][b, :, place[b]]
+            close(K[b, :, stored_at[b]], k, TOLERANCE[dtype])
+            close(V[b, :, stored_at[b]], v, 0)
+            K[b, :, stored_at[b]], V[b, :, stored_at[b]] = kept[0][b, :, stored_at[b]], kept[1][b, :, stored_at[b]]
     for found, before in zip((K, V), kept, strict=True):
         torch.testing.assert_close(found, before, rtol=0, atol=0, equal_nan=True)
 
@@ -363,7 +363,7 @@ def test_triton_places_events_as_the_log_does(overflow, decay):
     for n in range(40 if overflow != "grow" else 4):
         event = torch.tensor([n, max(0, n - 1), n], device=DEVICE)
         slot, w = torch.full_like(event, -7), torch.full((3, log.capacity), NAN, device=DEVICE)
-        step.launch_place(event, log.birth_BR, _turns(log), slot, w)
+        place.launch_place(event, log.birth_BR, _turns(log), slot, w)
         assert torch.equal(slot, log.slots.slot(event))
         torch.testing.assert_close(w, log.slot_weights(event[:, None], log.capacity)[:, 0], rtol=1e-6, atol=1e-40)
         log.birth_BR[torch.arange(3), slot] = event

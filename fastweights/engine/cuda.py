@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..episode_state import Address, EpisodeState
+from ..kernels.place import Turns, launch_place
 from ..kernels.query import Where
-from ..kernels.step import Factors, Plastic, StepInputs, StepRule, Turns, launch_place
+from ..kernels.step import Factors, Plastic, StepInputs, StepRule
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear
