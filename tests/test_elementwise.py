@@ -4,16 +4,14 @@ Without a GPU they run in Triton's interpreter, in a process of their own, as in
 """
 
 import os
-import subprocess
-import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
+from interpreted import nan_filled_outputs, run_interpreted  # noqa: F401
 from tiny import prompt, tiny
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,33 +31,6 @@ NAN = float("nan")
 triton_test = pytest.mark.skipif(not INTERPRETED and not ON_GPU, reason="run by test_triton_interpreted")
 
 warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def child(request):
-    """The interpreted tests, in a process beside this one."""
-    if not any(item.name == "test_triton_interpreted" for item in request.session.items) or INTERPRETED or ON_GPU:
-        yield None
-        return
-    with subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        yield process
-        process.kill()
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_outputs():
-    """torch.empty gives NaN, so that what a kernel forgets to write is seen."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # and fill_uninitialized_memory is on by default
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def as_on_gpu(monkeypatch):
@@ -494,6 +465,5 @@ def test_shapes_that_do_not_agree_are_left_to_torch(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")
-def test_triton_interpreted(child):  # last: the others run meanwhile
-    output, _ = child.communicate()
-    assert child.returncode == 0, output[-4000:]
+def test_triton_interpreted():
+    run_interpreted(__file__, "-k", "triton")

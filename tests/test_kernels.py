@@ -6,14 +6,12 @@ imported: `test_triton_interpreted` runs this file once more in a process of its
 
 import itertools
 import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
+from interpreted import nan_filled_outputs, run_interpreted  # noqa: F401
 from rule_forms import PHI
 
 from fastweights import rules
@@ -29,33 +27,6 @@ NAN = float("nan")
 TF32 = 2e-3 if ON_GPU else 1e-5  # what half precision asks of Triton's products: 10 bits there, 23 interpreted
 
 warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def child(request):
-    """The interpreted tests, in a process beside this one."""
-    if not any(item.name == "test_triton_interpreted" for item in request.session.items) or INTERPRETED or ON_GPU:
-        yield None
-        return
-    with subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        yield process
-        process.kill()
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_outputs():
-    """torch.empty gives NaN, so that what a kernel forgets to write is seen."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # and fill_uninitialized_memory is on by default
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def close(found, wanted, tolerance):
@@ -585,10 +556,8 @@ def _square_triton(a, frozen_a, target, gamma, PHI):
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")
-def test_triton_interpreted(child):  # last: the others run meanwhile
-    output, _ = child.communicate()
-    assert child.returncode == 0, output[-8000:]
-    assert "[100%]" in output, output
+def test_triton_interpreted():
+    run_interpreted(__file__, "-k", "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

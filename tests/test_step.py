@@ -3,15 +3,12 @@
 Without a GPU the Triton kernels run interpreted, in a process of their own, as in test_kernels.
 """
 
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
+from interpreted import nan_filled_outputs, run_interpreted  # noqa: F401
 from rule_forms import step_rule
 from test_kernels import BACKENDS, DEVICE, INTERPRETED, NAN, RULES, close, factors, oracle, phi, variant
 
@@ -24,33 +21,6 @@ warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
 # float16 outputs are rounded once; of several rows, h and the frozen products are rounded too
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.float64: 1e-12}
 DTYPES = [torch.float32, torch.float16, torch.float64]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def child(request):
-    """The interpreted tests, in a process beside this one."""
-    if not any(item.name == "test_the_step_interpreted" for item in request.session.items) or INTERPRETED or ON_GPU:
-        yield None
-        return
-    with subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        yield process
-        process.kill()
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_outputs():
-    """torch.empty gives NaN, so that what a kernel forgets to write is seen."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape, dtype=torch.float32):
@@ -370,7 +340,5 @@ def test_triton_places_events_as_the_log_does(overflow, decay):
 
 
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="the Triton kernels run in this very process")
-def test_the_step_interpreted(child):  # last: the others run meanwhile
-    output, _ = child.communicate()
-    assert child.returncode == 0, output[-8000:]
-    assert "[100%]" in output, output
+def test_the_step_interpreted():
+    run_interpreted(__file__, "-k", "triton")

@@ -3,13 +3,11 @@
 Without a GPU the kernels run in Triton's interpreter, in a process of their own, as in test_kernels.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_interpreted
 from tiny import tiny
 
 import fastweights as fw
@@ -19,15 +17,7 @@ if torch.cuda.is_available():
 else:
 
     def test_every_test_of_triton_backend_passes_interpreted():
-        file = Path(__file__).with_name("triton_backend.py")
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", file],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=file.parent.parent,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
+        run_interpreted(Path(__file__).with_name("triton_backend.py"))
 
 
 @pytest.mark.parametrize(
