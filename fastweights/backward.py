@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import SILU
 from .cache import KVCache, Positions
 from .episode_state import Address, EpisodeState
 from .kernels.attention import attention
@@ -26,7 +27,6 @@ from .kernels.read import read
 from .kernels.rope import reference as turned
 from .model import Llama, RMSNorm
 from .plastic import PlasticLinear
-from .rules import SILU
 from .state.reads import Reads
 
 

@@ -8,26 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import IDENTITY, SILU, Activation
 from .binding import Binding
 from .episode_state import Address
+from .kernels import values
 from .kernels.gram import Gram, before
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Known, scan
 from .model import Llama
 from .passes import Pass, SharedKeys
-from .rules import (
-    IDENTITY,
-    SILU,
-    Activation,
-    Local,
-    Rule,
-    event_value,
-    key_of,
-    target_at,
-    twin_of,
-    value_of,
-)
+from .rules import Local, Rule, event_value, key_of, target_at, twin_of, value_of
 from .state import EventLog
 from .state.budget import Budget
 from .state.events import Events, as_rows, side_by_side
@@ -240,8 +231,10 @@ class PlasticLinear(nn.Module):
     def kernel_form(self, now: Pass, a_BCO: Tensor, part: slice) -> Known | None:
         """The rule as the scan's kernels know it, for these tokens; None: they do not."""
         twin, target_BCO = twin_of(self.rule), None
+        if twin is None or self.activation.name not in values.ACTIVATIONS:
+            return None
         # in C a rate belongs to a row of the batch, not to a row of a column
-        if twin is None or (self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple)):
+        if self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple):
             return None
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):
