@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .families import FAMILIES, Family
 from .files import read_json, warn
@@ -45,6 +45,14 @@ class RopeScaling:
         return {"rope_type": self.rope_type} | {key: getattr(self, key) for key in _ROPE_KEYS[self.rope_type]}
 
 
+class Rope(NamedTuple):
+    """How one layer turns queries and keys by their positions."""
+
+    theta: float
+    scaling: RopeScaling | None
+    channels: int  # of each head, the first ones
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """A model's shape, under Hugging Face's names; refuses values that no model of its family can have.
@@ -54,6 +62,12 @@ class LlamaConfig:
     tensors themselves decide what is loaded. `model_type` is a row of `families`. `windows` holds a number for each
     layer: a token sees itself and `window` − 1 tokens before it; None: it sees all before it, as with a window that is
     as long as any text. Left out, no layer has one.
+
+    What a Llama leaves out: `hidden_act` is the MLP's φ, a name of `activations.PHI`. `partial_rotary_factor` is the
+    share of each head that rope turns. `rope_local_base_freq` is the rope_theta of layers with a window, which have no
+    `rope_scaling`; None: they have the others'. Scores are multiplied by `scales`, which come from
+    `query_pre_attn_scalar` and the two keys of GPT-2. A cap c makes c · tanh(x / c) of scores or logits.
+    `use_parallel_residual`: attention and MLP read the same stream. `rms_norm_eps` is that of every norm.
     """
 
     vocab_size: int
@@ -76,6 +90,15 @@ class LlamaConfig:
     dtype: str | None = None
     model_type: str = "llama"
     windows: tuple[int | None, ...] = ()
+    hidden_act: str = "silu"
+    partial_rotary_factor: float = 1.0
+    rope_local_base_freq: float | None = None
+    query_pre_attn_scalar: float | None = None
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    use_parallel_residual: bool = False
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
@@ -111,6 +134,8 @@ class LlamaConfig:
         kinds = self.family.windows
         if kinds is None or len(given) > 1 or (kinds == "all" and None in windows):
             raise ValueError(f"windows is {windows}, and a {self.model_type} has no layers of such windows")
+        if self.rope_local_base_freq is not None:  # a window says which rope a layer has
+            return windows
         return tuple(None if window is None or window >= self.max_position_embeddings else window for window in windows)
 
     @property
@@ -120,7 +145,68 @@ class LlamaConfig:
     @property
     def output_bias(self) -> bool:
         """Whether o_proj has a bias."""
-        return self.attention_bias and self.family.qkv_bias is None
+        return self.family.biases.get("output_bias", self.attention_bias)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of each head rope turns: the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The rope of each layer; None where positions are learned."""
+        if "embed_positions" in self.family.names:
+            return (None,) * self.num_hidden_layers
+        whole = Rope(self.rope_theta, self.rope_scaling, self.rotary_dim)
+        if self.rope_local_base_freq is None:
+            return (whole,) * self.num_hidden_layers
+        local = Rope(self.rope_local_base_freq, None, self.rotary_dim)
+        return tuple(whole if window is None else local for window in self.windows)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """What the scores of each layer are multiplied by."""
+        scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5 if self.scale_attn_weights else 1.0
+        apart = range(1, self.num_hidden_layers + 1) if self.scale_attn_by_inverse_layer_idx else ()
+        return tuple(scale / n for n in apart) or (scale,) * self.num_hidden_layers
+
+    @property
+    def phi(self) -> dict[str, str]:
+        """The linears of an MLP by name, in the order in which a forward pass meets them, and the name of each φ."""
+        names, phi = self.family.names, {name: "identity" for name in self.family.linears}
+        if "gate_up_proj" in names:
+            phi[names["gate_up_proj"]] = f"{self.hidden_act}|identity"
+        else:
+            phi[names.get("gate_proj", names["up_proj"])] = self.hidden_act
+        return phi
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What this model has beyond a Llama, in words: a fast path runs it if it knows all of them."""
+        family, names = self.family, self.family.names
+        has = {
+            "layer norms": family.norm == "layer",
+            "norms times 1 + w": family.norm == "rms1",
+            "norms that round once": family.norm == "rms_once",
+            "norms behind attention and MLP": "after_mlp" in names,
+            "no norms before attention and MLP": "before_mlp" not in names,
+            "norms of the heads of q and k": family.qk_norm == "head",
+            "norms of q and k": family.qk_norm == "all",
+            "q, k and v in one linear": "qkv_proj" in names and not family.interleaved,
+            "q, k and v head by head in one linear": family.interleaved,
+            "gate and up in one linear": "gate_up_proj" in names,
+            "an MLP without a gate": not {"gate_proj", "gate_up_proj"} & names.keys(),
+            f"the activation {self.hidden_act}": self.hidden_act != "silu",
+            "learned positions": "embed_positions" in names,
+            "scaled embeddings": family.scaled_embedding,
+            "rope of a part of each head": self.rotary_dim != self.head_dim,
+            "a rope of its own in some layers": len(set(self.ropes)) > 1,
+            "a scale of scores of its own": set(self.scales) != {self.head_dim**-0.5},
+            "capped scores": self.attn_logit_softcapping is not None,
+            "capped logits": self.final_logit_softcapping is not None,
+            "attention beside the MLP": self.use_parallel_residual,
+        }
+        return frozenset(name for name, there in has.items() if there)
 
     @classmethod
     def from_folder(cls, folder: str | Path, strict: bool = False) -> LlamaConfig:
@@ -177,8 +263,8 @@ class LlamaConfig:
         }
         hf |= asdict(self)
         del hf["windows"]
-        if self.family.qkv_bias is not None:  # the family itself says it
-            del hf["attention_bias"], hf["mlp_bias"]
+        for key in (*self.family.biases, *_BEYOND):  # the family itself says it
+            hf.pop(key, None)
         if self.family.windows is not None:
             hf["sliding_window"] = next((window for window in self.windows if window is not None), None)
         if self.family.windows == "some" and hf["sliding_window"] is not None:
@@ -197,6 +283,12 @@ _ROPE_KEYS: dict[str, set[str]] = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
+
+# fields that only some families have
+_BEYOND = (
+    *("partial_rotary_factor", "rope_local_base_freq", "query_pre_attn_scalar", "scale_attn_weights"),
+    *("scale_attn_by_inverse_layer_idx", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+)
 
 _POSITIVE_INTS = (
     "vocab_size",
@@ -307,9 +399,9 @@ def _read(hf: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
     known = _HANDLED | _ONLY.keys() | _HARMLESS | {"sliding_window", "use_sliding_window", "layer_types"}
     unread += given.keys() - known - ({"max_window_layers"} if family.windows == "some" else set())
     biases = {key: _first(hf.get(key), False) for key in ("attention_bias", "mlp_bias")}
-    if family.qkv_bias is not None:
-        unread += [key for key in biases if given.get(key) not in (None, family.qkv_bias and key == "attention_bias")]
-        biases = {"attention_bias": family.qkv_bias, "mlp_bias": False}
+    fixed = {key: value for key, value in family.biases.items() if key in biases}
+    unread += [key for key, value in fixed.items() if given.get(key) not in (None, value)]
+    biases |= fixed
     if hf.get("auto_map"):  # code of the repository, which transformers runs only if told to trust it
         unread.append("auto_map")
 
