@@ -76,7 +76,9 @@ GPT_NEOX = {
     "lm_head": "embed_out",
 }
 PHI3 = {
-    **{role: name for role, name in LLAMA.items() if role not in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")},
+    **{
+        role: name for role, name in LLAMA.items() if role not in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    },
     "qkv_proj": "qkv_proj",
     "gate_up_proj": "gate_up_proj",
 }
@@ -124,10 +126,15 @@ class Family:
     ignored: tuple[str, ...] = ()
 
     @property
-    def linears(self) -> tuple[str, ...]:
-        """The names of an MLP's linears, in the order in which a forward pass meets them."""
+    def title(self) -> str:
+        """What messages call it."""
+        return self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """The role of each of an MLP's linears, by name, in the order in which a forward pass meets them."""
         roles = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-        return tuple(self.names[role] for role in roles if role in self.names)
+        return {self.names[role]: role for role in roles if role in self.names}
 
 
 NO_BIAS = {"attention_bias": False, "output_bias": False, "mlp_bias": False}
@@ -178,7 +185,9 @@ FAMILIES: dict[str, Family] = {
         biases={"mlp_bias": False},
         windows=2,
     ),
-    "qwen3": Family("Qwen3ForCausalLM", {**LLAMA, **QK_NORMS}, qk_norm="head", biases={"mlp_bias": False}, windows="some"),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", {**LLAMA, **QK_NORMS}, qk_norm="head", biases={"mlp_bias": False}, windows="some"
+    ),
     "olmo2": Family("Olmo2ForCausalLM", OLMO2, norm="rms_once", qk_norm="all", biases={"mlp_bias": False}),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
@@ -190,3 +199,5 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family("Phi3ForCausalLM", PHI3, biases=NO_BIAS, windows="all"),
 }
+
+ROLES = frozenset(role for family in FAMILIES.values() for role in family.names)
