@@ -77,3 +77,9 @@ def halves(first: Activation, second: Activation) -> Activation:
 
     name, function = f"{first.name}|{second.name}", both(first.function, second.function)
     return _Halves(name, function, both(first.derivative, second.derivative), (first, second))
+
+
+def phi_of(name: str) -> Activation:
+    """The φ of this name: one of `PHI`, or two with a bar, see `halves`."""
+    first, bar, second = name.partition("|")
+    return halves(PHI[first], PHI[second]) if bar else PHI[first]

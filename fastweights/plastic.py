@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import IDENTITY, SILU, Activation
+from .activations import Activation
 from .binding import Binding
 from .episode_state import Address
 from .kernels import values
@@ -24,9 +24,6 @@ from .state.budget import Budget
 from .state.events import Events, as_rows, side_by_side
 from .watch import touched
 
-# the linears of an MLP, in the order in which a forward pass meets them, with their φ
-ACTIVATIONS = {"gate_proj": SILU, "up_proj": IDENTITY, "down_proj": IDENTITY}
-
 
 class PlasticLinear(nn.Module):
     """Stands in for an nn.Linear of the MLP: y = W h + b + ΔW h (+ Δb) while an episode runs, W h + b otherwise.
@@ -39,6 +36,8 @@ class PlasticLinear(nn.Module):
         self,
         base: nn.Linear,
         address: Address,
+        role: str,
+        activation: Activation,
         rule: Rule,
         rank: int,
         overflow: str,
@@ -52,10 +51,10 @@ class PlasticLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
-        self.address, self.rank, self.overflow = address, rank, overflow
+        self.address, self.role, self.activation = address, role, activation
+        self.rank, self.overflow = rank, overflow
         self.backend, self.archive = backend, archive
         self.budget, self.factor_dtype = budget, factor_dtype
-        self.activation: Activation = ACTIVATIONS[address[1]]
         self.rule = rule
         self.binding = binding
 
@@ -129,7 +128,7 @@ class PlasticLinear(nn.Module):
 
         width: how many rows' tokens stand side by side in x.
         """
-        tap, site = self.binding.tap, f"{self.address[1].removesuffix('_proj')}.{part}"
+        tap, site = self.binding.tap, f"{self.role.removesuffix('_proj')}.{part}"
         if not tap.wants(site, layer=self.address[0]):
             return x
         x = torch.zeros_like(like) if x is None else x
@@ -266,10 +265,11 @@ class PlasticLinear(nn.Module):
 def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     """Every plastic linear of the model, in the order in which a forward pass meets them."""
     found: dict[Address, PlasticLinear] = {}
+    mlp, names = model.names["mlp"], model.config.family.linears
     # straight at the registries: this runs before every token, and nn.Module's attribute look-up is slow
     for layer, block in enumerate(model.model.layers._modules.values()):
-        linears = block._modules["mlp"]._modules  # type: ignore[union-attr]
-        for name in ACTIVATIONS:
+        linears = block._modules[mlp]._modules  # type: ignore[index, union-attr]
+        for name in names:
             if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
     return found

@@ -95,6 +95,7 @@ static void gram(double *G, const float *X, long S, long D, long from, long to, 
    1 − v vᵀ in the rows of A, from column k + 1 on. w, p: scratch [N] */
 static void tridiagonal(double *A, long n, long N, double *d, double *e, double *w, double *p) {
   const double *old = NULL; /* v of the column before, whose change of A is still to be made */
+  for (long i = 0; i < N; i++) w[i] = 0; /* the first column reads it, times 0: what memory held may be NaN */
   for (long k = 0; k < n; k++) {
     double *v = A + k * N, square = 0, vp = 0;
     if (old)

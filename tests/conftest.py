@@ -13,6 +13,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers would wait for
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def memory_that_nobody_has_written_is_nan():
+    """`torch.empty` gives NaN, so that a read before the first write fails in every run, and not once in a hundred."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of the default model in float32; do not change the weights."""

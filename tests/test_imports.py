@@ -12,7 +12,7 @@ FOLDER = Path(fastweights.__file__).parent
 ORDER = [
     *("files", "version", "progress"),
     *("flags", "binding", "watch", "activations", "inputs", "sampling", "kernels"),  # the ground floor
-    *("rules", "families", "config", "state", "cache", "model"),
+    *("rules", "checks", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
     *(
         "bpe",
         "spm",

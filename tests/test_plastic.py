@@ -8,9 +8,8 @@ import torch
 from tiny import described, oracle_of, prompt, tiny
 
 import fastweights as fw
-from fastweights import plastic
-from fastweights.activations import IDENTITY, SILU, halves
 from fastweights.attach import _backends
+from fastweights.config import LlamaConfig
 from fastweights.plastic import PlasticLinear, plastic_linears
 from fastweights.rules import Twin, twin_of
 
@@ -275,7 +274,8 @@ def test_attach_refuses_by_name_and_changes_nothing(arguments, message):
 @pytest.fixture
 def fused_gate(monkeypatch):
     """A gate whose φ no kernel knows."""
-    monkeypatch.setitem(plastic.ACTIVATIONS, "gate_proj", halves(SILU, IDENTITY))
+    phi = {"gate_proj": "silu|identity", "up_proj": "identity", "down_proj": "identity"}
+    monkeypatch.setattr(LlamaConfig, "phi", property(lambda self: phi))
 
 
 def test_a_linear_whose_activation_no_kernel_knows_runs_on_torch_and_says_so(fused_gate, monkeypatch):
@@ -283,9 +283,9 @@ def test_a_linear_whose_activation_no_kernel_knows_runs_on_torch_and_says_so(fus
     with pytest.warns(
         UserWarning, match=r"activation 'silu\|identity' of gate_proj has no Triton twin: it runs on torch"
     ):
-        chosen = _backends("auto", "triton", addresses)
+        chosen = _backends("auto", "triton", tiny(), addresses)
     assert chosen == dict(zip(addresses, ("torch", "triton", "torch"), strict=True))
-    assert set(_backends("auto", "torch", addresses).values()) == {"torch"}
+    assert set(_backends("auto", "torch", tiny(), addresses).values()) == {"torch"}
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = tiny(torch.float32)
     with pytest.raises(ValueError, match=r"'silu\|identity' of gate_proj has no Triton twin, use 'torch'"):
