@@ -272,7 +272,7 @@ FAMILIES: dict[str, Family] = {
             "final_logit_softcapping": 30.0,
         },
         only={"use_bidirectional_attention": (None, False)},
-        harmless=frozenset({"cache_implementation"}),
+        harmless=frozenset({"cache_implementation", "sliding_window_size"}),
         windows=2,
     ),
     "qwen3": Family(
