@@ -204,8 +204,10 @@ def _check(fields: dict[str, Any], family: Family) -> None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if type(fields.get(name)) is int:  # transformers 5 takes no whole number for a cap
             fields[name] = float(fields[name])
-    for name in _WHOLE:
-        if fields.get(name) is not None:
+    for name in (name for name in _WHOLE if name in fields):
+        # transformers fills in these two where they are absent, and refuses null
+        filled_in = name in ("head_dim", "max_position_embeddings") and name_of[name] in family.defaults
+        if fields[name] is not None or filled_in:
             positive_int(name_of[name], fields[name])
     positive_float(name_of["rms_norm_eps"], fields["rms_norm_eps"])
 
@@ -213,8 +215,6 @@ def _check(fields: dict[str, Any], family: Family) -> None:
 def _head_dim(fields: Mapping[str, Any], given: Mapping[str, Any], family: Family) -> int:
     if fields.get("head_dim") is not None:
         return fields["head_dim"]
-    if "head_dim" in family.defaults:  # transformers fills in a number where the key is absent, and refuses null
-        positive_int("head_dim", None)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     size, count = (family.spellings(name)[0] for name in ("hidden_size", "num_attention_heads"))
     if width % heads:

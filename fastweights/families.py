@@ -228,7 +228,7 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 50256,
             "eos_token_id": 50256,
         },
-        only={"add_cross_attention": (None, False)},
+        only={"add_cross_attention": (None, False), "pruned_heads": (None, {})},
         harmless=frozenset(
             {
                 "n_ctx",  # n_positions once more; transformers reads it no longer
