@@ -104,15 +104,19 @@ def anatomy(model_or_name: Llama | str | Path | None = None) -> Anatomy:
 def _parameters(config: LlamaConfig) -> dict[str, int]:
     """How many numbers each part holds; torch names a tied weight once."""
     counts = dict.fromkeys(PARTS, 0)
+    norms = {
+        name for role, name in config.family.names.items() if role.startswith(("before_", "after_")) or "norm" in role
+    }
+    named = {name: role for role, name in config.family.names.items()}
     for name, parameter in without_storage(config).named_parameters():
         words = name.split(".")
-        if any(word.endswith("norm") for word in words):
+        if norms & {*words}:
             part = "norm"
-        elif "embed_tokens" in words:
-            part = "embedding"
-        elif "lm_head" in words:
+        elif named[words[0]] == "lm_head":
             part = "unembedding"
+        elif named[words[1]].startswith("embed_"):
+            part = "embedding"
         else:
-            part = "attention" if "self_attn" in words else "mlp"
+            part = "attention" if named[words[3]] == "self_attn" else "mlp"
         counts[part] += parameter.numel()
     return counts | {"total": sum(counts.values())}

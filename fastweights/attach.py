@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activations import phi_of
 from .episode import Episode
 from .episode_state import Address
+from .kernels import values
 from .model import Llama
-from .plastic import ACTIVATIONS, PlasticLinear, plastic_linears, weight_norm
+from .plastic import PlasticLinear, plastic_linears, weight_norm
 from .rules import Rule, check_rule, twin_of
 from .state import OVERFLOW, EventLog
 from .state.budget import OVER_BUDGET, Budget
@@ -84,7 +86,7 @@ def attach(
     model: Llama,
     layers: int | Sequence[int] | str,
     rule: Rule,
-    linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    linears: str | Sequence[str] | None = None,
     rank: int = 64,
     overflow: str = "compress",
     backend: str = "auto",
@@ -98,11 +100,12 @@ def attach(
     Args:
         layers: layer numbers from 0, or from the end (−1 is the last); one number; or "all".
         rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol.
-        linears: which of "gate_proj", "up_proj", "down_proj".
+        linears: which of the MLP's, by their names in the checkpoint: "gate_proj", "up_proj", "down_proj" of a Llama,
+            "c_fc", "c_proj" of a GPT-2; None: all of them.
         rank: R, events to keep, per linear and sequence.
         overflow: what happens when there are more: "compress", "evict", "grow" or "error", see `state.EventLog`.
         backend: "torch"; "triton": the fused kernels, for float32 and half precision on CUDA; "auto": Triton on
-            CUDA where the rule has a Triton twin, torch elsewhere. `PlasticLinear.backend` tells which.
+            CUDA where the rule and the linear's φ have Triton twins, torch elsewhere; see `PlasticLinear.backend`.
         archive: keep every event on the CPU as well, so that any moment stays exact after an overflow.
         budget: largest ‖ΔW‖_F / ‖W‖_F, per linear and row; None = no limit.
         over_budget: what an event that goes over the budget does: "scale": ΔW (and Δb) is scaled back onto it; "stop":
@@ -128,17 +131,18 @@ def attach(
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
     factors = _factor_dtype(factor_dtype, model)
-    chosen = _backend(backend, model, rule, factors)
+    backends = _backends(backend, _backend(backend, model, rule, factors), model, addresses)
     _check_target(model, rule, addresses)
     budgets = {address: _budget(model, address, budget, over_budget) for address in addresses}
-    plastic = {}
+    plastic, roles, phi = {}, model.config.family.linears, model.config.phi
     with model.binding.changed("attach()"):
         for address in addresses:
             base = getattr(model.model.layers[address[0]].mlp, address[1])
             if isinstance(base, PlasticLinear):
                 raise ValueError(f"layers.{address[0]}.mlp.{address[1]} is already plastic: fw.detach(model) first")
-            options = (rule, int(rank), overflow, chosen, archive, model.binding, budgets[address], factors)
-            plastic[address] = PlasticLinear(base, address, *options)
+            what = (address, roles[address[1]], phi_of(phi[address[1]]))
+            options = (rule, int(rank), overflow, backends[address], archive, model.binding, budgets[address], factors)
+            plastic[address] = PlasticLinear(base, *what, *options)
         for (layer, name), linear in plastic.items():
             setattr(model.model.layers[layer].mlp, name, linear)
     return FastWeights(model, plastic)
@@ -146,24 +150,24 @@ def attach(
 
 def _addresses(model: Llama, layers: Any, linears: Any) -> list[Address]:
     """The linears that `layers` and `linears` name, sorted; or a refusal."""
-    for name, given in (("layers", layers), ("linears", linears)):
-        if given is None:
-            raise ValueError(f"attach({name}=None) names no linear")
+    if layers is None:
+        raise ValueError("attach(layers=None) names no linear")
+    every = [*model.config.family.linears]
     depth = len(model.model.layers)
     if isinstance(layers, str):
         if layers != "all":
             raise ValueError(f"layers={layers!r}: expected layer numbers, or 'all'")
         layers = range(depth)
     layers = [layers] if isinstance(layers, Integral) else list(layers)
-    linears = [linears] if isinstance(linears, str) else list(linears)
+    linears = every if linears is None else [linears] if isinstance(linears, str) else list(linears)
     if not layers or not linears:
         raise ValueError(f"attach(layers={layers}, linears={linears}) names no linear")
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, Integral) or not -depth <= int(layer) < depth:
             raise ValueError(f"layer {layer!r} does not exist: this model has layers 0 to {depth - 1}")
     for name in linears:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(ACTIVATIONS)}")
+        if name not in every:
+            raise ValueError(f"linear {name!r} does not exist: an MLP has {', '.join(every)}")
     return sorted({(int(layer) % depth, name) for layer in layers for name in linears})
 
 
@@ -212,6 +216,19 @@ def _backend(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) 
                 )
             return "triton"
     raise ValueError(f"backend={backend!r}: expected 'auto', 'torch' or 'triton'")
+
+
+def _backends(asked: str, chosen: str, model: Llama, addresses: Sequence[Address]) -> dict[Address, str]:
+    """The backend of each linear: the chosen one, or torch where no kernel knows the linear's φ."""
+    phi = model.config.phi
+    unknown = {name: phi[name] for _, name in addresses if phi[name] not in values.ACTIVATIONS}
+    if chosen == "triton":
+        for name, own in unknown.items():
+            said = f"the activation {own!r} of {name} has no Triton twin"
+            if asked == "triton":
+                raise ValueError(f"backend='triton': {said}, use 'torch'")
+            warnings.warn(f"{said}: it runs on torch", stacklevel=3)
+    return {address: "torch" if address[1] in unknown else chosen for address in addresses}
 
 
 def _check_target(model: Llama, rule: Rule, addresses: Sequence[Address]) -> None:

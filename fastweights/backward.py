@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import SILU
 from .cache import KVCache, Positions
 from .episode_state import Address, EpisodeState
 from .kernels.attention import attention
@@ -26,8 +27,15 @@ from .kernels.read import read
 from .kernels.rope import reference as turned
 from .model import Llama, RMSNorm
 from .plastic import PlasticLinear
-from .rules import SILU
 from .state.reads import Reads
+
+KNOWN: frozenset[str] = frozenset()  # what this file knows of `LlamaConfig.features`
+
+
+def unable(model: Llama) -> str | None:
+    """Why the way back by hand is not that of this model; None if it is."""
+    unknown = sorted(model.config.features - KNOWN)
+    return f"the backward does not know {unknown[0]}" if unknown else None
 
 
 class Left(NamedTuple):
@@ -73,23 +81,19 @@ def forward(model: Llama, ids_B1: Tensor, positions: Positions, cache: KVCache, 
     The keys and values are in the cache afterwards, and the caller advances it. Hooks on blocks, attention and MLPs
     do not run: whoever calls this has made sure that there are none.
     """
-    x_B1D = model.model.blocks(model.model.embed_tokens(ids_B1), positions, cache, stop=first)
-    rope, positions = model.model.rope(positions.position_BT), positions.with_visible(model.model.windows)
+    x_B1D = model.model.blocks(model.model.embed(ids_B1, positions.position_BT), positions, cache, stop=first)
+    ropes, positions = model.model.ropes(positions.position_BT), positions.with_visible(model.model.windows)
     parts = []
     for layer in range(first, len(model.model.layers)):
         block: Any = model.model.layers[layer]
         own, mlp = block.self_attn, block.mlp
         parts.append(x_B1D)
-        h_B1D = block.input_layernorm(x_B1D)
-        q, k, v = (
-            project(h_B1D).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
-            for project in (own.q_proj, own.k_proj, own.v_proj)
-        )
-        q, k, v = cache.rotate_append(layer, q, k, v, rope, positions)
+        q, k, v = own.project(block.before_attention(x_B1D))
+        q, k, v = cache.rotate_append(layer, q, k, v, ropes[block.rope], positions)
         parts.append(q.flatten(1)[:, None])
         x_B1D = x_B1D + own.o_proj(attention(q, k, v, *positions.seen(own.window)).flatten(2))
         parts.append(x_B1D)
-        h_B1D = block.post_attention_layernorm(x_B1D)
+        h_B1D = block.before_mlp(x_B1D)
         gate, up = mlp.gate_proj(h_B1D), mlp.up_proj(h_B1D)
         parts += [gate, up]
         x_B1D = x_B1D + mlp.down_proj(silu_mul(gate, up))
@@ -150,7 +154,7 @@ def backward(
     # of all blocks at once: on a GPU a small operation takes as long as one on all of them
     silu_BLM, silu_slope_BLM = F.silu(left.gate_BLM), left.up_BLM * SILU.derivative(left.gate_BLM)
     before, between = Normed.of(left.x_BLD, eps), Normed.of(left.mid_BLD, eps)
-    cos_B1E, sin_B1E = (part[:, 0].to(dtype) for part in model.model.rope(position_B[:, None]))
+    cos_B1E, sin_B1E = (part[:, 0].to(dtype) for part in model.model.ropes(position_B[:, None])[model.model.kinds[0]])
     backwards = (cos_B1E, -sin_B1E)  # rope by the opposite angle
     place_S, at_B1 = torch.arange(end, device=position_B.device), position_B[:, None]
     hidden_BS: dict[int | None, Tensor] = {None: place_S > at_B1}
@@ -167,20 +171,20 @@ def backward(
         d_act_BM = through(mlp.down_proj, d_BD, reads.get(down))
         d_gate_BM, d_up_BM = d_act_BM * silu_slope_BLM[:, n], d_act_BM * silu_BLM[:, n]
         if gate in addresses or up in addresses:
-            norm: RMSNorm = block.post_attention_layernorm
+            norm: RMSNorm = block.before_mlp
             h_BD = RMSNorm.forward(norm, tape.blocks.mid_BLD[:, n])  # no hook sees the way back
             found[gate], found[up] = Slope(d_gate_BM, h_BD), Slope(d_up_BM, h_BD)
         if layer == first:
             break
         d_h_BD = through(mlp.gate_proj, d_gate_BM, reads.get(gate)) + through(mlp.up_proj, d_up_BM, reads.get(up))
-        d_BD = between.block(n).back(block.post_attention_layernorm, d_h_BD, d_BD)
+        d_BD = between.block(n).back(block.before_mlp, d_h_BD, d_BD)
         past = (cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end])
         unseen_BS = hidden_BS[own.window]
         d_q, d_k, d_v = through_attention(left.q_BLZ[:, n], *past, position_B, unseen_BS, through(own.o_proj, d_BD))
         d_q, d_k = turned(torch.cat((d_q, d_k), dim=1), backwards).split((d_q.shape[1], d_k.shape[1]), dim=1)
         d_h_BD = through(own.q_proj, d_q.flatten(1)) + through(own.k_proj, d_k.flatten(1))
         d_h_BD = d_h_BD + through(own.v_proj, d_v.flatten(1))
-        d_BD = before.block(n).back(block.input_layernorm, d_h_BD, d_BD)
+        d_BD = before.block(n).back(block.before_attention, d_h_BD, d_BD)
     return {address: found[address] for address in addresses}
 
 

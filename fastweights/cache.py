@@ -182,9 +182,11 @@ class KVCache:
         return self._store(self.keys[layer], k_BKTE, positions), self._store(self.values[layer], v_BKTE, positions)
 
     def rotate_append(
-        self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, rope: Rope, positions: Positions
+        self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, rope: Rope | None, positions: Positions
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries turned by rope, then `append` of the keys turned as well: by one kernel where it can."""
+        if rope is None:
+            return q_BHTE, *self.append(layer, k_BKTE, v_BKTE, positions)
         into = Into(self.keys[layer], self.values[layer], positions.start, positions.place_BT)
         turned_BHTE = rotate_into(q_BHTE, k_BKTE, v_BKTE, rope, into)
         if turned_BHTE is None:

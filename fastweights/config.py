@@ -232,7 +232,7 @@ class LlamaConfig:
             raise ValueError(f"{path}: {error}") from None
         if unread:
             names = ", ".join(sorted(unread))
-            kind = config.family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+            kind = config.family.title
             warn(f"{path}: ignoring {names}, which transformers' {kind} does not read (strict=True refuses)")
         return config
 

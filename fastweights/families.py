@@ -152,10 +152,15 @@ class Family:
         return bool(self.spellings(name))
 
     @property
-    def linears(self) -> tuple[str, ...]:
-        """The names of an MLP's linears, in the order in which a forward pass meets them."""
+    def title(self) -> str:
+        """What messages call it."""
+        return self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """The role of each of an MLP's linears, by name, in the order in which a forward pass meets them."""
         roles = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
-        return tuple(self.names[role] for role in roles if role in self.names)
+        return {self.names[role]: role for role in roles if role in self.names}
 
 
 NO_BIAS = {"attention_bias": False, "output_bias": False, "mlp_bias": False}
@@ -346,3 +351,5 @@ FAMILIES: dict[str, Family] = {
         windows="all",
     ),
 }
+
+ROLES = frozenset(role for family in FAMILIES.values() for role in family.names)

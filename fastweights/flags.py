@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-LINEARS = "gate_proj,up_proj,down_proj"
 TEXT = "text, or @file, whose last newline and byte order mark are not part of the text"
 
 
@@ -97,7 +96,7 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
 def _plastic_options(overflow: str) -> Parser:
     """The flags of `attach` and of the rule."""
     plastic = Parser(add_help=False)
-    plastic.add_argument("--linears", type=_names, default=_names(LINEARS), help=f"left out: {LINEARS}")
+    plastic.add_argument("--linears", type=_names, help="left out: all of the MLP")
     rules = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
     plastic.add_argument("--rule", choices=rules, default="hebbian", help="left out: hebbian")
     plastic.add_argument("--rate", type=float, default=0.01, help="rate; gamma of local-least-squares, beta of delta")

@@ -198,7 +198,8 @@ class Runner:
         return self._unembed(self.model.model.blocks(x_BTD, self.there, start=max(layer, 0)))
 
     def _embedded(self) -> Tensor:
-        return self.model.model.embed_tokens(self.question.ids_BT.repeat(len(self.kept.lanes), 1))
+        ids_RT = self.question.ids_BT.repeat(len(self.kept.lanes), 1)
+        return self.model.model.embed(ids_RT, self.there.position_BT)
 
     def _begin(self) -> Tensor | None:
         """The stream before layer `low`, of one lane; None before the embedding."""
@@ -206,7 +207,7 @@ class Runner:
         if self.low == BEFORE:
             return None
         if self.x_low is None:
-            x_BTD = self.model.model.embed_tokens(self.question.ids_BT)
+            x_BTD = self.model.model.embed(self.question.ids_BT, self.there.position_BT)
             self.x_low = self.model.model.blocks(x_BTD, self.there, stop=self.low)
         return self.x_low
 

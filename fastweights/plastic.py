@@ -8,33 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import Activation
 from .binding import Binding
 from .episode_state import Address
+from .kernels import values
 from .kernels.gram import Gram, before
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Known, scan
 from .model import Llama
 from .passes import Pass, SharedKeys
-from .rules import (
-    IDENTITY,
-    SILU,
-    Activation,
-    Local,
-    Rule,
-    event_value,
-    key_of,
-    target_at,
-    twin_of,
-    value_of,
-)
+from .rules import Local, Rule, event_value, key_of, target_at, twin_of, value_of
 from .state import EventLog
 from .state.budget import Budget
 from .state.events import Events, as_rows, side_by_side
 from .watch import touched
-
-# the linears of an MLP, in the order in which a forward pass meets them, with their φ
-ACTIVATIONS = {"gate_proj": SILU, "up_proj": IDENTITY, "down_proj": IDENTITY}
 
 
 class PlasticLinear(nn.Module):
@@ -48,6 +36,8 @@ class PlasticLinear(nn.Module):
         self,
         base: nn.Linear,
         address: Address,
+        role: str,
+        activation: Activation,
         rule: Rule,
         rank: int,
         overflow: str,
@@ -61,10 +51,10 @@ class PlasticLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         object.__setattr__(self, "base", base)  # not a submodule: its parameters are already registered
-        self.address, self.rank, self.overflow = address, rank, overflow
+        self.address, self.role, self.activation = address, role, activation
+        self.rank, self.overflow = rank, overflow
         self.backend, self.archive = backend, archive
         self.budget, self.factor_dtype = budget, factor_dtype
-        self.activation: Activation = ACTIVATIONS[address[1]]
         self.rule = rule
         self.binding = binding
 
@@ -138,7 +128,7 @@ class PlasticLinear(nn.Module):
 
         width: how many rows' tokens stand side by side in x.
         """
-        tap, site = self.binding.tap, f"{self.address[1].removesuffix('_proj')}.{part}"
+        tap, site = self.binding.tap, f"{self.role.removesuffix('_proj')}.{part}"
         if not tap.wants(site, layer=self.address[0]):
             return x
         x = torch.zeros_like(like) if x is None else x
@@ -240,8 +230,10 @@ class PlasticLinear(nn.Module):
     def kernel_form(self, now: Pass, a_BCO: Tensor, part: slice) -> Known | None:
         """The rule as the scan's kernels know it, for these tokens; None: they do not."""
         twin, target_BCO = twin_of(self.rule), None
+        if twin is None or self.activation.name not in values.ACTIVATIONS:
+            return None
         # in C a rate belongs to a row of the batch, not to a row of a column
-        if twin is None or (self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple)):
+        if self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple):
             return None
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):
@@ -273,10 +265,11 @@ class PlasticLinear(nn.Module):
 def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     """Every plastic linear of the model, in the order in which a forward pass meets them."""
     found: dict[Address, PlasticLinear] = {}
+    mlp, names = model.names["mlp"], model.config.family.linears
     # straight at the registries: this runs before every token, and nn.Module's attribute look-up is slow
     for layer, block in enumerate(model.model.layers._modules.values()):
-        linears = block._modules["mlp"]._modules  # type: ignore[union-attr]
-        for name in ACTIVATIONS:
+        linears = block._modules[mlp]._modules  # type: ignore[index, union-attr]
+        for name in names:
             if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .files import read_json
-from .stored import DTYPE_NAMES, EMBEDDING, Stored, open_file
+from .stored import DTYPE_NAMES, Stored, open_file
 
 _ROWS = 64  # rows of a dense weight that are made at once: what lies unpacked beside it stays small
 _SCALES = ("F16", "BF16", "F32")
@@ -225,9 +225,14 @@ def parts_of(layout: Layout, wanted: Iterable[str]) -> list[str]:
 
 
 def take_linears(
-    layout: Layout | None, stored: dict[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path
+    layout: Layout | None,
+    stored: dict[str, Stored],
+    wanted: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    embedding: str,
 ) -> dict[str, dict[str, Stored]]:
-    """Takes the packed linears out of `stored`: for each weight of `wanted` its parts. What is dense stays.
+    """Takes the packed linears out of `stored`: for each weight of `wanted`, but the embedding, its parts.
+    What is dense stays.
 
     A bias of zeros that the model does not have is dropped: old GPTQ folders hold one for every linear. Raises
     ValueError for a part that is missing or of another shape or dtype.
@@ -243,7 +248,7 @@ def take_linears(
     linears: dict[str, dict[str, Stored]] = {}
     for key, shape in wanted.items():
         base = key.removesuffix(".weight")
-        if len(shape) != 2 or key == EMBEDDING or (key in stored and stored[key].dtype in DTYPE_NAMES):
+        if len(shape) != 2 or key == embedding or (key in stored and stored[key].dtype in DTYPE_NAMES):
             continue
         parts = layout.wanted(*shape)
         names = {part: f"{base}.{part}" for part in parts if f"{base}.{part}" in stored}

@@ -13,38 +13,15 @@ For one linear `a = W h + b + ΔW h`, `z = φ(a)`, a written token makes one eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Activation:
-    """φ of a linear and its derivative φ′, both elementwise."""
-
-    name: str
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-
-    def __call__(self, a: Tensor) -> Tensor:
-        return self.function(a)
-
-    def __reduce__(self) -> str:
-        return self.name.upper()  # pickled as the constant of this module that it is
-
-
-def _silu_derivative(a: Tensor) -> Tensor:
-    s = torch.sigmoid(a)
-    return s * (1 + a * (1 - s))
-
-
-SILU = Activation("silu", F.silu, _silu_derivative)
-IDENTITY = Activation("identity", lambda a: a, torch.ones_like)
+from .activations import Activation
 
 
 @dataclass(frozen=True)

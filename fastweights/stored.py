@@ -1,4 +1,4 @@
-"""A folder of safetensors → where each tensor of a Llama is stored, under the names of a LlamaForCausalLM."""
+"""A folder of safetensors → where each tensor of a model is stored, under the names of its class in transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from .config import LlamaConfig
 from .files import one_line
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PICKLES = ("pytorch_model*", "consolidated*.pth", "*.pth", "*.pt", "*.bin", "*.ckpt")
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -28,12 +27,29 @@ class Stored:
     dtype: str  # safetensors' name: "F32", "BF16", ...
 
 
+def head_of(config: LlamaConfig) -> str:
+    """The name of the unembedding's weight."""
+    return f"{config.family.names['lm_head']}.weight"
+
+
+def embedding_of(config: LlamaConfig) -> str:
+    names = config.family.names
+    return f"{names['model']}.{names['embed_tokens']}.weight"
+
+
+def lies_transposed(config: LlamaConfig, key: str, shape: Iterable[int]) -> bool:
+    """Whether a checkpoint of this family holds this weight, [O, I] here, as [I, O]."""
+    names = config.family.names
+    inside = key.startswith(f"{names['model']}.{names['layers']}.")
+    return config.family.transposed and inside and len(tuple(shape)) == 2
+
+
 def stored_tensors(folder: Path, config: LlamaConfig, wanted: Iterable[str]) -> dict[str, Stored]:
     """Every tensor in the folder's safetensors, from their headers, under the names of `wanted` where it is one.
 
     Tied weights come once, as the embedding. Raises ValueError or FileNotFoundError that names what is wrong.
     """
-    stored = _canonical(_stored(folder), wanted)
+    stored = _canonical(_stored(folder), wanted, config)
     _resolve_tied(config, stored, folder)
     return stored
 
@@ -47,23 +63,25 @@ def check_dtypes(stored: Mapping[str, Stored]) -> None:
             )
 
 
-def _canonical(stored: dict[str, Stored], wanted: Iterable[str]) -> dict[str, Stored]:
-    """The tensors under the names of a LlamaForCausalLM, without the rope buffers that old checkpoints hold.
+def _canonical(stored: dict[str, Stored], wanted: Iterable[str], config: LlamaConfig) -> dict[str, Stored]:
+    """The tensors under the names of the family, without the buffers that old checkpoints hold.
 
-    What a LlamaModel saved has no `model.` before its names; wrappers (torch.compile, DataParallel, PEFT) put
-    more before it. The prefix is what stands before a tensor that every Llama has.
+    What a model without a head saved has no `model.` before its names; wrappers (torch.compile, DataParallel, PEFT) put
+    more before it. The prefix is what stands before the first norm.
     """
     buffers = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # config.json decides
-    stored = {key: tensor for key, tensor in stored.items() if not key.endswith(buffers)}
-    mark = "layers.0.input_layernorm.weight"
-    prefix = next((key.removesuffix(mark) for key in stored if key.endswith(mark)), "model.")
-    outer = prefix.removesuffix("model.")
+    roles, head = config.family.names, head_of(config)
+    stored = {key: t for key, t in stored.items() if not key.endswith((*buffers, *config.family.ignored))}
+    norm = roles.get("before_attention") or roles["after_attention"]
+    mark, model = f"{roles['layers']}.0.{norm}.weight", f"{roles['model']}."
+    prefix = next((key.removesuffix(mark) for key in stored if key.endswith(mark)), model)
+    outer = prefix.removesuffix(model)
     names, wanted = {key: key for key in stored}, set(wanted)
     for key in stored:
-        if key.startswith(prefix) and (name := "model." + key.removeprefix(prefix)) in wanted:
+        if key.startswith(prefix) and (name := model + key.removeprefix(prefix)) in wanted:
             names[key] = name
-        elif key == outer + HEAD:
-            names[key] = HEAD
+        elif key in (outer + head, outer + "lm_head.weight"):
+            names[key] = head
     if len(set(names.values())) < len(names):  # two tensors would get one name
         return stored
     return {names[key]: tensor for key, tensor in stored.items()}
@@ -71,15 +89,16 @@ def _canonical(stored: dict[str, Stored], wanted: Iterable[str]) -> dict[str, St
 
 def _resolve_tied(config: LlamaConfig, stored: dict[str, Stored], folder: Path) -> None:
     """Leaves one of the tied weights, as the embedding: either may be stored, or both if they are equal."""
-    if not (config.tie_word_embeddings and HEAD in stored):
+    name, tied_to = head_of(config), embedding_of(config)
+    if not (config.tie_word_embeddings and name in stored):
         return
-    head = stored.pop(HEAD)
-    if (embedding := stored.setdefault(EMBEDDING, head)) is head:
+    head = stored.pop(name)
+    if (embedding := stored.setdefault(tied_to, head)) is head:
         return
     with open_file(head.path) as one, open_file(embedding.path) as other:
         if not torch.equal(one.get_tensor(head.name), other.get_tensor(embedding.name)):
             raise ValueError(
-                f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: "
+                f"{folder}: config.json says tie_word_embeddings, but {name} differs from {tied_to}: "
                 "set tie_word_embeddings to false there to use both"
             )
 

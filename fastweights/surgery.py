@@ -37,7 +37,7 @@ def surgery(
     answers: Sequence[str],
     layers: int | Sequence[int] | str,
     rule: Rule,
-    linears: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    linears: str | Sequence[str] | None = None,
     rank: int = 64,
     overflow: str = "grow",
     budget: float | None = None,
@@ -101,7 +101,8 @@ def surgery(
         "rule": repr(rule),
         "layers": sorted({layer for layer, _ in fast.linears}),
     }
-    names = [linears] if isinstance(linears, str) else [*linears]
+    every = [*model.config.family.linears] if linears is None else linears
+    names = [every] if isinstance(every, str) else [*every]
     settings |= {"linears": names, "rank": rank, "overflow": overflow, "dtype": str(model.dtype)[6:]}
     settings |= {"budget": budget, "over_budget": over_budget}
     said = update if isinstance(update, (str, list)) else repr(update)

@@ -25,7 +25,18 @@ from .hub import default_folder, download
 from .model import Llama
 from .progress import bar
 from .quantised import dense_weight, layout_of, parts_of, take_linears
-from .stored import DTYPE_NAMES, EMBEDDING, HEAD, PICKLES, Stored, check_dtypes, more, open_file, stored_tensors
+from .stored import (
+    DTYPE_NAMES,
+    PICKLES,
+    Stored,
+    check_dtypes,
+    embedding_of,
+    head_of,
+    lies_transposed,
+    more,
+    open_file,
+    stored_tensors,
+)
 from .tokenizer import Tokenizer
 
 
@@ -101,10 +112,14 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, expected a folder to save into")
     generation = read_json(folder / "generation_config.json")
-    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
-    _check_names(tensors.keys(), _shapes(model.config), "the model to save")
+    config = model.config
+    tensors = {
+        key: (t.detach().mT if lies_transposed(config, key, t.shape) else t.detach()).contiguous()
+        for key, t in model.state_dict().items()
+    }
+    if config.tie_word_embeddings:
+        tensors.pop(head_of(config), None)
+    _check_names(tensors.keys(), _shapes(config), "the model to save", config)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes
@@ -142,10 +157,10 @@ def save(
     if tokenizer is not None:
         tokenizer.save(folder)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    generation |= {key: value for key, value in model.config.to_dict().items() if key in ids}
+    generation |= {key: value for key, value in config.to_dict().items() if key in ids}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    config = {**model.config.to_dict(), "torch_dtype": str(model.dtype).removeprefix("torch.")}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    hf = {**config.to_dict(), "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    write_text(folder / "config.json", json.dumps(hf, indent=2) + "\n")
 
 
 def _load_folder(
@@ -157,10 +172,10 @@ def _load_folder(
     tokenizer = _tokenizer(folder)
     wanted = _shapes(config)
     stored = stored_tensors(folder, config, [*wanted, *(parts_of(layout, wanted) if layout else ())])
-    packed = take_linears(layout, stored, wanted, folder)
-    _check_shapes(
-        {key: t.shape for key, t in stored.items()} | {key: wanted[key] for key in packed}, wanted, str(folder)
-    )
+    packed = take_linears(layout, stored, wanted, folder, embedding_of(config))
+    transposed = {key for key, shape in wanted.items() if key not in packed and lies_transposed(config, key, shape)}
+    shapes = {key: t.shape[::-1] if key in transposed else t.shape for key, t in stored.items()}
+    _check_shapes(shapes | {key: wanted[key] for key in packed}, wanted, str(folder), config)
     check_dtypes(stored)
     if layout and packed:  # whole numbers do not say what they become
         scales = next(iter(packed.values()))[layout.scales]
@@ -170,6 +185,9 @@ def _load_folder(
 
     def read(key: str) -> Tensor:
         path = stored[key].path
+        if key in transposed:
+            with open_file(path) as file:
+                return file.get_tensor(stored[key].name).to(device=device, dtype=dtype).mT.contiguous()
         if getattr(torch, DTYPE_NAMES[stored[key].dtype]) == dtype and device.type == "cpu":
             # Measured on 2 cores, 135M float32: matrix products stream mapped pages as fast as a copy (16 GB/s),
             # so a copy (0.4 to 2 s, and through the mapping twice the memory) buys nothing.
@@ -223,14 +241,15 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> t
         file.tensors(), "dequantising", len(file), console=console, transient=True, disable=not console.is_terminal
     )
     tensors = {key: tensor.to(device=device, dtype=dtype or torch.float32) for key, tensor in stream}
-    _check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, _shapes(file.config), str(path))
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+    _check_shapes(shapes, _shapes(file.config), str(path), file.config)
     return _fill(file.config, tensors), tokenizer
 
 
 def _fill(config: LlamaConfig, tensors: dict[str, Tensor]) -> Llama:
     model = without_storage(config)
     if config.tie_word_embeddings:
-        tensors[HEAD] = tensors[EMBEDDING]
+        tensors[head_of(config)] = tensors[embedding_of(config)]
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     return model.requires_grad_(False)
@@ -255,21 +274,26 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds."""
     shapes = {key: tuple(t.shape) for key, t in without_storage(config).state_dict().items()}
     if config.tie_word_embeddings:
-        del shapes[HEAD]
+        del shapes[head_of(config)]
     return shapes
 
 
-def _check_names(got: Iterable[str], wanted: Iterable[str], where: str) -> None:
+def _check_names(got: Iterable[str], wanted: Iterable[str], where: str, config: LlamaConfig) -> None:
     got, wanted = list(got), list(wanted)
     if missing := [key for key in wanted if key not in set(got)]:
-        hint = " (config.json says that it is not tied to embed_tokens)" if missing == [HEAD] else ""
+        tied_to = config.family.names["embed_tokens"]
+        hint = f" (config.json says that it is not tied to {tied_to})" if missing == [head_of(config)] else ""
         raise ValueError(f"{where}: the tensor {missing[0]}{more(missing)} is missing, expected by config.json{hint}")
     if extra := [key for key in got if key not in set(wanted)]:
-        raise ValueError(f"{where}: the tensor {extra[0]}{more(extra)} is not part of the Llama in config.json")
+        raise ValueError(
+            f"{where}: the tensor {extra[0]}{more(extra)} is not part of the {config.family.title} in config.json"
+        )
 
 
-def _check_shapes(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
-    _check_names(got, wanted, where)
+def _check_shapes(
+    got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str, config: LlamaConfig
+) -> None:
+    _check_names(got, wanted, where, config)
     if wrong := [key for key, shape in wanted.items() if got[key] != shape]:
         key = wrong[0]
         raise ValueError(

@@ -37,8 +37,11 @@ class Into(NamedTuple):
 
 
 def reference(x_BHTE: Tensor, rope: Rope) -> Tensor:
-    """The definition, in torch; it keeps x's layout."""
+    """The definition, in torch; it keeps x's layout. Channels beyond those of the rope stay as they are."""
     cos, sin = rope
+    if cos.shape[-1] < x_BHTE.shape[-1]:
+        turned, rest = x_BHTE.split((cos.shape[-1], x_BHTE.shape[-1] - cos.shape[-1]), dim=-1)
+        return torch.cat((reference(turned, rope), rest), dim=-1)
     half = x_BHTE.shape[-1] // 2
     y_BHTE = x_BHTE * cos
     y_BHTE[..., :half].addcmul_(x_BHTE[..., half:], sin[..., :half], value=-1)
@@ -74,7 +77,7 @@ def _fit(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, rope: Rope) -> bool:
     (B, _, T, E), (cos, sin) = q_BHTE.shape, rope
     return (
         k_BKTE.shape == v_BKTE.shape == (B, k_BKTE.shape[1], T, E)
-        and cos.shape == sin.shape == (len(cos), 1, T, E)
+        and cos.shape == sin.shape == (len(cos), 1, T, E)  # a rope of a part of each head: torch
         and len(cos) in (1, B)
         and cos.stride() == sin.stride()
         and E % 2 == 0

@@ -72,6 +72,7 @@ typedef struct {
   float *y;                  /* [B, T, H, E] */
   long q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t; /* strides; each E lies together */
   long B, H, KH, T, start, E;
+  float scale;               /* of the scores */
 } Attention;
 
 static void scores(float *s, const float *K, long stride, const float *Q, long E, long from, long to, long n) {
@@ -86,10 +87,10 @@ static void scores(float *s, const float *K, long stride, const float *Q, long E
 static void unit(const Attention *p, long b, long h, long t0, float *scratch) {
   const float *K = p->k + b * p->k_b + h / (p->H / p->KH) * p->k_h, *V = p->v + b * p->v_b + h / (p->H / p->KH) * p->v_h;
   long E = p->E, rows = p->T - t0 < ACROSS ? p->T - t0 : ACROSS, n = (rows + LANES - 1) / LANES, width = n * LANES;
-  float *Q = scratch, *out = Q + E * ACROSS, *s = out + E * ACROSS, root = 1 / sqrtf(E);
+  float *Q = scratch, *out = Q + E * ACROSS, *s = out + E * ACROSS;
   float most[ACROSS], sum[ACROSS];
   for (long r = 0; r < width; r++) {
-    for (long e = 0; e < E; e++) Q[e * ACROSS + r] = r < rows ? root * p->q[b * p->q_b + h * p->q_h + (t0 + r) * p->q_t + e] : 0;
+    for (long e = 0; e < E; e++) Q[e * ACROSS + r] = r < rows ? p->scale * p->q[b * p->q_b + h * p->q_h + (t0 + r) * p->q_t + e] : 0;
     most[r] = -INFINITY, sum[r] = 0;
   }
   memset(out, 0, E * ACROSS * sizeof(float));

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backward import unable
 from ..episode_state import Address, EpisodeState, Taped, Waiting
 from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
-from ..plastic import ACTIVATIONS, PlasticLinear
+from ..plastic import PlasticLinear
 from ..rules import Key, Local, event_value, key_of, value_of
 from ..state import EventLog
 from ..state.events import Events
 from ..state.factors import BUFFERS
 from ..watch import Watch
-from .table import refusal, run, table_of
+from .table import LINEARS, refusal, run, table_of
 
 
 class Cpu:
@@ -48,6 +49,9 @@ class Cpu:
             return "a linear runs on backend 'triton'"
         if any(log.dtype != torch.float32 for log in self.state.logs.values()):
             return "a log holds float64 factors"
+        gradient = any(not linear.rule.neuron_local for linear in self.linears.values())
+        if any(tokens.counts) and gradient and (reason := unable(self.model)) is not None:
+            return reason
         if any(tokens.counts) and len({linear.rule.neuron_local for linear in self.linears.values()}) > 1:
             return "some rules that write this token are neuron-local, and some are not"
         return None
@@ -114,9 +118,9 @@ class Groups:
         self.linears = [linear for group in alike.values() for linear in group]  # in the order of the records
         self.rules = [linear.rule for linear in self.linears]
         self.records = np.zeros(len(self.linears), FAST)
-        self.record_of = np.full((layers, len(ACTIVATIONS)), -1)  # of each layer's linears; -1: frozen
+        self.record_of = np.full((layers, len(LINEARS)), -1)  # of each layer's linears; -1: frozen
         for n, linear in enumerate(self.linears):
-            self.record_of[linear.address[0], list(ACTIVATIONS).index(linear.address[1])] = n
+            self.record_of[linear.address[0], LINEARS.index(linear.role)] = n
         self.square_LB1 = torch.empty(len(self.linears), self.rows, 1, device="cpu")
         self.records["square"] = addresses(self.square_LB1)
         self.groups, start = [], 0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..activations import PHI
 from ..episode_state import Address, EpisodeState
 from ..kernels.place import Turns, launch_place
 from ..kernels.query import Where
@@ -21,7 +22,7 @@ from ..kernels.step import Factors, Plastic, StepInputs, StepRule
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear
-from ..rules import IDENTITY, SILU, Rule, twin_event, twin_of
+from ..rules import Rule, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
 from .fused import arrivals, layers_of, rope_of, strange, token, unable
@@ -272,9 +273,8 @@ class Cuda:
 
 def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
     """u of one token by its rule in torch."""
-    activation = SILU if rule.activation == "silu" else IDENTITY
     numbers = (inputs.rate, inputs.gamma, inputs.target)
-    return twin_event(rule.name, activation, rule.clip, a_BO, frozen_BO, norm_B, *numbers)
+    return twin_event(rule.name, PHI[rule.activation], rule.clip, a_BO, frozen_BO, norm_B, *numbers)
 
 
 def _turns(log: EventLog) -> Turns:

@@ -20,12 +20,12 @@ from ..kernels.products import MOST_ROWS, Frozen, Norm, add_project_, project
 from ..kernels.query import Where, attend_
 from ..kernels.step import Plastic, StepLinear, down_, gate_up
 from ..model import Llama
-from ..plastic import ACTIVATIONS
 from ..rules import target_at
 from ..watch import Watch, standing
 from . import table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KNOWN: frozenset[str] = frozenset()  # what these kernels know of `LlamaConfig.features`
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ def _layer(number: int, block: Any, plastic: Mapping[Address, Plastic]) -> Layer
     attention = block.self_attn
     qkv = (_frozen(attention.q_proj), _frozen(attention.k_proj), _frozen(attention.v_proj))
     gate, up, down = (
-        StepLinear(_frozen(getattr(block.mlp, name)), plastic.get((number, name))) for name in ACTIVATIONS
+        StepLinear(_frozen(getattr(block.mlp, name)), plastic.get((number, name))) for name in table.LINEARS
     )
-    norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+    norms = _norm(block.before_attention), _norm(block.before_mlp)
     return Layer(norms[0], qkv, _frozen(attention.o_proj), norms[1], (gate, up, down), attention.window)
 
 
 def rope_of(model: Llama, places: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the positions below `places`, each [places, E/2] in the model's dtype."""
-    cos, sin = model.model.rope(torch.arange(places, device=model.device)[None])
+    cos, sin = model.model.rope(torch.arange(places, device=model.device)[None], model.model.kinds[0])
     half = model.config.head_dim // 2
     return cos[0, 0, :, :half].contiguous(), sin[0, 0, :, :half].contiguous()
 
@@ -96,6 +96,8 @@ def token(
 
 def unable(model: Llama, rows: int, backend: str) -> str | None:
     """Why the kernels cannot run so many rows of this model, whatever its modules are; None if they can."""
+    if unknown := sorted(model.config.features - KNOWN):
+        return f"the fused step does not know {unknown[0]}"
     if backend == "triton" and values.triton is None:
         return "triton is not installed"
     if backend == "triton" and model.dtype not in DTYPES:

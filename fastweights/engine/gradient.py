@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backward import Slope, Tape, backward, forward, length
+from ..backward import Slope, Tape, backward, forward, length, unable
 from ..cache import Positions
 from ..episode_state import Address, EpisodeState, Taped, Waiting
 from ..model import Llama
@@ -100,6 +100,8 @@ class Gradient:
             return "edits or a capture run on the modules"
         if watch.hooked():
             return "there are hooks on the model, or a forward of its user's"
+        if (reason := unable(self.model)) is not None:
+            return reason
         if (stranger := table_of(self.model, watch).stranger) is not None:
             return f"the model holds a module that the backward does not know: {stranger}"
         return None

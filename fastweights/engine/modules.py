@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backward import Tape, forward, overwritten
+from ..backward import Tape, forward, overwritten, unable
 from ..episode_state import Address, EpisodeState, Graph, Taped, Waiting
 from ..model import Llama
 from ..passes import OnCpu, Pass, Tokens
@@ -40,7 +40,10 @@ class Modules:
         ids_BT = tokens.ids_BT.to(model.device)
         gradient = tuple(a for a, linear in self.linears.items() if writes and not linear.rule.neuron_local)
         graph = bool(gradient) and (
-            bool(model.binding.taps) or watch.hooked() or table_of(model, watch).stranger is not None
+            bool(model.binding.taps)
+            or watch.hooked()
+            or table_of(model, watch).stranger is not None
+            or unable(model) is not None
         )
         unseen = Unseen()
         now = self._pass(tokens, positions.position_BT, writes, unseen)

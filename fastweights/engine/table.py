@@ -18,10 +18,12 @@ from ..cache import KVCache, Positions
 from ..kernels.cpu import MOST_ROWS, library
 from ..kernels.decode import FAST, LAYER, decode
 from ..model import Llama
-from ..plastic import ACTIVATIONS, PlasticLinear
+from ..plastic import PlasticLinear
 from ..watch import Watch, standing
 
 DTYPES = (torch.float32, torch.bfloat16)
+LINEARS = ("gate_proj", "up_proj", "down_proj")  # the roles of an MLP's linears, in C's order
+KNOWN: frozenset[str] = frozenset()  # what C knows of `LlamaConfig.features`
 
 
 class Workspace(threading.local):
@@ -54,25 +56,27 @@ class Table:
         if self.why is not None:
             return
         blocks: list[Any] = list(model.model.layers)
-        self.embedding, self.norm = model.model.embed_tokens.weight, model.model.norm.weight
+        self.norm = model.model.norm.weight
         self.head, config = model.lm_head.weight, model.config
         heads = (config.num_attention_heads, config.num_key_value_heads)
         self.sizes = (config.intermediate_size, *heads, config.head_dim)
         layers = np.zeros(len(blocks), LAYER)
-        self.frozen = np.zeros(0, FAST), np.full((len(blocks), len(ACTIVATIONS)), -1)
+        self.frozen = np.zeros(0, FAST), np.full((len(blocks), len(LINEARS)), -1)
         for layer, block in zip(layers, blocks, strict=True):
             attention, mlp = block.self_attn, block.mlp
             layer["window"] = attention.window or 0
-            layer["norm1"] = block.input_layernorm.weight.data_ptr()
-            layer["norm2"] = block.post_attention_layernorm.weight.data_ptr()
+            layer["norm1"] = block.before_attention.weight.data_ptr()
+            layer["norm2"] = block.before_mlp.weight.data_ptr()
             linears = {name[0]: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-            linears |= {name.removesuffix("_proj"): getattr(mlp, name) for name in ACTIVATIONS}
+            linears |= {name.removesuffix("_proj"): getattr(mlp, name) for name in LINEARS}
             for name, linear in linears.items():
                 layer[name] = linear.weight.data_ptr()
                 layer[f"{name}b"] = 0 if linear.bias is None else linear.bias.data_ptr()
         self.workspace = Workspace(layers)
 
     def _why(self, model: Llama) -> str | None:
+        if unknown := sorted(model.config.features - KNOWN):
+            return f"the step in C does not know {unknown[0]}"
         if self.stranger is not None:
             return f"the model holds a module that the step in C does not know: {self.stranger}"
         if any(p.dtype != model.dtype or not p.is_cpu or not p.is_contiguous() for p in model.parameters()):
@@ -156,7 +160,7 @@ def run(
     place_B1 = position_B1 = positions.position_BT.contiguous()
     if positions.real_BT is not None:  # the last place is scratch
         place_B1 = torch.where(positions.real_BT, place_B1, places - 1)
-    x_BD = torch.embedding(table.embedding, input_ids[:, 0]).float()
+    x_BD = model.model.embed(input_ids[:, 0], position_B1[:, 0]).float()
     needed = rows * (H * E + 2 * F + x_BD.shape[1] + H * places + torch.get_num_threads() * H * (E + 2))
     if len(work.scratch) < needed:
         work.scratch = torch.empty(needed, device="cpu")
@@ -174,7 +178,7 @@ def run(
         table.norm,
         table.head,
         x_BD,
-        model.model.frequencies(),
+        model.model.frequencies(model.model.kinds[0]),
         position_B1,
         place_B1,
         work.scratch,

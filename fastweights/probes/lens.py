@@ -44,7 +44,7 @@ def lens(model: Llama, hidden: Tensor, norm: bool = True) -> Tensor:
     if hidden.dim() == 0 or hidden.shape[-1] != D:
         raise ValueError(f"lens() got hidden {list(hidden.shape)}, expected [.., {D}], the model's width")
     hidden = hidden.to(device=model.device, dtype=model.dtype)
-    return model.unembed(hidden) if norm else model.lm_head(hidden)
+    return model.unembed(hidden) if norm else model.logits(hidden)
 
 
 def rank(logits: Tensor, token_ids: int | Iterable | Tensor) -> Tensor:
@@ -108,12 +108,12 @@ def ov(model: Llama, layer: int, token_ids: int | Iterable[int] | Tensor) -> Ten
         raise ValueError(f"ov() got the token id {max(ids)}, which is outside the vocabulary of {V}")
     ids_N1 = torch.tensor(ids, device=model.device)[:, None]
     alone = Positions.alone((len(ids), 1), None, model.device)
-    x_ND = model.model.blocks(model.model.embed_tokens(ids_N1), alone, stop=1)[:, 0]
+    x_ND = model.model.blocks(model.model.embed(ids_N1, alone.position_BT), alone, stop=1)[:, 0]
     block = model.model.layers[layer]
-    attention = block.get_submodule("self_attn")
-    v_NKE = attention.get_submodule("v_proj")(block.get_submodule("input_layernorm")(x_ND)).unflatten(-1, (-1, E))
-    v_NHE = v_NKE.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=1)
-    o_DHE = attention.get_parameter("o_proj.weight").unflatten(-1, (-1, E))
+    before, attention = block.before_attention, block.self_attn
+    _, _, v_NK1E = attention.project((x_ND if before is None else before(x_ND))[:, None])
+    v_NHE = v_NK1E[:, :, 0].repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=1)
+    o_DHE = attention.o_proj.weight.unflatten(-1, (-1, E))
     return lens(model, torch.einsum("nhe,dhe->hnd", v_NHE, o_DHE))
 
 
@@ -157,7 +157,7 @@ def decompose(model: Llama, trace: Seen) -> tuple[list[str], Tensor]:
             x_BTHD = trace.sites["result"].select(-5, here["result"])
             names += [f"L{layer} H{head}" for head in range(x_BTHD.shape[-2])]
             parts += x_BTHD.unbind(-2)
-            bias_D = model.model.layers[layer].get_submodule("self_attn.o_proj").bias
+            bias_D = model.model.layers[layer].self_attn.o_proj.bias
             if isinstance(bias_D, Tensor):
                 names.append(f"L{layer} attn_bias")
                 parts.append(bias_D.to(embedding).expand_as(embedding))
@@ -169,7 +169,7 @@ def decompose(model: Llama, trace: Seen) -> tuple[list[str], Tensor]:
     whole = torch.zeros_like(embedding, dtype=torch.float64)
     for part in parts:
         whole = whole + part
-    scale = (whole.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.to(whole)
+    scale = (whole.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.factor.to(whole)
     if "final_norm" in trace.sites:
         _check(whole * scale, trace.sites["final_norm"])
     scale = scale.to(embedding.dtype)

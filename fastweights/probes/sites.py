@@ -57,9 +57,9 @@ class Site:
 
 def _table() -> dict[str, Site]:
     sites = [
-        Site("embedding", "D", "model.embed_tokens", layered=False),
+        Site("embedding", "D", "", "inside", layered=False),
         Site("resid_pre", "D", "", "input"),
-        Site("attn_norm", "D", "input_layernorm"),
+        Site("attn_norm", "D", "before_attention"),
         Site("q", "HE", "self_attn.q_proj"),
         Site("k", "KE", "self_attn.k_proj"),
         Site("v", "KE", "self_attn.v_proj"),
@@ -70,8 +70,8 @@ def _table() -> dict[str, Site]:
         Site("z", "HE", "self_attn.o_proj", "input"),
         Site("result", "HD", "self_attn.o_proj"),
         Site("attn_out", "D", "self_attn"),
-        Site("resid_mid", "D", "post_attention_layernorm", "input"),
-        Site("mlp_norm", "D", "post_attention_layernorm"),
+        Site("resid_mid", "D", "", "inside"),
+        Site("mlp_norm", "D", "before_mlp"),
         Site("gate", "F", "mlp.gate_proj"),
         Site("up", "F", "mlp.up_proj"),
         Site("act", "F", "mlp.down_proj", "input"),

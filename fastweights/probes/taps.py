@@ -11,6 +11,7 @@ heads, K key/value heads, E head width, S keys, D model width, O out.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -293,7 +294,7 @@ class Tap:
         if site.side in ("inside", "plastic"):
             return None  # attention, and a plastic linear, ask for themselves
         home = self.model if layer is None else self.model.model.layers[layer]
-        module = home.get_submodule(site.module)
+        module = functools.reduce(getattr, filter(None, site.module.split(".")), home)
         heads = site.axes[-1] == "E"
         split = self.model.config.head_dim
 
@@ -306,19 +307,14 @@ class Tap:
 
         def before(_module: nn.Module, args: tuple) -> tuple | None:
             y = through(args[0])
-            if site.name == "resid_mid":  # the block adds to it afterwards: to the one that it gave to its norm
-                if y is not args[0]:
-                    args[0].copy_(y)
-                return None
             return (y, *args[1:])
 
         def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             return self._result(layer, module, args[0], output) if site.name == "result" else through(output)
 
         binding = self.model.binding
-        if site.side == "input":  # resid_mid before anybody's hook, which may give the norm another tensor
-            first = site.name == "resid_mid"
-            return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self), prepend=first)
+        if site.side == "input":
+            return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self))
         return module.register_forward_hook(ThreadHook(after, lambda: binding.tap is self))
 
     def _result(self, layer: int | None, o_proj: Any, z_BTM: Tensor, output_BTD: Tensor) -> Tensor:
@@ -339,6 +335,14 @@ class Tap:
 
     # ---- inside attention
 
+    def projected(self, layer: int, every: list[Tensor]) -> list[Tensor]:
+        """q, k and v [B, T, heads E] that one linear gives together, edited."""
+        E = self.model.config.head_dim
+        return [
+            self(site, layer, x.unflatten(-1, (-1, E))).flatten(2) if self.wants(site, layer=layer) else x
+            for site, x in zip("qkv", every, strict=True)
+        ]
+
     def rotated(self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after rope, edited."""
         q, k = (
@@ -348,7 +352,14 @@ class Tap:
         return q, k
 
     def attention(
-        self, layer: int, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, visible: Tensor | None
+        self,
+        layer: int,
+        q_BHTE: Tensor,
+        k_BKSE: Tensor,
+        v_BKSE: Tensor,
+        visible: Tensor | None,
+        scale: float,
+        cap: float | None,
     ) -> Tensor | None:
         """z [B, T, H, E] by way of scores and pattern; None where nobody named them in this layer."""
         if not self.wants("scores", "pattern", layer=layer):
@@ -358,7 +369,10 @@ class Tap:
         T, S = q_BHTE.shape[2], k_BHSE.shape[2]
         if visible is None:
             visible = torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
-        scores = (q_BHTE @ k_BHSE.transpose(2, 3) * q_BHTE.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+        scores = q_BHTE @ k_BHSE.transpose(2, 3) * scale
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~visible, -torch.inf)
         # masked again: an edit must not let a token look at what it may not see
         scores = self("scores", layer, scores, visible, -torch.inf)
         wide = torch.promote_types(scores.dtype, torch.float32)
