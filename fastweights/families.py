@@ -124,7 +124,8 @@ class Family:
         harmless: further keys that change nothing.
         windows: which layers may have a sliding window. None: no layer. "all": every layer, where sliding_window is a
             number. "some": where use_sliding_window is true, those that layer_types names; without layer_types those
-            from max_window_layers on. A number n: those that layer_types names; without it all but every nth layer.
+            from max_window_layers on. A number n: those that layer_types names; without it all but every nth layer,
+            where n is sliding_window_pattern if `defaults` names that.
         ignored: ends of the names of tensors in the checkpoint that nothing is computed with.
     """
 

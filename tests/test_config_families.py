@@ -261,6 +261,7 @@ def test_every_name_of_an_activation_is_the_function_that_transformers_calls_so(
     x = torch.linspace(-30, 30, 2001, dtype=torch.float64)
     for name, ours in ACTIVATIONS.items():
         assert torch.allclose(ACT2FN[name](x), PHI[ours](x), rtol=0, atol=1e-10), name
+    assert set(ACTIVATIONS.values()) == PHI.keys()
     for name in ("quick_gelu", "gelu_10", "mish", "relu"):
         assert not any(torch.allclose(ACT2FN[name](x), phi(x), rtol=0, atol=1e-10) for phi in PHI.values()), name
 
