@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -322,3 +323,10 @@ def test_a_file_that_is_no_config_is_named(tmp_path):
 def test_a_config_made_by_hand_is_checked_too():
     with pytest.raises(ValueError, match="rope_type 'yarn' is not implemented"):
         RopeScaling("yarn", 2.0)
+    llama = LlamaConfig.from_dict(SMALL)
+    with pytest.raises(ValueError, match="use_parallel_residual is True, which the config"):
+        replace(llama, use_parallel_residual=True).to_dict()
+    with pytest.raises(ValueError, match="hidden_act is 'relu', expected one of silu, gelu, gelu_tanh"):
+        replace(llama, hidden_act="relu")
+    with pytest.raises(ValueError, match="final_logit_softcapping is 0, expected a positive number"):
+        replace(llama, model_type="gemma2", final_logit_softcapping=0)
