@@ -234,7 +234,8 @@ def run(
 
     first: also the tape from this layer on, as `backward.Tape` has it; None: no tape.
     """
-    rows, (F, H, E) = len(input_ids), (int(table.model[0][name]) for name in "FHE")
+    rows, config = len(input_ids), model.config
+    F, H, E = config.intermediate_size, config.num_attention_heads, config.head_dim
     work = table.workspace
     work.point_at(cache)
     places = cache.capacity + 1
