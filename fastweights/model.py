@@ -399,5 +399,9 @@ class Llama(Named):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits of a residual stream after the last norm."""
-        logits_BTV, cap = self.lm_head(x_BTD), self.config.final_logit_softcapping
+        return self.capped(self.lm_head(x_BTD))
+
+    def capped(self, logits_BTV: Tensor) -> Tensor:
+        """The same with `final_logit_softcapping`."""
+        cap = self.config.final_logit_softcapping
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
