@@ -399,4 +399,6 @@ class Llama(Named):
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits of a residual stream after the last norm."""
         logits_BTV, cap = self.lm_head(x_BTD), self.config.final_logit_softcapping
-        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
+        if cap is not None:
+            logits_BTV = cap * torch.tanh(logits_BTV / cap)
+        return logits_BTV if (tap := self.binding.tap) is None else tap("logits", None, logits_BTV)
