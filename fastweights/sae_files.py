@@ -56,6 +56,8 @@ SPARSIFY = {
     *("embed_skip", "gram_lookup", "lookup_max_order", "gram_table_hash"),
     *("normalize_decoder", "multi_topk"),  # of the training alone: the stored decoder is normalised
 }
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a folder says of its SAE, in the words of SAELens 6."""

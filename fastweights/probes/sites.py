@@ -15,7 +15,6 @@ from typing import Any
 from ..config import LlamaConfig
 from ..families import FAMILIES, Family
 
-
 # by site: the norm behind it, that before it and what reads that, and the linear that gives it together with others
 BEHIND = {"attn_out": "after_attention", "mlp_out": "after_mlp"}
 BEFORE = {"attn_norm": ("before_attention", "attention"), "mlp_norm": ("before_mlp", "the MLP")}
@@ -29,8 +28,8 @@ class Site:
     axes: what follows [B, T], by letter; "scores" and "pattern" are [B, H, T, S].
     module: the module at which it lies as a rule, a path of roles (`families.LLAMA`) from its block, or from the model
         where no block has it; `place` says where it lies in a family.
-    side: whether it is that module's "input" or "output"; "inside" for what the module asks its tap for (`Binding.tap`),
-        "plastic" for what a plastic linear reads and writes.
+    side: whether it is that module's "input" or "output"; "inside" for what the module itself shows its tap
+        (`Binding.tap`), "plastic" for what a plastic linear reads and writes.
     """
 
     name: str
