@@ -204,8 +204,8 @@ def test_a_site_that_a_family_does_not_have_is_refused_by_name(name):
     ours, _ = both(name)
     episode = fw.Episode(ours)
     said = {
-        "attn_norm": "attention of a Olmo2 reads the stream itself, without a norm before it",
-        "mlp_norm": "the MLP of a Olmo2 reads the stream itself, without a norm before it",
+        "attn_norm": "attention of Olmo2 reads the stream itself, without a norm before it",
+        "mlp_norm": "the MLP of Olmo2 reads the stream itself, without a norm before it",
         "resid_mid": "attention and MLP of this GPTNeoX read the same stream, and nothing lies between them",
         "gate": "has no gate: expected 'up'",
         "gate.read": r"has no gate: expected 'up\.read'",
@@ -482,9 +482,21 @@ def test_the_names_of_a_familys_modules_are_aliases(name, tmp_path):
 
 
 NO_NAMES = [
-    ("llama", "transformer.h.1.mlp.c_fc", "is a name of a GPT2, and this model is a Llama: expected 'up' of layer 1"),
-    ("gpt2", "model.layers.1.mlp.up_proj", "is a name of a Llama, and this model is a GPT2: expected 'up' of layer 1"),
-    ("gpt2", "gpt_neox.layers.2.attention", "is a name of a GPTNeoX, and this model is a GPT2: expected 'attn_out' of"),
+    (
+        "llama",
+        "transformer.h.1.mlp.c_fc",
+        "is a name in GPT2, and this model is of the family Llama: expected 'up' of layer 1",
+    ),
+    (
+        "gpt2",
+        "model.layers.1.mlp.up_proj",
+        "is a name in Llama, and this model is of the family GPT2: expected 'up' of layer 1",
+    ),
+    (
+        "gpt2",
+        "gpt_neox.layers.2.attention",
+        "is a name in GPTNeoX, and this model is of the family GPT2: expected 'attn_out' of",
+    ),
     ("gpt2", "transformer.wte", "is taken before positions are added: expected 'embedding'"),
     ("gpt2", "hook_embed", "is taken before positions are added: expected 'embedding'"),
     ("gpt2", "transformer.h.0.attn.c_attn", "holds several sites side by side: expected 'q', 'k' or 'v'"),

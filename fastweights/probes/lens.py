@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..cache import Positions
 from ..inputs import whole_numbers
-from ..model import Llama
+from ..model import Llama, RMSNorm
 
 
 class Seen(Protocol):
@@ -197,6 +197,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 def _scale(norm: nn.Module, x_BTD: Tensor) -> Tensor:
     """What a norm multiplies x by, [.., D]; LayerNorm's x has lost its mean."""
+    assert isinstance(norm, RMSNorm | nn.LayerNorm)
     factor = norm.weight if isinstance(norm, nn.LayerNorm) else norm.factor
     return (x_BTD.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * factor.to(x_BTD)
 

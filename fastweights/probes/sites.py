@@ -66,11 +66,11 @@ class Site:
         """Why a model does not have it; None: it does."""
         family = config.family
         if self.name in BEFORE and BEFORE[self.name][0] not in family.names:
-            return f"{BEFORE[self.name][1]} of a {family.title} reads the stream itself, without a norm before it"
+            return f"{BEFORE[self.name][1]} of {family.title} reads the stream itself, without a norm before it"
         if self.name == "resid_mid" and config.use_parallel_residual:
             return f"attention and MLP of this {family.title} read the same stream, and nothing lies between them"
         if self.name.split(".")[0] == "gate" and self.linear(family) is None:
-            return f"the MLP of a {family.title} has no gate: expected {self.name.replace('gate', 'up')!r}"
+            return f"the MLP of {family.title} has no gate: expected {self.name.replace('gate', 'up')!r}"
         return None
 
     def sizes(self, config: LlamaConfig) -> list[int | None]:
@@ -130,7 +130,6 @@ LENS = {
     **{"mlp.hook_pre": "gate", "mlp.hook_pre_linear": "up", "mlp.hook_post": "act"},
 }
 OTHER = {"ln1": "attn_norm", "ln2": "mlp_norm", "ln_final": "final_norm"}
-HEADS = ("lm_head", "unembed")  # names of the linear before the logits, in every family
 
 
 @dataclass(frozen=True)
@@ -154,13 +153,14 @@ class Names:
 
     def hint(self, name: str) -> str | None:
         """What there is to say of a name that means no site."""
-        return self.apart.get(name) or self.apart.get(self._inside(name)[1] or "")
+        return self.apart.get(name) or self.apart.get(self._inside(name)[1])
 
-    def _inside(self, name: str) -> tuple[int | None, str | None, Mapping[str, str]]:
+    def _inside(self, name: str) -> tuple[int | None, str, Mapping[str, str]]:
+        """Of a name inside a block: the layer, what follows it, and the sites there."""
         for block, sites in self.blocks.items():
             if found := re.fullmatch(rf"{re.escape(block)}\.(\d+)(?:\.(.+))?", name):
                 return int(found[1]), found[2] or "", sites
-        return None, None, {}
+        return None, "", {}
 
 
 def _names(family: Family) -> Names:
@@ -232,10 +232,10 @@ def _why(name: str, family: Family | None) -> str:
     for each in FAMILIES.values() if family is None else (family,):
         if (hint := NAMES[each.architecture].hint(name)) is not None:
             return hint
-    for each in FAMILIES.values() if family is not None else ():
-        if (found := NAMES[each.architecture].find(name)) is not None:
-            where = "" if found[1] is None else f" of layer {found[1]}"
-            return f"is a name of a {each.title}, and this model is a {family.title}: expected {found[0]!r}{where}"
+    for each in FAMILIES.values():
+        if family is not None and (found := NAMES[each.architecture].find(name)) is not None:
+            site = f"{found[0]!r}" if found[1] is None else f"{found[0]!r} of layer {found[1]}"
+            return f"is a name in {each.title}, and this model is of the family {family.title}: expected {site}"
     near = difflib.get_close_matches(name, SITES, 1, 0.8)
     near = near or difflib.get_close_matches(name.rsplit(".", 1)[-1].removeprefix("hook_"), SITES, 1, 0.6)
     near = near or difflib.get_close_matches(name, SITES, 1, 0.5)
