@@ -137,8 +137,8 @@ def decompose(model: Llama, trace: Seen) -> tuple[list[str], Tensor]:
         have the trace's dtype.
 
     Raises:
-        ValueError: a site or a layer that the trace does not hold, or parts that do not sum to the trace's
-            "final_norm" (if it is there), because an edit changed the stream between them.
+        ValueError: a site or a layer that the trace does not hold, a norm of somebody's own, or parts that do not sum
+            to the trace's "final_norm" (if it is there), because an edit changed the stream between them.
     """
     heads = "result" in trace.sites
     attention = "result" if heads else "attn_out"
@@ -197,7 +197,8 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 def _scale(norm: nn.Module, x_BTD: Tensor) -> Tensor:
     """What a norm multiplies x by, [.., D]; LayerNorm's x has lost its mean."""
-    assert isinstance(norm, RMSNorm | nn.LayerNorm)
+    if not isinstance(norm, RMSNorm | nn.LayerNorm):
+        raise ValueError(f"decompose() knows the scale of RMSNorm and LayerNorm, and here stands a {type(norm).__name__}")
     factor = norm.weight if isinstance(norm, nn.LayerNorm) else norm.factor
     return (x_BTD.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * factor.to(x_BTD)
 
