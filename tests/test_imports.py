@@ -26,8 +26,8 @@ ORDER = [
         "weights",
         "anatomy",
     ),  # checkpoints
-    *("sae_files", "sae"),
     "probes",
+    *("sae_files", "sae"),
     *("episode_state", "passes", "plastic", "backward"),
     "engine",
     *("waiting", "feed"),
