@@ -17,7 +17,8 @@ from transformers.tokenization_utils_base import generate_merges
 
 import fastweights as fw
 from fastweights.config import RopeScaling
-from fastweights.gguf import GgufFile, llama3_stretch
+from fastweights.gguf import GgufFile
+from fastweights.gguf_config import llama3_stretch
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "vocab_size": 320}
@@ -329,7 +330,11 @@ def test_each_pre_tokenizer_splits_as_the_model_was_trained(tmp_path, pre, text,
 
 
 REFUSED = [
-    ({"architecture": "gemma2"}, "has the architecture 'gemma2', and fastweights implements only 'llama' and 'qwen2'"),
+    (
+        {"architecture": "mamba"},
+        "has the architecture 'mamba', and fastweights implements only gemma2, gemma3, gpt2, gptneox, llama, olmo2, "
+        "phi3, qwen2 and qwen3",
+    ),
     ({"drop": ("block_count",)}, "the key llama.block_count is missing"),
     ({"llama__expert_count": 8}, "llama.expert_count is 8"),
     ({"llama__attention__key_length": 32}, "llama.rope.dimension_count is 16, expected the head width 32"),
