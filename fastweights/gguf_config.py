@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import LlamaConfig, RopeScaling
+from .config import LlamaConfig
 from .gguf_families import ARCHITECTURES
+from .rope import RopeScaling
 
 # Keys that would change the numbers of any architecture, and the values that leave them alone.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -50,7 +51,7 @@ class Metadata:
 
     def refuse(self, key: str, value: Any, wanted: str) -> ValueError:
         """The error of a key of the architecture."""
-        return ValueError(f"{self.path}: {self.architecture}.{key} is {_short(value)}, {wanted}")
+        return ValueError(f"{self.path}: {self.architecture}.{key} is {value!r}, {wanted}")
 
 
 def read_config(
@@ -70,18 +71,8 @@ def read_config(
     for key, allowed in {**_ONLY, **row.only}.items():
         if (value := own(key, allowed[0])) not in allowed:
             raise keys.refuse(key, value, f"and fastweights implements only {' and '.join(map(str, allowed))} there")
-    width, layers, heads = own("embedding_length"), own("block_count"), own("attention.head_count")
-    kv_heads = own("attention.head_count_kv", heads)
-    for key, value in (("head_count", heads), ("head_count_kv", kv_heads)):
-        if not isinstance(value, int):
-            raise ValueError(
-                f"{keys.path}: {keys.architecture}.attention.{key} differs between layers, expected one number"
-            )
-    head_dim = own("attention.key_length", width // heads)
-    whole = ["attention.value_length", *([] if row.partial_rope else ["rope.dimension_count"])]
-    for key in whole:
-        if (value := own(key, head_dim)) != head_dim:
-            raise keys.refuse(key, value, f"expected the head width {head_dim}")
+    heads, kv_heads, head_dim = _heads(keys)
+    width, layers = own("embedding_length"), own("block_count")
     theta = _shortest(own("rope.freq_base", 10000.0))
     windows = _windows(keys, layers)
     epsilon = "layer_norm_epsilon" if row.family.norm == "layer" else "layer_norm_rms_epsilon"
@@ -113,8 +104,24 @@ def read_config(
         query_pre_attn_scalar=None if row.by_width is None else width // heads if layers == row.by_width else head_dim,
         attn_logit_softcapping=_shortest(attn_cap) if attn_cap else None,
         final_logit_softcapping=_shortest(final_cap) if final_cap else None,
-        use_parallel_residual=own("use_parallel_residual") if row.model_type == "gpt_neox" else False,
+        use_parallel_residual=own("use_parallel_residual") if row.family.has("use_parallel_residual") else False,
     )
+
+
+def _heads(keys: Metadata) -> tuple[int, int, int]:
+    """How many heads queries have, how many keys and values have, and their width."""
+    heads = keys.own("attention.head_count")
+    kv_heads = keys.own("attention.head_count_kv", heads)
+    for key, value in (("head_count", heads), ("head_count_kv", kv_heads)):
+        if not isinstance(value, int):
+            raise ValueError(
+                f"{keys.path}: {keys.architecture}.attention.{key} differs between layers, expected one number"
+            )
+    head_dim = keys.own("attention.key_length", keys.own("embedding_length") // heads)
+    for key in ("attention.value_length", *(() if keys.row.partial_rope else ("rope.dimension_count",))):
+        if (value := keys.own(key, head_dim)) != head_dim:
+            raise keys.refuse(key, value, f"expected the head width {head_dim}")
+    return heads, kv_heads, head_dim
 
 
 def _windows(keys: Metadata, layers: int) -> tuple[int | None, ...]:
@@ -129,7 +136,10 @@ def _windows(keys: Metadata, layers: int) -> tuple[int | None, ...]:
     pattern = keys.own(key, kinds)
     if isinstance(pattern, list):
         if len(pattern) != layers:
-            raise keys.refuse(key, pattern, f"expected an entry for each of {layers} layers")
+            raise ValueError(
+                f"{keys.path}: {keys.architecture}.{key} has {len(pattern)} entries, expected one for each of "
+                f"{layers} layers"
+            )
         return tuple(window if slides else None for slides in pattern)
     # the last of every `pattern` layers sees everything; 0: no layer does
     return tuple(window if not pattern or layer % pattern < pattern - 1 else None for layer in range(layers))
@@ -181,8 +191,3 @@ def _share(channels: int, head_dim: int) -> float:
 def _shortest(value: float) -> float:
     """The shortest decimal that is this float32: 9.99999974e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
