@@ -129,12 +129,7 @@ class GgufFile:
             raise ValueError(
                 f"{self.path}: tokenizer.ggml.model is {model!r}, and fastweights implements only 'gpt2' and 'llama'"
             )
-        added = [
-            AddedToken(token, special=kind != USER_DEFINED or token in _ENDS, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in _ENDS
-        ]
-        backend.add_tokens(added)
+        backend.add_tokens(self._added(model, tokens, kinds))
         bos, eos = special["bos_token"], special["eos_token"]
         adds_eos = self._get("tokenizer.ggml.add_eos_token", False)
         if self._get("tokenizer.ggml.add_bos_token", adds_bos) and bos is not None:
@@ -143,6 +138,24 @@ class GgufFile:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config["model_max_length"] = self.config.max_position_embeddings
         return Tokenizer(backend, config, self._chat_templates(), self.config.eos_token_ids)
+
+    def _added(self, model: str, tokens: list[str], kinds: list[int]) -> list[AddedToken]:
+        """The tokens that are found in a text before it is split."""
+        stops = {tokens[i] for i in self.config.eos_token_ids}
+        ends = _ENDS if "</s>" in stops else _ENDS - {"</s>"}
+        # Phi-3's special tokens take the white space behind them; those around a whole text do not
+        greedy = self._keys.architecture == "phi3" and model == "llama"
+        whole = {"<unk>", "<s>", "<|endoftext|>"}
+        return [
+            AddedToken(
+                token,
+                special=kind != USER_DEFINED or token in ends,
+                normalized=False,
+                rstrip=greedy and token not in whole,
+            )
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in ends
+        ]
 
     def _special(self, name: str) -> int | None:
         """The id that the metadata gives a special token, or that llama.cpp takes where it is silent."""
@@ -167,8 +180,8 @@ class GgufFile:
         parts = set()  # tokens that end a part of a turn alone, in the vocabularies that llama.cpp knows
         if known.keys() >= {"<|return|>", "<|call|>"} or known.keys() >= {"<|flush|>", "<|calls|>"}:
             parts.add(known.get("<|end|>"))
-        if "<|tool_response>" in known:
-            parts.add(known.get("</s>"))
+        if known.keys() & {"<end_of_turn>", "<|tool_response>"} and known.get("</s>") not in named:
+            parts.add(known.get("</s>"))  # Gemma's vocabularies have it as HTML
         return tuple(dict.fromkeys(i for i in [*named, *known.values()] if i is not None and i not in parts))
 
     def _pre(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import positive_int
 from .config import LlamaConfig
 from .gguf_families import ARCHITECTURES
 from .rope import RopeScaling
@@ -49,6 +50,12 @@ class Metadata:
             f"{self.architecture}.{key}", *([self.row.defaults[key]] if key in self.row.defaults else default)
         )
 
+    def count(self, key: str) -> int:
+        """A key of the architecture that counts something."""
+        value: int = self.own(key)
+        positive_int(f"{self.architecture}.{key}", value)
+        return value
+
     def refuse(self, key: str, value: Any, wanted: str) -> ValueError:
         """The error of a key of the architecture."""
         return ValueError(f"{self.path}: {self.architecture}.{key} is {value!r}, {wanted}")
@@ -72,11 +79,10 @@ def read_config(
         if (value := own(key, allowed[0])) not in allowed:
             raise keys.refuse(key, value, f"and fastweights implements only {' and '.join(map(str, allowed))} there")
     heads, kv_heads, head_dim = _heads(keys)
-    width, layers = own("embedding_length"), own("block_count")
+    width, layers = keys.count("embedding_length"), keys.count("block_count")
     theta = _shortest(own("rope.freq_base", 10000.0))
     windows = _windows(keys, layers)
     epsilon = "layer_norm_epsilon" if row.family.norm == "layer" else "layer_norm_rms_epsilon"
-    attn_cap, final_cap = own("attn_logit_softcapping", None), own("final_logit_softcapping", None)
     return LlamaConfig(
         vocab_size=shapes["token_embd.weight"][0],
         hidden_size=width,
@@ -102,8 +108,8 @@ def read_config(
         partial_rotary_factor=_share(own("rope.dimension_count", head_dim), head_dim),
         rope_local_base_freq=_local_base(keys, theta, windows),
         query_pre_attn_scalar=None if row.by_width is None else width // heads if layers == row.by_width else head_dim,
-        attn_logit_softcapping=_shortest(attn_cap) if attn_cap else None,
-        final_logit_softcapping=_shortest(final_cap) if final_cap else None,
+        attn_logit_softcapping=_cap(keys, "attn_logit_softcapping"),
+        final_logit_softcapping=_cap(keys, "final_logit_softcapping"),
         use_parallel_residual=own("use_parallel_residual") if row.family.has("use_parallel_residual") else False,
     )
 
@@ -117,7 +123,8 @@ def _heads(keys: Metadata) -> tuple[int, int, int]:
             raise ValueError(
                 f"{keys.path}: {keys.architecture}.attention.{key} differs between layers, expected one number"
             )
-    head_dim = keys.own("attention.key_length", keys.own("embedding_length") // heads)
+        positive_int(f"{keys.architecture}.attention.{key}", value)
+    head_dim = keys.own("attention.key_length", keys.count("embedding_length") // heads)
     for key in ("attention.value_length", *(() if keys.row.partial_rope else ("rope.dimension_count",))):
         if (value := keys.own(key, head_dim)) != head_dim:
             raise keys.refuse(key, value, f"expected the head width {head_dim}")
@@ -153,6 +160,12 @@ def _local_base(keys: Metadata, theta: float, windows: tuple[int | None, ...]) -
     if any(windows) and base != theta:
         raise keys.refuse("rope.freq_base_swa", base, f"expected the {theta} of rope.freq_base")
     return None
+
+
+def _cap(keys: Metadata, key: str) -> float | None:
+    """A cap of scores or logits; None where the family or the file has none."""
+    cap = keys.own(key, 0.0) if keys.row.family.has(key) else 0.0
+    return _shortest(cap) if cap else None
 
 
 def _rope_scaling(keys: Metadata, theta: float, head_dim: int, rope_freqs: np.ndarray | None) -> RopeScaling | None:
