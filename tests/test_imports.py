@@ -20,6 +20,8 @@ ORDER = [
         "stream",
         "tokenizer",
         "hub",
+        "gguf_families",
+        "gguf_config",
         "gguf",
         "stored",
         "quantised",
