@@ -116,7 +116,8 @@ def read(given: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
     _check(fields, family)
     # What follows may be absent: transformers fills in the same values.
     length = first(fields["max_position_embeddings"], hf.get("max_sequence_length"), 2048)
-    biases = {key: first(hf.get(key), False) for key in ("attention_bias", "mlp_bias")}
+    spelt = {name: family.spellings(name) for name in ("attention_bias", "mlp_bias")}
+    biases = {name: first(*map(hf.get, keys), False) for name, keys in spelt.items()}
     fixed = {key: value for key, value in family.biases.items() if key in biases}
     fields |= {
         "model_type": given["model_type"],
@@ -134,7 +135,9 @@ def read(given: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
         **fixed,
         **read_rope(given, family, length, unread),
     }
-    unread += _unread(given, fields, family, _HANDLED | only.keys() | _HARMLESS | family.harmless)
+    unread += _unread(
+        given, fields, family, _HANDLED | {*sum(spelt.values(), ())} | only.keys() | _HARMLESS | family.harmless
+    )
     unread += [key for key, value in fixed.items() if given.get(key) not in (None, value)]
     if given.get("auto_map"):  # code of the repository, which transformers runs only if told to trust it
         unread.append("auto_map")
