@@ -51,9 +51,10 @@ def decode(
     Weights, KV cache and logits are float32, or all of them bfloat16: then every sum is a float32 one, rounded once.
 
     model: one MODEL. layers: LAYER [L]. fast: FAST [N], what is plastic; which [L, 3] int64: the record of each
-    layer's gate, up and down, -1 where it is frozen. head: what `model` names. position, slot [B] int64: each row's
-    position, and where its key and value are stored. scratch: B (H E + 2 F + D + H S + threads H (E + 2)) numbers.
-    slots: S of the cache. tape: how far apart the rows of the layers' tapes lie; a layer without one leaves nothing.
+    layer's gate, up and down, -1 where it is frozen; gate and up of one linear have one record. head: what `model`
+    names. position, slot [B] int64: each row's position, and where its key and value are stored. scratch:
+    B (H E + 2 F + D + H S + threads H (E + 2)) numbers. slots: S of the cache. tape: how far apart the rows of the
+    layers' tapes lie; a layer without one leaves nothing.
     """
     helper = library()
     assert helper is not None

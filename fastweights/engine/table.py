@@ -24,6 +24,7 @@ from ..watch import Watch, standing
 
 DTYPES = (torch.float32, torch.bfloat16)
 LINEARS = ("gate_proj", "up_proj", "down_proj")  # the roles of an MLP's linears, in C's order
+IN_ONE = "gate_up_proj"  # the role of one that is the first two
 KNOWN = frozenset(  # what C knows of `LlamaConfig.features`
     (
         "layer norms",
@@ -35,6 +36,7 @@ KNOWN = frozenset(  # what C knows of `LlamaConfig.features`
         "norms of q and k",
         "q, k and v in one linear",
         "q, k and v head by head in one linear",
+        "gate and up in one linear",
         "an MLP without a gate",
         *(f"the activation {name}" for name in IN_C),
         "learned positions",
@@ -79,7 +81,7 @@ class Table:
         if self.why is not None:
             return
         blocks: list[Any] = list(model.model.layers)
-        self.head = model.lm_head.weight
+        self.head, config = model.lm_head.weight, model.config
         self.model, self.frequency = model_record(model)
         layers = np.zeros(len(blocks), LAYER)
         self.frozen = np.zeros(0, FAST), np.full((len(blocks), len(LINEARS)), -1)
@@ -94,8 +96,9 @@ class Table:
             for name, row in zip("qkv", first_rows(attention), strict=True):
                 point(layer, name, attention.qkv_proj or getattr(attention, f"{name}_proj"), row)
             point(layer, "o", attention.o_proj)
-            for name in LINEARS:
-                point(layer, name.removesuffix("_proj"), getattr(mlp, name))
+            point(layer, "gate", mlp.gate_up_proj or mlp.gate_proj)
+            point(layer, "up", mlp.gate_up_proj or mlp.up_proj, config.intermediate_size if mlp.gate_up_proj else 0)
+            point(layer, "down", mlp.down_proj)
         self.workspace = Workspace(layers)
 
     def _why(self, model: Llama) -> str | None:
