@@ -276,7 +276,7 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     mlp, names = model.names["mlp"], model.config.family.linears
     # straight at the registries: this runs before every token, and nn.Module's attribute look-up is slow
     for layer, block in enumerate(model.model.layers._modules.values()):
-        linears = block._modules[mlp]._modules  # type: ignore[index, union-attr]
+        linears = block._modules[mlp]._modules
         for name in names:
             if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
