@@ -198,9 +198,8 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 def _scale(norm: nn.Module, x_BTD: Tensor) -> Tensor:
     """What a norm multiplies x by, [.., D]; LayerNorm's x has lost its mean."""
     if not isinstance(norm, RMSNorm | nn.LayerNorm):
-        raise ValueError(
-            f"decompose() knows the scale of RMSNorm and LayerNorm, and here stands a {type(norm).__name__}"
-        )
+        found = type(norm).__name__
+        raise ValueError(f"decompose() knows the scales of RMSNorm and LayerNorm, and this model has a {found}")
     factor = norm.weight if isinstance(norm, nn.LayerNorm) else norm.factor
     return (x_BTD.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * factor.to(x_BTD)
 
