@@ -125,6 +125,8 @@ class KVCache:
         # zeros, not empty: padding queries may look at a place that nothing has been written to
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
+        # with a graph that goes over passes: ("keys" or "values", layer) → [B, K, places, E]; None: no graph does
+        self.graphs: dict[tuple[str, int], Tensor] | None = None
 
     @property
     def capacity(self) -> int:
@@ -179,7 +181,7 @@ class KVCache:
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Stores this pass's keys and values; returns all of the layer's, [B, K, end, E]."""
-        return self._store(self.keys[layer], k_BKTE, positions), self._store(self.values[layer], v_BKTE, positions)
+        return self._store("keys", layer, k_BKTE, positions), self._store("values", layer, v_BKTE, positions)
 
     def rotate_append(
         self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, rope: Rope | None, positions: Positions
@@ -194,17 +196,24 @@ class KVCache:
             return turned_BHTE, *self.append(layer, k_BKTE, v_BKTE, positions)
         return turned_BHTE, into.keys_BKSE[:, :, : positions.end], into.values_BKSE[:, :, : positions.end]
 
-    def _store(self, buffer: Tensor, new_BKTE: Tensor, positions: Positions) -> Tensor:
+    def _store(self, part: str, layer: int, new_BKTE: Tensor, positions: Positions) -> Tensor:
+        buffer = getattr(self, part)[layer]
         stored = buffer[:, :, : positions.end]
-        if new_BKTE.requires_grad:
-            # The graph must not see a buffer that later tokens overwrite: the gradient flows through a copy.
-            with torch.no_grad():
-                self._write(buffer, new_BKTE.detach(), positions)
-            copy = torch.cat([stored, stored.new_zeros(*stored.shape[:2], 1, stored.shape[3])], dim=2)
-            self._write(copy, new_BKTE, positions)
-            return copy[:, :, :-1]
-        self._write(buffer, new_BKTE, positions)
-        return stored
+        earlier = None if self.graphs is None else self.graphs.get((part, layer))
+        if not new_BKTE.requires_grad and earlier is None:
+            self._write(buffer, new_BKTE, positions)
+            return stored
+        # The graph must not see a buffer that later tokens overwrite: the gradient flows through a copy.
+        with torch.no_grad():
+            self._write(buffer, new_BKTE.detach(), positions)
+        copy = [stored, stored.new_zeros(*stored.shape[:2], 1, stored.shape[3])]
+        if earlier is not None:
+            copy[:1] = [earlier[:, :, : positions.end], stored[:, :, earlier.shape[2] :]]
+        whole = torch.cat(copy, dim=2)
+        self._write(whole, new_BKTE, positions)
+        if self.graphs is not None:
+            self.graphs[part, layer] = whole[:, :, :-1]
+        return whole[:, :, :-1]
 
     @staticmethod
     def _write(buffer: Tensor, new_BKTE: Tensor, positions: Positions) -> None:
@@ -239,7 +248,7 @@ class KVCache:
         """A copy, of the places in use, whose row n is row `chosen[n]` of this one."""
         other = object.__new__(KVCache)
         other.longest, other.limit = self.longest, self.limit
-        other.lengths = [self.lengths[row] for row in chosen]
+        other.lengths, other.graphs = [self.lengths[row] for row in chosen], None
         end, every = max(other.lengths), list(chosen) == list(range(len(self.lengths)))
         index = torch.tensor(list(chosen), device=self.keys[0].device)
 

@@ -149,6 +149,7 @@ class Episode:
         attention_mask: Mask = None,
         logits: str = "all",
         edits: Edit | Sequence[Edit] = (),
+        graph: bool | str = False,
     ) -> Tensor:
         """Reads tokens: one pass over the model when every rule is neuron-local, token by token otherwise.
 
@@ -159,17 +160,33 @@ class Episode:
             logits: "all": [B, T, V]; "last": [B, 1, V], the last real token of each row.
             edits: made in this feed, see `fw.Edit`; what they change is cached and written as it was changed. Feeds
                 whose edits name what a plastic linear reads or writes go token by token.
+            graph: True: the logits have a graph of autograd through every read and write of this feed; gradients reach
+                numbers of rules that are tensors, parameters of rules that are modules, targets, and parameters of
+                the model that ask for them. What was before the feed is a constant. "carry": the graph goes on into
+                the next feed with "carry", until `cut`. The log gets the events as always, without a graph.
 
         Raises:
             ValueError: for tokens, masks, updates or edits that do not fit and for events with a non-finite factor;
-                the episode is as it was before.
+                the episode is as it was before. With a graph also for gradient rules, budgets and
+                events that overflow a log; and without "carry" while a graph is carried.
         """
         ids_BT, mask_BT = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
         if logits not in ("all", "last"):
             raise ValueError(f"logits={logits!r}: expected 'all' or 'last'")
+        if graph is not True and graph is not False and graph != "carry":
+            raise ValueError(f"graph={graph!r}: expected True, False or 'carry'")
         bounds = bind(edits, self.model, self.engine.linears)
         with self.state.alone():
-            return self.reader.read(ids_BT, mask_BT, update, generated=False, logits=logits, edits=bounds)
+            return self.reader.read(ids_BT, mask_BT, update, False, logits, bounds, graph)
+
+    def cut(self) -> None:
+        """Ends the graph that `feed(graph="carry")` carries: what was read and written until now is a constant then.
+
+        Logits that were given out keep their graph. Without a carried graph nothing happens. `reset`, `restore` and
+        `undo` cut as well; snapshots, forks and files hold no graph and leave it alone.
+        """
+        with self.state.alone():
+            self.state.cut()
 
     def generate(
         self,

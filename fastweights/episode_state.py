@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .binding import Calls
 from .cache import KVCache
+from .carried import Carried
 from .sampling import RowGenerator
 from .state import EventLog
 from .state.events import Events
@@ -81,6 +82,8 @@ class Before:
     texts: Texts | None
     event_counts: dict[Address, list[int]]
     scaled: dict[Address, list[list[int]]]  # of each log with a budget, and of its archive
+    carried: dict[Address, Carried] | None
+    graphs: dict[tuple[str, int], Tensor] | None  # of the cache
     kept: dict[Address, EventLog] = field(default_factory=dict)  # copies of logs that could not be rolled back
 
 
@@ -96,6 +99,7 @@ class EpisodeState:
         logits_BV: [B, V] after the last token of each row; None before the first.
         generator: draws the sampled tokens, for each row by itself.
         texts: how far the text of each row was given out by `generate`; not in files.
+        carried: the events whose graph is kept, of each plastic linear; None: no graph is. In no copy and no file.
     """
 
     def __init__(self, cache: KVCache, logs: dict[Address, EventLog], generator: RowGenerator, shared: bool):
@@ -104,6 +108,7 @@ class EpisodeState:
         self.token_ids: list[list[int]] = [[] for _ in cache.lengths]
         self.logits_BV: Tensor | None = None
         self.texts: Texts | None = None
+        self.carried: dict[Address, Carried] | None = None
         # what puts a change that was cut short right: set before the change begins, None once it is whole
         self.journal: Callable[[], None] | None = None
         self.before: Before | None = None  # what the attempt that runs now goes back to
@@ -182,6 +187,8 @@ class EpisodeState:
             generator=self.generator.get_state(),
             texts=self.texts,
             event_counts=self.event_counts,
+            carried=None if self.carried is None else dict(self.carried),
+            graphs=None if self.cache.graphs is None else dict(self.cache.graphs),
             scaled={a: [list(part.scaled) for part in log.parts] for a, log in self.logs.items() if log.budget},
         )
         self.journal = self._go_back
@@ -210,6 +217,18 @@ class EpisodeState:
             del ids[tokens:]
         self.generator.set_state(before.generator)
         self.texts = before.texts
+        self.carried = None if before.carried is None else dict(before.carried)
+        self.cache.graphs = None if before.graphs is None else dict(before.graphs)
+
+    def carry(self) -> None:
+        """From now on events, keys and values are kept with their graph, until `cut`."""
+        if self.carried is None:
+            self.carried = {address: Carried.begin(log) for address, log in self.logs.items()}
+            self.cache.graphs = {}
+
+    def cut(self) -> None:
+        """Lets go of every graph: what was read and written until now is a constant for what comes."""
+        self.carried = self.cache.graphs = None
 
     def keep(self, address: Address, counts: Sequence[int]) -> None:
         """Copies a log before a write that cannot be rolled back: a fold, or a ring that wraps. Inside an attempt."""
@@ -252,6 +271,7 @@ class EpisodeState:
             for log in self.logs.values():
                 log.clear()
             self.waiting, self.logits_BV, self.texts = [], None, None
+            self.cut()
             self.token_ids = [[] for _ in self.cache.lengths]
 
         self._finish(change)
@@ -271,6 +291,7 @@ class EpisodeState:
                 self.before.kept[address] = log.clone()
             for log in self.logs.values():
                 log.rewind([count - events for count in log.event_counts])
+            self.cut()
 
     def clone(self) -> EpisodeState:
         """A copy of all of it."""
@@ -298,6 +319,7 @@ class EpisodeState:
         self._check_form(other)
 
         def change() -> None:
+            self.cut()
             self.cache.copy_from(other.cache)
             for address, log in other.logs.items():
                 self.logs[address].copy_from(log)

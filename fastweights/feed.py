@@ -43,10 +43,11 @@ class Reader:
         generated: bool,
         logits: str,
         edits: Sequence[Bound] = (),
+        graph: bool | str = False,
     ) -> Tensor:
         """The logits of these tokens; ids and mask are on the CPU, as `inputs.tokens` gives them.
 
-        edits: of this feed, after those that stand in this thread.
+        edits: of this feed, after those that stand in this thread. graph: see `Episode.feed`.
 
         Raises:
             ValueError: the tokens, the update, an edit or an event is refused; nothing has changed then.
@@ -54,19 +55,22 @@ class Reader:
         state, binding = self.state, self.engine.model.binding
         watch = self.engine.check()
         positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
+        for address, linear in self.linears.items():
+            linear.renew(state.logs[address])
         write_BT = written(update, ids_BT, positions.position_BT, generated)
         if positions.real_BT is not None:
             write_BT = write_BT & positions.real_BT
         check_targets(self.linears, state.batch_size, positions.position_BT, write_BT)
-        tokens = Tokens(ids_BT, positions, write_BT, logits)
+        tokens = Tokens(ids_BT, positions, write_BT, logits, bool(graph))
+        self._check_graph(tokens, graph)
         by_column = self._check_room(tokens)
         if not edits and not binding.taps:
-            return self._passes(tokens, watch, by_column, None, Taps())
+            return self._passes(tokens, watch, by_column, None, Taps(), graph)
         own = Taps(edits, reading=Reading.of(ids_BT, positions, generated))
         with binding.tapped(own):
             taps = self._taps(own, tokens)
             by_column = by_column or (any(tokens.counts) and taps.plastic(self.engine.model))
-            return self._passes(tokens, watch, by_column, own, taps)
+            return self._passes(tokens, watch, by_column, own, taps, graph)
 
     def _taps(self, own: Taps, tokens: Tokens) -> Taps:
         """The taps of this feed and those around it; refuses edits that cannot be made on its tokens."""
@@ -77,7 +81,9 @@ class Reader:
             check_events(bound.edit.places, self.linears)
         return taps
 
-    def _passes(self, tokens: Tokens, watch: Watch, by_column: bool, own: Taps | None, taps: Taps) -> Tensor:
+    def _passes(
+        self, tokens: Tokens, watch: Watch, by_column: bool, own: Taps | None, taps: Taps, graph: bool | str
+    ) -> Tensor:
         """All of the feed or nothing, in one pass or in one per column.
 
         own: the taps of this feed, which are told the column; None: no edit or capture. taps: all that stand.
@@ -86,7 +92,12 @@ class Reader:
         state.cache.reserve(tokens.positions.end)
         try:
             with state.attempt(), taps.attempt():
-                return self._columns(tokens, own) if by_column else self._whole(tokens, watch)
+                if graph:
+                    state.carry()
+                out_BTV = self._columns(tokens, own) if by_column else self._whole(tokens, watch)
+                if graph is True:
+                    state.cut()
+                return out_BTV
         except OneByOne:
             with state.attempt(), taps.attempt():
                 return self._columns(tokens, own)
@@ -111,9 +122,11 @@ class Reader:
             column = slice(t, t + 1)
             settle(self.engine, tokens.ids_BT[:, t], real_BT[:, t])
             here = state.cache.positions((state.batch_size, 1), real_BT[:, column], CPU)
-            columns.append(self.engine.run(Tokens(tokens.ids_BT[:, column], here, tokens.write_BT[:, column])))
-        out_BTV = torch.cat(columns, dim=1)
-        last_B1V = tokens.positions.last(out_BTV)
+            part = Tokens(tokens.ids_BT[:, column], here, tokens.write_BT[:, column], graph=tokens.graph)
+            columns.append(self.engine.run(part))
+        with torch.set_grad_enabled(tokens.graph):
+            out_BTV = torch.cat(columns, dim=1)
+            last_B1V = tokens.positions.last(out_BTV)
         self._remember(tokens, last_B1V)
         return out_BTV if tokens.logits == "all" else last_B1V
 
@@ -122,9 +135,38 @@ class Reader:
         state, real_BT, last_BV = self.state, tokens.positions.real_BT, last_B1V[:, 0]
         if state.logits_BV is not None and real_BT is not None:
             last_BV = torch.where(real_BT.any(1, keepdim=True).to(last_BV.device), last_BV, state.logits_BV)
-        state.logits_BV = last_BV.clone()  # a caller may change, or drop, what a feed returns
+        state.logits_BV = last_BV.detach().clone()  # a caller may change, or drop, what a feed returns
         for row, (seen, ids) in enumerate(zip(state.token_ids, tokens.ids_BT, strict=True)):
             seen.extend((ids if real_BT is None else ids[real_BT[row]]).tolist())
+
+    def _check_graph(self, tokens: Tokens, graph: bool | str) -> None:
+        """Refuses a graph that could not be made, and a feed that would tear one that is carried."""
+        state = self.state
+        if state.carried is not None and graph != "carry":
+            raise ValueError(
+                'this episode carries a graph: expected feed(graph="carry"), which goes on with it, or cut() first'
+            )
+        if not graph:
+            return
+        if torch.is_inference_mode_enabled():
+            raise ValueError(f"feed(graph={graph!r}) is called inside torch.inference_mode(), where no graph is made")
+        for address, log in state.logs.items():
+            linear = self.linears[address]
+            rule, asked = linear.rule, f"feed(graph={graph!r}): {linear.name}"
+            if not rule.neuron_local:
+                raise ValueError(
+                    f"{asked} has the gradient rule {type(rule).__name__}, whose events are not differentiated: expected "
+                    "neuron-local rules"
+                )
+            if linear.budget is not None:
+                raise ValueError(
+                    f"{asked} has a budget, whose scalings are not differentiated: expected linears without one"
+                )
+            if not log.keeps_all(state.per_delta(tokens.counts)):
+                raise ValueError(
+                    f"{asked} would overflow (rank {log.rank}, overflow={log.overflow!r}), and what is lost then is not "
+                    'differentiated: attach with a larger rank or overflow="grow"'
+                )
 
     def _check_room(self, tokens: Tokens) -> bool:
         """Refuses what the logs could not take; returns whether the tokens must go through column by column."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from .cache import Positions
+from .carried import Carried
 from .episode_state import Address
 from .kernels.gram import Gram
 from .state import EventLog
@@ -20,13 +21,14 @@ from .state.reads import Reads
 class Tokens:
     """What one pass reads: some columns of a feed. All tensors are on the CPU.
 
-    logits: "all" or "last", which of the logits are wanted.
+    logits: "all" or "last", which of the logits are wanted. graph: whether with their graph.
     """
 
     ids_BT: Tensor
     positions: Positions
     write_BT: Tensor  # bool: which tokens make an event
     logits: str = "all"
+    graph: bool = False
 
     @cached_property
     def counts(self) -> list[int]:
@@ -43,14 +45,15 @@ class Tokens:
 class SharedKeys:
     """The keys of one input, for every linear that reads the same input under rules whose keys are alike."""
 
-    h_BTI: Tensor  # the input itself, before any cast
+    h_BTI: Tensor  # the input itself, before any cast; with its graph where a pass has one
     version: int  # of h, which an edit in place raises
-    form: tuple  # (mu, bias, decay, clip) of the rule
+    form: tuple  # mu, decay, clip and bias of the rule
     k_BTI: Tensor
     scale_BT: Tensor  # k = scale · h
     bias_BT: Tensor | None
     norm_BT: Tensor | None  # ‖k‖, where the rule clips
     grams: dict[tuple[int, int], Gram]  # of the tokens t0 to t1
+    graph_BTT: list[Tensor]  # the Gram of all tokens with its graph, once it is made
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,4 @@ class Pass:
     # gradient rules: (a, h) of this token, a with its graph; None: no graph is wanted
     taped: dict[Address, tuple[Tensor, Tensor]] | None = None
     keys: SharedKeys | None = None  # of the linear that ran last: gate and up read the same input
+    carried: dict[Address, Carried] | None = None  # a graph is wanted, and what each linear reads with it; else None

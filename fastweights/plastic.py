@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from .activations import Activation
 from .binding import Binding
 from .episode_state import Address
-from .kernels import values
+from .kernels import adjoint, values
 from .kernels.gram import Gram, before
 from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Known, scan
 from .model import Llama
+from .numbers import NUMBERS, as_float, check_form, tensors_of
 from .passes import Pass, SharedKeys
-from .rules import Local, Rule, event_value, key_of, target_at, twin_of, value_of
+from .rules import Local, Rule, check_rule, event_value, key_of, target_at, twin_of, value_of
 from .state import EventLog
 from .state.budget import Budget
 from .state.events import Events, as_rows, side_by_side
@@ -59,6 +60,13 @@ class PlasticLinear(nn.Module):
         self.binding = binding
 
     base: nn.Linear
+    rule: Rule
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rule":  # one that is a module is no part of the model: its parameters are not among the model's
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rule={self.rule}, rank={self.rank}"
@@ -68,27 +76,47 @@ class PlasticLinear(nn.Module):
         return f"layers.{self.address[0]}.mlp.{self.address[1]}"
 
     def new_log(self, rows: int) -> EventLog:
-        size, policy = (rows, self.out_features, self.in_features, self.rank), (self.overflow, self.rule.decay)
+        size, policy = (
+            (rows, self.out_features, self.in_features, self.rank),
+            (self.overflow, as_float(self.rule.decay)),
+        )
         place = (self.factor_dtype, self.weight.device)
         return EventLog(self.name, *size, *policy, *place, self.archive, self.budget)
 
     def check_rows(self, rows: int, shared: bool) -> None:
-        """Refuses rates that are not one per row of an episode, and what a shared ΔW cannot have."""
+        """Refuses numbers that are not one per row of an episode, and what a shared ΔW cannot have."""
         if shared and rows > 1 and self.budget is not None:
             raise ValueError(
                 f"{self.name} has a budget, which is kept event by event, but the rows of a shared episode write "
                 "side by side: expected shared=False or a linear without a budget"
             )
         rate, rule = self.rule.rate, type(self.rule).__name__
-        if isinstance(rate, tuple) and len(rate) != rows:
-            raise ValueError(
-                f"{self.name}: {rule} has {len(rate)} rates, one per row, but this episode has batch {rows}"
-            )
+        for number in NUMBERS:
+            if (given := getattr(self.rule, number, None)) is not None:
+                check_form(f"{self.name}: {rule}", number, given, rows, self.out_features)
         if isinstance(rate, tuple) and shared and self.backend == "triton":
             raise ValueError(
                 f"{self.name}: {rule} has a rate per row, which a shared episode cannot run on backend='triton': "
                 "attach with backend='torch'"
             )
+
+    def renew(self, log: EventLog) -> None:
+        """Looks at the rule's numbers that are tensors once more: whoever learns them has changed them in place.
+
+        Raises:
+            ValueError: one makes no sense any more, or events were written under another decay.
+        """
+        if not tensors_of(self.rule):
+            return
+        check_rule(self.rule)
+        decay = as_float(self.rule.decay)
+        if decay != log.decay and max(log.event_counts):
+            raise ValueError(
+                f"{self.name}: the rule's decay is {decay:g} now, but the {max(log.event_counts)} events of this "
+                f"episode decay by {log.decay:g}: expected the same until reset()"
+            )
+        for part in log.parts:
+            part.decay = decay
 
     def forward(self, h_BTI: Tensor) -> Tensor:
         now = self.binding.now
@@ -111,8 +139,8 @@ class PlasticLinear(nn.Module):
         read_BTO = None
         if now.slot_weights is not None:
             read_BTO = self._read_moments(now.slot_weights[self.address], log, h_BTI)
-        elif log.used:
-            read_BTO = self._read(log, h_BTI, None)
+        else:
+            read_BTO = self._read(now, log, h_BTI, None)
         if self.binding.tap is not None:
             read_BTO = self._tapped("read", read_BTO, a_BTO, 1)
         if read_BTO is not None:
@@ -144,8 +172,16 @@ class PlasticLinear(nn.Module):
             x = halves[0] if len(halves) == 1 else torch.cat(halves, -1)
         return x if width == 1 else side_by_side(x)
 
-    def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor:
-        """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more; write [B, T] is on the CPU."""
+    def _read(self, now: Pass, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor | None:
+        """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more; None: there are none.
+
+        write [B, T] is on the CPU.
+        """
+        if now.carried is not None:
+            h = h_BTI.to(log.dtype)
+            return now.carried[self.address].read(h, write_BT, self.rule.decay, self.rule.bias, width)
+        if not log.used:
+            return None
         U_BRO, K_BRI, bias_BR = log.factors()
         if h_BTI.requires_grad:  # a graph must not hold buffers that later events are written into
             U_BRO, K_BRI = U_BRO.clone(), K_BRI.clone()
@@ -179,26 +215,29 @@ class PlasticLinear(nn.Module):
         keys, dtype, width = self._keys(now, h_BTI, log.dtype), frozen_BTO.dtype, now.rows_per_column
         if width > 1:
             frozen_BTO, h_BTI = side_by_side(frozen_BTO), side_by_side(h_BTI)
-        if self.backend == "torch" or self.binding.tap is not None:  # a kernel casts what it loads
+        graph = now.carried is not None
+        if self.backend == "torch" or self.binding.tap is not None or graph:  # a kernel casts what it loads
             frozen_BTO = frozen_BTO.to(log.dtype)
         parts = []
         whole = [(0, h_BTI.shape[1])]
         for t0, t1 in whole if log.fits(now.counts) else log.segments(now.write_BT, width):
             write_BC = now.write_BT[:, t0:t1]
             a_BCO = frozen_BTO[:, t0:t1]
-            read_BCO = self._read(log, h_BTI[:, t0:t1], write_BC, width) if log.used else None
+            read_BCO = self._read(now, log, h_BTI[:, t0:t1], write_BC, width)
             k_BCI = keys.k_BTI[:, t0:t1]
             if self.binding.tap is not None:  # a feed whose edits name reading or writing goes token by token
                 read_BCO = self._tapped("read", read_BCO, a_BCO, width)
             if read_BCO is not None:
                 a_BCO = a_BCO + read_BCO
-            a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO.detach(), t0, t1)
+            a_BCO, u_BCO = self._solve(now, keys, a_BCO, frozen_BTO if graph else frozen_BTO.detach(), t0, t1)
             if self.binding.tap is not None:
                 event = (("key", k_BCI), ("value", u_BCO))
                 k_BCI, u_BCO = (self._tapped(part, x, x, width) for part, x in event)
             bias_BC = None if keys.bias_BT is None else keys.bias_BT[:, t0:t1]
             events = Events(u_BCO, k_BCI, bias_BC, write_BC, now.all_written)
-            now.write_events(self.address, events)
+            now.write_events(self.address, events.detached() if graph else events)
+            if now.carried is not None:
+                now.carried[self.address] = now.carried[self.address].joined(u_BCO, k_BCI, bias_BC, write_BC)
             parts.append(a_BCO.to(dtype))
         a_BTO = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return a_BTO if width == 1 else as_rows(a_BTO, width)
@@ -208,7 +247,7 @@ class PlasticLinear(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """a and u of tokens t0 to t1, given a without each other's events."""
         assert now.write_BT is not None
-        dtype = keys.k_BTI.dtype
+        dtype, graph = keys.k_BTI.dtype, now.carried is not None
 
         def value(a: Tensor, c0: int, c1: int) -> Tensor:
             here = slice(t0 + c0, t0 + c1)
@@ -218,22 +257,30 @@ class PlasticLinear(nn.Module):
             return event_value(self.rule, value_of(self.rule, a, self.activation, at), norm_BC, row_BT)
 
         if t1 - t0 == now.rows_per_column:
-            # the only token that may carry a graph: gradient rules go token by token
-            u_B1O = value(a_BCO.detach().to(dtype), 0, now.rows_per_column)
+            # a token of a gradient rule has a graph as well, which is not that of its event
+            u_B1O = value((a_BCO if graph else a_BCO.detach()).to(dtype), 0, now.rows_per_column)
             if not now.all_written:
                 write_B1 = now.write_BT[:, t0:t1, None].to(u_B1O.device, non_blocking=True)
                 u_B1O = u_B1O.masked_fill(~write_B1, 0)
             return a_BCO, u_B1O
         part = slice(t0, t1)
-        if (t0, t1) not in keys.grams:
+        if not graph and (t0, t1) not in keys.grams:
             h_BTI = keys.h_BTI if now.rows_per_column == 1 else side_by_side(keys.h_BTI)
             own = (h_BTI[:, part], keys.scale_BT[:, part], self.rule.bias, now.write_BT[:, part])
-            keys.grams[t0, t1] = Gram(*own, self.rule.decay, width=now.rows_per_column)
+            keys.grams[t0, t1] = Gram(*own, as_float(self.rule.decay), width=now.rows_per_column)
         known = self.kernel_form(now, a_BCO, part)
         if known is not None:
             norm_BC = None if keys.norm_BT is None else keys.norm_BT[:, part]
             known = replace(known, norm_BT=norm_BC, frozen_BTO=frozen_BTO[:, part])
-        return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
+        if not graph:
+            return scan(a_BCO, keys.grams[t0, t1], value, known, self.backend)
+        h_BTI, width = keys.h_BTI.to(dtype), now.rows_per_column
+        h_BTI = h_BTI if width == 1 else side_by_side(h_BTI)
+        if not keys.graph_BTT:
+            of = (h_BTI, keys.k_BTI, keys.bias_BT, now.write_BT, self.rule.decay, width)
+            keys.graph_BTT.append(adjoint.gram(*of))
+        # kernels have no graph; what they are given besides a is looked at through `value` on the way back
+        return adjoint.scan_with_graph(a_BCO, keys.graph_BTT[0], h_BTI, now.write_BT, value, known, self.backend)
 
     def kernel_form(self, now: Pass, a_BCO: Tensor, part: slice) -> Known | None:
         """The rule as the scan's kernels know it, for these tokens; None: they do not."""
@@ -254,7 +301,10 @@ class PlasticLinear(nn.Module):
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
-        rule, form, shared = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip), now.keys
+        rule, shared = self.rule, now.keys
+        # a tensor is the same number if it is the same object
+        numbers = (id(n) if isinstance(n, Tensor) else n for n in (rule.mu, rule.decay, rule.clip))
+        form = (*numbers, rule.bias)
         version = 0 if h_BTI.is_inference() else h_BTI._version
         if (
             shared is not None
@@ -262,11 +312,13 @@ class PlasticLinear(nn.Module):
             and not touched(self)
         ):
             return shared
-        h = (h_BTI if now.rows_per_column == 1 else side_by_side(h_BTI)).detach().to(dtype)
+        if now.carried is None:
+            h_BTI = h_BTI.detach()
+        h = (h_BTI if now.rows_per_column == 1 else side_by_side(h_BTI)).to(dtype)
         key = key_of(rule, h.square().sum(-1))
         bias_BT = key.scale if rule.bias else None
         k_BTI = h * key.scale[..., None]
-        now.keys = SharedKeys(h_BTI.detach(), version, form, k_BTI, key.scale, bias_BT, key.norm, {})
+        now.keys = SharedKeys(h_BTI, version, form, k_BTI, key.scale, bias_BT, key.norm, {}, [])
         return now.keys
 
 

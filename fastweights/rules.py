@@ -8,20 +8,21 @@ For one linear `a = W h + b + ΔW h`, `z = φ(a)`, a written token makes one eve
     write  ΔW  ← (1 − decay) ΔW + u kᵀ
            Δb  ← (1 − decay) Δb + u / (‖h‖² + mu)             with bias=True
 
-`rate` is one number, or one per row of the episode: a sweep of rates in one batch.
+`rate` is one number, or one per row of the episode: a sweep of rates in one batch. Numbers may also be tensors, which
+may ask for gradients: any of them of shape [], and `rate`, `gamma` and `beta` one per row [rows] or per neuron, [1, O]
+or [rows, O].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .activations import Activation
+from .numbers import NUMBERS, Number, as_float, check_number, nonzero, plain, spread, tensors_of
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,6 @@ class Local:
     row: Tensor | None = None  # the token's row in the episode, like position; None: the first dimension is the row
 
 
-Rate = float | Sequence[float] | Tensor  # a rule keeps a float, or a tuple of one number per row
-
-
 @runtime_checkable
 class Rule(Protocol):
     """The protocol of a rule; any object with these attributes is one.
@@ -45,19 +43,20 @@ class Rule(Protocol):
     else changes, and it is called any number of times, with any number of tokens and linears in the leading
     dimensions. `neuron_local` promises that entry i of it depends on entry i of its arguments alone; such rules run
     over a whole prompt in one pass, which calls `value` again until nothing changes. Neither can be checked: a rule
-    that breaks them gives wrong numbers. `mu` None means the key is h itself. `rate` is a number, or a tuple of one per
-    row of the episode. A rule that the kernels know also has `twin`, a `Twin`; they run it instead of `value`, Triton's
-    wherever they run and the one in C for a prompt in float32 on a CPU.
+    that breaks them gives wrong numbers. `mu` None means the key is h itself. `rate` is a number, a tuple of one per
+    row of the episode, or a tensor, see `numbers.Number`; `mu`, `decay` and `clip` may be tensors []. A rule that the
+    kernels know also has `twin`, a `Twin`; they run it instead of `value`, Triton's wherever they run and the one in C
+    for a prompt in float32 on a CPU. A rule may be an nn.Module: in `feed(graph=True)` gradients reach its parameters.
     """
 
     @property
-    def rate(self) -> Rate: ...
+    def rate(self) -> Number: ...
     @property
-    def mu(self) -> float | None: ...
+    def mu(self) -> float | Tensor | None: ...
     @property
-    def decay(self) -> float: ...
+    def decay(self) -> float | Tensor: ...
     @property
-    def clip(self) -> float | None: ...
+    def clip(self) -> float | Tensor | None: ...
     @property
     def bias(self) -> bool: ...
     @property
@@ -70,55 +69,59 @@ class Twin(NamedTuple):
     """A rule as the kernels know it: u = rate · value, by the value that has this name in `kernels.values.KERNELS`."""
 
     name: str
-    rate: Rate
+    rate: Number
     gamma: float = 1.0
 
 
 def twin_of(rule: Rule) -> Twin | None:
     """How the kernels know this rule; None: they do not, and it runs on torch.
 
-    None as well for a subclass that overrides `value`: the kernels of its base class would compute something else.
+    None as well for a subclass that overrides `value`: the kernels of its base class would compute something else. And
+    for a rule with a number that is a tensor: whoever learns it changes it in place, and kernels keep what they read.
     """
+    if tensors_of(rule):
+        return None
     places = [getattr(rule, "__dict__", {}), *map(vars, type(rule).__mro__)]
     known = next(("twin" in names for names in places if "twin" in names or "value" in names), False)
     return getattr(rule, "twin", None) if known else None
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < float("inf")
-
-
-def _times(rate: Rate, factor: float) -> Rate:
+def _times(rate: Number, factor: float) -> Number:
     return tuple(r * factor for r in rate) if isinstance(rate, tuple) else cast(float, rate) * factor
 
 
 def _check(rule: Rule) -> None:
-    """`check_rule` of one of the rules below, whose rate may also be given as a list or a tensor."""
-    rate = rule.rate.tolist() if hasattr(rule.rate, "tolist") else rule.rate
-    object.__setattr__(rule, "rate", tuple(rate) if isinstance(rate, list) else rate)  # the rules are frozen
+    """`check_rule` of one of the rules below, whose numbers may also be given as lists, arrays or any tensors."""
+    for name in NUMBERS:
+        if hasattr(rule, name):
+            object.__setattr__(rule, name, plain(name, getattr(rule, name)))  # the rules are frozen
     check_rule(rule)
 
 
 def check_rule(rule: Rule) -> None:
     """Refuses a rule whose numbers make no sense."""
-    name, rate = type(rule).__name__, rule.rate
-    if not (rate and all(map(_finite, rate)) if isinstance(rate, tuple) else _finite(rate)):
-        raise ValueError(f"{name}(rate={rate!r}): expected a finite number, or a tuple of them, one per row")
-    numbers = {"mu": rule.mu, "decay": rule.decay, "clip": rule.clip}
-    for key in ("gamma", "beta"):
-        if hasattr(rule, key):
-            numbers[key] = getattr(rule, key)
-    for key, value in numbers.items():
-        if not _finite(value) and not (value is None and key in ("mu", "clip")):
-            raise ValueError(f"{name}({key}={value!r}): expected a finite number")
-    if rule.mu is not None and rule.mu < 0:
-        raise ValueError(f"{name}(mu={rule.mu!r}): expected a number >= 0")
-    if not 0 <= rule.decay <= 1:
-        raise ValueError(f"{name}(decay={rule.decay!r}): expected a number from 0 to 1")
-    if rule.clip is not None and rule.clip <= 0:
-        raise ValueError(f"{name}(clip={rule.clip!r}): expected a number > 0")
+    name = type(rule).__name__
+    for key in NUMBERS:
+        number = getattr(rule, key, 0.0)
+        if number is not None or key not in ("mu", "clip"):
+            check_number(name, key, number)
+    for key in ("mu", "decay", "clip"):
+        check_range(name, key, getattr(rule, key))
     if not isinstance(rule.bias, bool):
         raise ValueError(f"{name}(bias={rule.bias!r}): expected True or False")
+
+
+def check_range(rule: str, key: str, number: float | Tensor | None) -> None:
+    """Refuses a mu, decay or clip outside of its range."""
+    if number is None:
+        return
+    value = as_float(number)
+    if key == "mu" and value < 0:
+        raise ValueError(f"{rule}(mu={value!r}): expected a number >= 0")
+    if key == "decay" and not 0 <= value <= 1:
+        raise ValueError(f"{rule}(decay={value!r}): expected a number from 0 to 1")
+    if key == "clip" and value <= 0:
+        raise ValueError(f"{rule}(clip={value!r}): expected a number > 0")
 
 
 def _choice(rule: Rule, key: str, choices: tuple[str, ...]) -> None:
@@ -157,11 +160,11 @@ class Hebbian:
         bias: also change the bias.
     """
 
-    rate: Rate = 0.01
-    mu: float = 1e-6
+    rate: Number = 0.01
+    mu: float | Tensor = 1e-6
     gate: str = "ones"
-    decay: float = 0.0
-    clip: float | None = None
+    decay: float | Tensor = 0.0
+    clip: float | Tensor | None = None
     bias: bool = False
     neuron_local = True
 
@@ -186,14 +189,14 @@ class LocalLeastSquares:
     to the amplified response of the frozen weights instead of growing by 1 + γ each time.
     """
 
-    gamma: float = 0.01
-    mu: float = 1e-6
+    gamma: Number = 0.01
+    mu: float | Tensor = 1e-6
     gate: str = "ones"
     target: str = "self"
-    decay: float = 0.0
-    clip: float | None = None
+    decay: float | Tensor = 0.0
+    clip: float | Tensor | None = None
     bias: bool = False
-    rate: Rate = 1.0
+    rate: Number = 1.0
     neuron_local = True
 
     def __post_init__(self) -> None:
@@ -204,13 +207,14 @@ class LocalLeastSquares:
     @property
     def twin(self) -> Twin:
         if self.target == "self":
-            return Twin(self.gate, _times(self.rate, self.gamma))
-        return Twin(f"slow_{self.gate}", self.rate, self.gamma)
+            return Twin(self.gate, _times(self.rate, cast(float, self.gamma)))
+        return Twin(f"slow_{self.gate}", self.rate, cast(float, self.gamma))
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
+        gamma = spread(self.gamma, a, at.row)
         if self.target == "self":
-            return self.gamma * gated(a, z, at.activation, self.gate)
-        return slow_value(a, at.frozen_a, self.gamma, at.activation, self.gate)
+            return gamma * gated(a, z, at.activation, self.gate)
+        return slow_value(a, at.frozen_a, gamma, at.activation, self.gate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,13 +225,13 @@ class Delta:
         target: v*, [O], or [P, O] indexed by absolute position, or [B, P, O] with a row per sequence.
     """
 
-    beta: float
+    beta: Number
     target: Tensor
-    mu: float = 1e-6
-    decay: float = 0.0
-    clip: float | None = None
+    mu: float | Tensor = 1e-6
+    decay: float | Tensor = 0.0
+    clip: float | Tensor | None = None
     bias: bool = False
-    rate: Rate = 1.0
+    rate: Number = 1.0
     neuron_local = True
 
     def __post_init__(self) -> None:
@@ -237,11 +241,11 @@ class Delta:
 
     @property
     def twin(self) -> Twin:
-        return Twin("delta", _times(self.rate, self.beta))
+        return Twin("delta", _times(self.rate, cast(float, self.beta)))
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         target = target_at(self.target, at.position, at.row).to(device=a.device, dtype=a.dtype)
-        return self.beta * (target - a)
+        return spread(self.beta, a, at.row) * (target - a)
 
 
 @dataclass(frozen=True)
@@ -256,10 +260,10 @@ class GradientAscent:
         mu: None: k = h, plain gradient ascent; a number: k = h / (‖h‖² + mu).
     """
 
-    rate: Rate = 0.01
-    mu: float | None = None
-    decay: float = 0.0
-    clip: float | None = None
+    rate: Number = 0.01
+    mu: float | Tensor | None = None
+    decay: float | Tensor = 0.0
+    clip: float | Tensor | None = None
     bias: bool = False
 
     def __post_init__(self) -> None:
@@ -268,7 +272,7 @@ class GradientAscent:
     @property
     def neuron_local(self) -> bool:
         # the event is zero whatever the next token: nothing to wait for
-        return not any(self.rate if isinstance(self.rate, tuple) else (self.rate,))
+        return not nonzero(self.rate)
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         return torch.zeros_like(a)
@@ -291,7 +295,7 @@ def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Te
 
 def key_scale(rule: Rule, square: Tensor) -> Tensor:
     """1 / (‖h‖² + mu), or 1 where the rule's key is h itself; `square` is ‖h‖²."""
-    return torch.ones_like(square) if rule.mu is None else (square + rule.mu).reciprocal()
+    return torch.ones_like(square) if rule.mu is None else (square + spread(rule.mu, square)).reciprocal()
 
 
 def value_of(rule: Rule, a: Tensor, activation: Activation, at: Local) -> Tensor:
@@ -305,19 +309,16 @@ def value_of(rule: Rule, a: Tensor, activation: Activation, at: Local) -> Tensor
 
 def event_value(rule: Rule, value: Tensor, key_norm: Tensor | None, row: Tensor | None = None) -> Tensor:
     """u = rate · value with the rule's clip, which needs key_norm = ‖k‖ [...]; value [..., O], row as in `Local`."""
-    rate = rule.rate
-    if isinstance(rate, tuple):
-        rate_B = torch.tensor(rate, dtype=value.dtype).to(value.device, non_blocking=True)
-        rate = rate_B.view(-1, *[1] * (value.dim() - 1)) if row is None else rate_B[row][..., None]
-    return clipped(cast(Tensor, rate) * value, rule.clip, key_norm)
+    return clipped(spread(rule.rate, value, row) * value, rule.clip, key_norm)
 
 
-def clipped(u: Tensor, clip: float | None, key_norm: Tensor | None) -> Tensor:
+def clipped(u: Tensor, clip: float | Tensor | None, key_norm: Tensor | None) -> Tensor:
     """u_i · min(1, clip / (|u_i| ‖k‖))."""
     if clip is None or key_norm is None:
         return u
-    # |u_i| ‖k‖ = 0 divides to inf, which min() turns into 1; NaN stays NaN
-    return u * (clip / (u.abs() * key_norm[..., None])).clamp(max=1)
+    clip = spread(clip, u)
+    # a norm below the clip becomes the clip, so 0 divides nothing, in a gradient neither; NaN stays NaN
+    return u * (clip / (u.abs() * key_norm[..., None]).clamp(min=clip))
 
 
 class Event(NamedTuple):

@@ -11,8 +11,18 @@ FOLDER = Path(fastweights.__file__).parent
 # a file or folder may import what stands before it, never what stands behind it
 ORDER = [
     *("files", "version", "progress"),
-    *("flags", "binding", "watch", "activations", "inputs", "sampling", "checks", "kernels"),  # the ground floor
-    *("rules", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
+    *(
+        "flags",
+        "binding",
+        "watch",
+        "activations",
+        "inputs",
+        "sampling",
+        "checks",
+        "numbers",
+        "kernels",
+    ),  # the ground floor
+    *("rules", "families", "rope", "windows", "config_json", "config", "state", "carried", "cache", "model"),
     *(
         "bpe",
         "spm",

@@ -105,7 +105,9 @@ def test_rates_are_kept_as_plain_numbers_whatever_they_came_as():
     assert not fw.GradientAscent([0.0, 0.1]).neuron_local
 
 
-@pytest.mark.parametrize("rate", [[], [0.1, math.inf], [0.1, None], ["a"], [True], torch.zeros(2, 2), "ab", math.nan])
+@pytest.mark.parametrize(
+    "rate", [[], [0.1, math.inf], [0.1, None], ["a"], [True], torch.tensor([math.inf]), "ab", math.nan]
+)
 def test_rates_that_are_no_finite_numbers_are_refused(rate):
     for make in RULES.values():
         with pytest.raises(ValueError, match=r"\(rate=.*: expected a finite number, or a tuple of them, one per row"):

@@ -84,6 +84,8 @@ class Engine:
         by_gradient = not all(linear.rule.neuron_local for linear in self.linears.values())
         for path in (self.gradient if by_gradient else self.paths[0], *self.paths[1:]):
             reason = path.refuses(tokens, watch)
+            if reason is None and tokens.graph and not isinstance(path, Modules):
+                reason = "a graph is made by the modules"
             if reason is None:
                 self.path, self.why = path.name, why
                 return path.run(tokens, watch)

@@ -1,7 +1,8 @@
 """The path that takes every pass: the model's own modules. It is the slow twin of the others.
 
 A gradient rule's token leaves a tape behind. Under hooks, edits or captures, and with modules of one's own in the
-model, it leaves a graph of autograd instead, which knows what they did.
+model, it leaves a graph of autograd instead, which knows what they did. A feed that wants a graph gets one of
+all of it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Modules:
         unseen = Unseen()
         now = self._pass(tokens, positions.position_BT, writes, unseen)
         how: Taped | Graph | None = None
-        with model.binding.bound(now, state), torch.set_grad_enabled(graph):
+        if tokens.graph:
+            now.carried = state.carried
+        with model.binding.bound(now, state), torch.set_grad_enabled(graph or tokens.graph):
             if gradient and not graph:
                 first = min(gradient)[0]
                 reads = overwritten(state, self.linears, first)
@@ -67,7 +70,7 @@ class Modules:
             under_edits = any(call.what.edits for call in model.binding.taps)
             state.waiting.append(Waiting(how, tokens.write_BT[:, 0], before, under_edits))
         state.cache.advance(tokens.positions)
-        return out_BTV.detach()
+        return out_BTV if tokens.graph else out_BTV.detach()
 
     def _pass(self, tokens: Tokens, position_BT: Tensor, writes: bool, unseen: Unseen) -> Pass:
         state = self.state

@@ -70,6 +70,10 @@ class Events:
         finite_BT = self.U_BTO.isfinite().all(-1) & self.K_BTI.isfinite().all(-1)
         return finite_BT if self.bias_BT is None else finite_BT & self.bias_BT.isfinite()
 
+    def detached(self) -> Events:
+        """The same events without their graph."""
+        return self._each(Tensor.detach)
+
     def to(self, device: torch.device) -> Events:
         """The same events on another device; which are written stays, or comes, on the CPU."""
         write_BT = self.write_BT.cpu()

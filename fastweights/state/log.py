@@ -100,6 +100,12 @@ class EventLog(Factors):
         """True if so many more events [B] only fill empty slots; then `roll_back` can remove them."""
         return self.slots.fits(self.event_counts, counts)
 
+    def keeps_all(self, counts: Sequence[int]) -> bool:
+        """True if so many more events [B] change no event before them, but for its decay: none is folded or leaves."""
+        pairs = [(n, c) for n, c in zip(self.event_counts, counts, strict=True) if c]
+        inside = self.overflow != "evict" or all(n + c <= self.slots.window for n, c in pairs)
+        return inside and (self.overflow == "error" or self.fits(counts))
+
     def check_room(self, counts: Sequence[int]) -> None:
         """Refuses, before anything has changed, what `write` could not take; counts [B] events to come."""
         if self.overflow != "error":

@@ -1,0 +1,139 @@
+"""adjoint: the scan with a graph, and its way back, which is a scan as well (DESIGN §3.5).
+
+    a_t = A_t + Σ_{s<t} G_ts u_s        u_t = value(a_t)
+
+Let ā and b be all that reaches a and u from the loss, c and d what reaches them from outside of the scan. Then
+
+    b_t = d_t + Σ_{r>t} G_rt ā_r        ā_t = c_t + value′(a_t) ⊙ b_t        from the last token to the first
+
+    ∂L/∂A = ā        ∂L/∂G = ā uᵀ
+
+which is linear, and one strictly upper triangular system per neuron. What the value itself depends on gets its
+gradients from autograd, once for all tokens, with b as what comes from above. So nothing of T tokens is held but a, u,
+value′ and G.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gram import OUTER, Gram, before
+from .linear import add_product_
+from .scan import INNER, Known, Value, scan
+
+
+def gram(
+    h_BTI: Tensor, k_BTI: Tensor, bias_BT: Tensor | None, write_BT: Tensor, decay: Tensor | float, width: int = 1
+) -> Tensor:
+    """G[t, s] = (1 − decay)^{e(s,t)} (h_t·k_s + bias_s) where s < t and s is written, else 0: [B, T, T], with a graph.
+
+    The same as `Gram`, whole. decay: a float or a tensor []; write is on the CPU.
+    """
+    G_BTS = h_BTI @ k_BTI.mT
+    if bias_BT is not None:
+        G_BTS = G_BTS + bias_BT[:, None]
+    if isinstance(decay, Tensor) or decay != 0:
+        passed_BTS = before(write_BT, width)[..., None] - before(write_BT)[:, None] - 1
+        G_BTS = G_BTS * faded(passed_BTS.to(G_BTS.device), decay, G_BTS.dtype)
+    column_T = torch.arange(h_BTI.shape[1], device="cpu") // width
+    seen_BTS = (column_T < column_T[:, None]) & write_BT[:, None]
+    return G_BTS.masked_fill(~seen_BTS.to(G_BTS.device), 0)
+
+
+def faded(events: Tensor, decay: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """(1 − decay)^events: what so many later events have left of one; decay is a float or a tensor []."""
+    return (1 - decay) ** events.clamp(min=0).to(dtype)
+
+
+class Whole(Gram):
+    """A Gram whose entries are known."""
+
+    def __init__(self, G_BTT: Tensor, h_BTI: Tensor, write_BT: Tensor):
+        half = h_BTI.dtype.itemsize < 4
+        self.precision, self.h, self.G = "tf32" if half else "ieee", h_BTI, G_BTT
+        self.write = write_BT.to("cpu", torch.bool).expand(h_BTI.shape[:2])
+        self.written = None if bool(self.write.all()) else self.write.to(h_BTI.device, non_blocking=True)
+
+    def part(self, t0: int, t1: int) -> Tensor:
+        return self.G[:, t0:t1, :t1]
+
+    rows = part
+
+
+def scan_with_graph(
+    a_BTO: Tensor, G_BTT: Tensor, h_BTI: Tensor, write_BT: Tensor, value: Value, known: Known | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`scan`, differentiable in a, in G and in whatever `value` looks at.
+
+    G from `gram`. value(a, t0, t1) must be neuron-local: entry i of it depends on entry i of a alone.
+    """
+    with torch.no_grad():
+        whole = Whole(G_BTT.detach(), h_BTI.detach(), write_BT)
+        solved_BTO, u_BTO = scan(a_BTO.detach(), whole, value, known, backend)
+    own_BTO = solved_BTO.detach().requires_grad_()
+    made_BTO = value(own_BTO, 0, own_BTO.shape[1])
+    if whole.written is not None:
+        made_BTO = made_BTO.masked_fill(~whole.written[..., None], 0)
+    return _Scanned.apply(a_BTO, G_BTT, made_BTO, slope(made_BTO, own_BTO), (solved_BTO, u_BTO))
+
+
+def slope(u_BTO: Tensor, a_BTO: Tensor) -> Tensor:
+    """∂u_i / ∂a_i of every entry; the graph of u stays."""
+    if not u_BTO.requires_grad:  # a value that does not look at a, nor at anything else that asks for a gradient
+        return torch.zeros_like(a_BTO)
+    (found,) = torch.autograd.grad(u_BTO.sum(), a_BTO, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return found
+
+
+class _Scanned(torch.autograd.Function):
+    """(a, u) as the scan gave them. `made` is u as autograd knows it, given a: on the way back it gets b."""
+
+    @staticmethod
+    def forward(ctx: Any, A, G, made, slope, scanned):
+        a, u = scanned
+        ctx.save_for_backward(G, slope, u)
+        return a, u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, c, d):
+        G, slope, u = ctx.saved_tensors
+        above, b = adjoint(c, d, slope, G)
+        for_G = above @ u.mT if ctx.needs_input_grad[1] else None
+        return above, for_G, b, None, None
+
+
+def adjoint(c_BTO: Tensor, d_BTO: Tensor, slope_BTO: Tensor, G_BTT: Tensor) -> tuple[Tensor, Tensor]:
+    """ā and b [B, T, O]: later tokens enter as a GEMM, and INNER tokens are solved one after the other."""
+    b = d_BTO.clone(memory_format=torch.contiguous_format)
+    above, T = torch.empty_like(b), b.shape[1]
+    for t1 in range(T, 0, -OUTER):
+        t0 = max(0, t1 - OUTER)
+        if t1 < T:
+            _add_earlier(b, G_BTT, above, t0, t1, t1, T)
+        _solve(above, b, c_BTO, slope_BTO, G_BTT, t0, t1)
+    return above, b
+
+
+def _solve(above, b, c, slope, G, t0, t1):
+    """Tokens t0:t1, everything after t1 being in b already: halves, until a leaf of INNER tokens."""
+    if t1 - t0 > INNER:
+        mid = t0 + (t1 - t0 + 1) // 2
+        _solve(above, b, c, slope, G, mid, t1)
+        _add_earlier(b, G, above, t0, mid, mid, t1)
+        _solve(above, b, c, slope, G, t0, mid)
+        return
+    for t in range(t1 - 1, t0 - 1, -1):
+        if t + 1 < t1:
+            b[:, t] += (G[:, t + 1 : t1, t, None] * above[:, t + 1 : t1]).sum(1)
+        above[:, t] = c[:, t] + slope[:, t] * b[:, t]
+
+
+def _add_earlier(b, G, above, t0, t1, r0, r1):
+    """b of tokens t0:t1 += what tokens r0:r1 give back to them."""
+    for row in range(len(b)):
+        add_product_(b[row, t0:t1], G[row, r0:r1, t0:t1].T, above[row, r0:r1])
