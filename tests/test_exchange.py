@@ -406,7 +406,7 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj"
             r"would begin with 4 events, over its rank of 3 \(overflow='evict'\)",
         ),
         ({}, {}, {"budget": 0.5}, "has a budget, which is kept event by event"),
-        ({}, {}, {"rule": fw.Hebbian(rate=0.1, decay=1.0)}, "decay"),
+        ({}, {}, {"rule": fw.Hebbian(rate=0.1, decay=1.0)}, "a decay of 1.0 leaves nothing"),
     ],
 )
 def test_what_fast_weights_cannot_represent_is_refused_and_nothing_changes(
