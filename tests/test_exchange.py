@@ -258,7 +258,8 @@ def test_an_adapter_of_peft_is_what_episodes_begin_with(family, targets, options
     fast.import_peft(tmp_path)
     episode = fw.Episode(model, 2)
     check_close(episode.probe(QUESTION).logits[:1], wanted, frozen(folder))
-    assert torch.equal(episode.probe(QUESTION, at=0).logits[0], old.probe(QUESTION).logits.expand(2, -1, -1))
+    untouched = old.probe(QUESTION).logits.expand(2, -1, -1)
+    torch.testing.assert_close(episode.probe(QUESTION, at=0).logits[0], untouched, rtol=1e-5, atol=1e-5)
     assert {count for counts in episode.event_counts.values() for count in counts} == {4}
     assert old.events == 0
 
@@ -321,11 +322,12 @@ def test_overflow_folds_an_adapter_and_certifies_it(tmp_path):
     fw.detach(model)
     fast = fw.attach(model, 1, fw.Hebbian(rate=0.05, decay=0.01), rank=8)
     fast.import_peft(tmp_path / "out")
-    fw.Episode(model)
+    episode = fw.Episode(model)
     for linear, delta in exact.items():
-        error_2, error_F = fast.error(1, linear)
-        assert 0 < error_2 < 0.5 * float(delta.norm())
-        assert float((fast.delta_weight(1, linear) - delta).norm()) <= error_F + 1e-5
+        error_2, error_F = fast.error(1, linear, episode=episode)
+        apart = float((fast.delta_weight(1, linear, episode=episode) - delta).norm())
+        assert 1e-3 < apart <= error_F + 1e-5
+        assert error_2 <= error_F < float(delta.norm())
 
 
 @pytest.fixture(scope="module")
