@@ -342,7 +342,8 @@ class EventLog(Factors):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = super().state_dict()
         del meta["archive"]
-        meta["initial"] = _digest(self.initial)
+        if self.initial is not None:
+            meta["initial"] = _digest(self.initial)
         if self.archive is not None:
             saved, meta["archive"] = self.archive.state_dict()
             tensors |= {f"archive.{key}": t for key, t in saved.items()}
