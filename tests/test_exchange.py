@@ -5,31 +5,17 @@ import shutil
 
 import pytest
 import torch
+from family_models import MODELS, pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_weights import add_tokenizer
 from tiny import prompt, tiny
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 import fastweights as fw
 
-SHAPE = {"hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 6}
-SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": 61, "tie_word_embeddings": False}
-GPT2 = {"n_embd": 24, "n_inner": 52, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 61}
-FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, SHAPE),
-    "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
-    "gemma3_text": (Gemma3ForCausalLM, Gemma3TextConfig, {**SHAPE, "query_pre_attn_scalar": 6}),
-}
-TEXT, QUESTION = prompt(2, 9, vocabulary=61), prompt(1, 7, seed=2, vocabulary=61)
+FILE = "adapter_model.safetensors"
+TEXT, QUESTION = prompt(2, 9, vocabulary=131), prompt(1, 7, seed=2, vocabulary=131)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +25,8 @@ def checkpoints(tmp_path_factory):
 
     def folder(family):
         if family not in made:
-            torch.manual_seed(0)
-            kind, config, shape = FAMILIES[family]
-            theirs = kind(config(**shape, bos_token_id=0, eos_token_id=1))
-            with torch.no_grad():
-                for parameter in theirs.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-            made[family] = tmp_path_factory.mktemp(family)
-            theirs.save_pretrained(made[family])
+            made[family] = tmp_path_factory.mktemp("checkpoint")
+            pairs(family)[1].save_pretrained(made[family])
             add_tokenizer(made[family])
         return made[family]
 
@@ -80,7 +60,7 @@ def check_close(found, wanted, without):
 # ---- out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_peft_gives_the_logits_of_the_plastic_model(family, checkpoints, tmp_path):
     folder = checkpoints(family)
     model, fast = opened(folder)
@@ -91,10 +71,10 @@ def test_peft_gives_the_logits_of_the_plastic_model(family, checkpoints, tmp_pat
     wanted = episode.fork(rows=[1]).probe(QUESTION).logits
     check_close(of_peft(folder, tmp_path / "out"), wanted, frozen(folder))
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
-    name = {"gpt2": "transformer.h.2.mlp.c_fc"}.get(family, "model.layers.2.mlp.gate_proj")
-    A = load_file(tmp_path / "out" / "adapter_model.safetensors")[f"base_model.model.{name}.lora_A.weight"]
-    assert A.shape == (9, 24)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] == (family == "gpt2")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == (family == "gpt2")
+    ranks = {len(tensor) for key, tensor in load_file(tmp_path / "out" / FILE).items() if "lora_A" in key}
+    assert ranks == {config["r"]} == {9}
 
 
 def test_a_moment_is_exported_as_it_was_and_peft_agrees(checkpoints, tmp_path):
@@ -145,7 +125,7 @@ def test_a_smaller_rank_keeps_its_certificate_and_a_long_life_no_more_than_a_mat
     episode.feed(prompt(1, 60))
     for rank, kept in ((5, 5), (None, 24)):
         errors = fast.export_peft(tmp_path / "out", rank=rank)
-        tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        tensors = load_file(tmp_path / "out" / FILE)
         for (layer, linear), (error_2, error_F) in errors.items():
             name = f"base_model.model.model.layers.{layer}.mlp.{linear}"
             A, B = (tensors[f"{name}.lora_{half}.weight"].double() for half in "AB")
@@ -162,16 +142,16 @@ def test_an_export_is_whole_or_not_at_all(monkeypatch, tmp_path):
     episode = fw.Episode(model)
     episode.feed(prompt(1, 3))
     fast.export_peft(tmp_path / "out")
-    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    first = (tmp_path / "out" / FILE).read_bytes()
     episode.feed(prompt(1, 3))
     with monkeypatch.context() as broken:
         broken.setattr("fastweights.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             fast.export_peft(tmp_path / "out")
-    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
+    assert (tmp_path / "out" / FILE).read_bytes() == first
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     fast.export_peft(tmp_path / "out")
-    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != first
+    assert (tmp_path / "out" / FILE).read_bytes() != first
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"out holds thesis.tex, expected a new folder, or an adapter to replace"):
         fast.export_peft(tmp_path / "out")
@@ -197,7 +177,7 @@ def test_what_cannot_be_exported_is_refused_and_writes_nothing(tmp_path):
 # ---- added to the weights
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_a_merged_model_that_is_saved_gives_the_logits_in_transformers(family, checkpoints, tmp_path):
     model, fast = opened(checkpoints(family))
     episode = fw.Episode(model)
@@ -247,7 +227,7 @@ def lora(folder, adapter, targets, **options):
         ("llama", r".*\.[12]\.mlp\.up_proj", {"use_rslora": True}),
         ("llama", ["up_proj"], {"rank_pattern": {"1.mlp.up_proj": 2}, "alpha_pattern": {"0.mlp.up_proj": 20}}),
         ("gpt2", ["c_fc"], {"fan_in_fan_out": True}),
-        ("gemma3_text", ["gate_proj", "up_proj"], {}),
+        ("gemma3", ["gate_proj", "up_proj"], {}),
     ],
 )
 def test_an_adapter_of_peft_is_what_episodes_begin_with(family, targets, options, checkpoints, tmp_path):
@@ -270,7 +250,7 @@ def test_an_adapter_decays_is_never_undone_and_stands_again_after_reset(checkpoi
     fast.import_peft(tmp_path)
     episode = fw.Episode(model, 2)
     first = fast.delta_weight(1, "up_proj", row=1)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / FILE)
     A, B = (tensors[f"base_model.model.model.layers.1.mlp.up_proj.lora_{half}.weight"] for half in "AB")
     torch.testing.assert_close(first, 1.5 * B @ A, rtol=1e-5, atol=1e-6)
     assert not fast.delta_weight(1, "gate_proj").any()
@@ -417,8 +397,8 @@ def test_what_fast_weights_cannot_represent_is_refused_and_nothing_changes(
     shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | settings))
-    tensors = load_file(tmp_path / "adapter_model.safetensors") | change
-    save_file({k: t for k, t in tensors.items() if t is not None}, tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / FILE) | change
+    save_file({k: t for k, t in tensors.items() if t is not None}, tmp_path / FILE)
     model = tiny(torch.float32)
     fast = fw.attach(model, **{"layers": 1, "rule": fw.Hebbian(rate=0.1), **options})
     with pytest.raises(ValueError, match=said):
@@ -431,7 +411,7 @@ def test_missing_damaged_and_pickled_adapters_are_refused(adapter, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json does not exist, expected a folder that PEFT"):
         fast.import_peft(tmp_path)
     shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "adapter_model.safetensors"
+    file = tmp_path / FILE
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"adapter_model.safetensors is not a whole safetensors file"):
         fast.import_peft(tmp_path)
