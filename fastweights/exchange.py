@@ -341,9 +341,9 @@ def _targeted(config: Mapping[str, Any], name: str) -> bool:
     def named(targets: Any) -> bool:
         if isinstance(targets, str):
             return targets == "all-linear" or re.fullmatch(targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in targets or ())
+        return any(name == target or name.endswith(f".{target}") for target in targets)
 
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
     if not named(targets) or (config.get("exclude_modules") and named(config["exclude_modules"])):
         return False
     if layers is None or layers == [] or isinstance(targets, str) or name in targets:

@@ -109,11 +109,12 @@ class FastWeightsLM(LM):
                 f"{', '.join(options)}: not an argument, and an option of a rule only with layers= and a rule's name"
             )
         if isinstance(pretrained, Llama):
-            self.model, self.tokenizer = pretrained, tokenizer
+            self.model = pretrained
         else:
-            self.model, self.tokenizer = load(pretrained, dtype, device, revision)
-        if not isinstance(self.tokenizer, Tokenizer):
+            self.model, tokenizer = load(pretrained, dtype, device, revision)
+        if not isinstance(tokenizer, Tokenizer):
             raise ValueError("the harness asks with texts, and this model came without a tokenizer: pass tokenizer=")
+        self.tokenizer = tokenizer
         longest = self.model.config.max_position_embeddings
         self.max_length = longest if max_length is None else int(max_length)
         if not 2 <= self.max_length <= longest:
@@ -146,9 +147,9 @@ class FastWeightsLM(LM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or the end of a text where there is none."""
+        """What stands before a text that has no context: BOS, or the end of a text where the tokenizer names none."""
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.eot_token_id if self.tokenizer.bos_token is None or bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """The ids of a text."""
@@ -229,7 +230,7 @@ class FastWeightsLM(LM):
 
     def _score_alone(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Each pair in a life of its own, in one batch."""
-        return self._score(self._begin(len(pairs)), *zip(*pairs, strict=True))
+        return self._score(self._begin(len(pairs)), [ids for ids, _ in pairs], [ids for _, ids in pairs])
 
     def _score_document(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """The pairs of one document, each from the life so far; what the contexts begin with alike lives on."""

@@ -79,16 +79,18 @@ class PlasticLinear(nn.Module):
 
         Decay loses a share of ΔW at each of them, so the values are as much larger: their sum is the adapter.
         """
-        size, place = (1, events), {"dtype": torch.float64, "device": "cpu"}
-        U, K = torch.zeros(*size, self.out_features, **place), torch.zeros(*size, self.in_features, **place)
-        bias = torch.zeros(size, **place)
+        U, K, bias = (
+            torch.zeros(1, events, *width, dtype=torch.float64, device="cpu")
+            for width in ((self.out_features,), (self.in_features,), ())
+        )
         if self.adapter is not None:
             count = self.adapter.write_BT.shape[1]
-            left_T1 = (1 - self.rule.decay) ** torch.arange(count - 1, -1, -1, **place)[:, None]
-            U[:, -count:], K[:, -count:] = self.adapter.U_BTO / left_T1, self.adapter.K_BTI
+            age_T1 = torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu")[:, None]
+            U[:, -count:], K[:, -count:] = self.adapter.U_BTO / (1 - self.rule.decay) ** age_T1, self.adapter.K_BTI
             bias[:, -count:] = 0 if self.adapter.bias_BT is None else self.adapter.bias_BT
         U, K, bias = (factor.to(self.weight.device, self.factor_dtype) for factor in (U, K, bias))
-        return Events(U, K, bias if self.rule.bias else None, torch.ones(size, dtype=torch.bool, device="cpu"), True)
+        every = torch.ones(1, events, dtype=torch.bool, device="cpu")
+        return Events(U, K, bias if self.rule.bias else None, every, all_written=True)
 
     def check_rows(self, rows: int, shared: bool) -> None:
         """Refuses rates that are not one per row of an episode, and what a shared ΔW cannot have."""

@@ -238,6 +238,10 @@ def test_an_adapter_of_peft_is_what_episodes_begin_with(family, targets, options
     fast.import_peft(tmp_path)
     episode = fw.Episode(model, 2)
     check_close(episode.probe(QUESTION).logits[:1], wanted, frozen(folder))
+    steps = fw.Episode(model)
+    one_by_one = torch.cat([steps.feed(ids, update="none") for ids in QUESTION.split(1, 1)], 1)
+    assert steps.path == "cpu"
+    check_close(one_by_one, wanted, frozen(folder))
     untouched = old.probe(QUESTION).logits.expand(2, -1, -1)
     torch.testing.assert_close(episode.probe(QUESTION, at=0).logits[0], untouched, rtol=1e-5, atol=1e-5)
     assert {count for counts in episode.event_counts.values() for count in counts} == {4}
