@@ -140,6 +140,10 @@ class FastWeightsLM(LM):
 
     @property
     def eot_token_id(self) -> int:
+        """The end of a text: the one that the tokenizer names, or the first at which a generation stops."""
+        named = self.tokenizer.eos_token and self.tokenizer.backend.token_to_id(self.tokenizer.eos_token)
+        if isinstance(named, int):
+            return named
         ids = self.tokenizer.eos_token_ids or self.model.config.eos_token_ids
         if not ids:
             raise ValueError("neither the tokenizer nor config.json names an end of text, which the harness needs")
