@@ -318,7 +318,7 @@ def _halves(
         modules.setdefault(found[1], {})[found[2]] = tensor
     here = {name: address for address, name in names.items()}
     if foreign := sorted(modules.keys() - here.keys()):
-        plastic = ", ".join(here)
+        plastic = ", ".join(here) or "no linears"
         raise ValueError(f"{folder}: the adapter changes {foreign[0]}{more(foreign)}, but plastic here are {plastic}")
     if not modules:
         raise ValueError(f"{folder / TENSORS} holds no tensors, expected the halves of a LoRA")

@@ -2,7 +2,7 @@
 
 Importing this file registers the model "fastweights" with the harness; nothing else here imports it.
 
-    python -m fastweights.harness run --model fastweights --tasks arc_easy \\
+    python -m fastweights.harness run --model fastweights --device cpu --tasks arc_easy \\
         --model_args pretrained=org/name,layers=11+12+13,rule=hebbian,rate=0.01,life=carried
 
 Shape suffixes: B rows, T tokens, V vocabulary.
