@@ -17,6 +17,7 @@ from .probes.linear import LinearProbe, linear_probe, slerp
 from .probes.sites import SITES
 from .probes.trace import Trace
 from .report.pictures import heat_map
+from .ridge import RidgePatch, ridge_patch
 from .rules import ContextPatch, Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .sae import SAE, load_sae
 from .sampling import Sampling
@@ -45,6 +46,7 @@ __all__ = [
     "LocalLeastSquares",
     "Moment",
     "Patch",
+    "RidgePatch",
     "Sampling",
     "Scores",
     "Snapshot",
@@ -69,6 +71,7 @@ __all__ = [
     "patch",
     "project_out",
     "rank",
+    "ridge_patch",
     "save",
     "slerp",
     "steer",

@@ -34,10 +34,12 @@ from .episode import Episode
 from .episode_state import Address
 from .inputs import Ids, tokens
 from .kernels.linear import linear
-from .model import Llama, RMSNorm
+from .model import Llama
 from .plastic import PlasticLinear, plastic_linears, weight_norm
+from .reach import Reach
 from .rules import ContextPatch
 from .state.events import Events
+from .state.moments import Moment
 
 Progress = Callable[[int, int], None]
 MORE = 8  # attempts with all layers aiming at the end: each knows better what the layers between add
@@ -93,6 +95,28 @@ class Patch:
         logs, linears = self.episode.logs, self.fast.linears
         return {a: logs[a].event_norms(0)[: len(self.query_ids)] / weight_norm(linears[a]) for a in linears}
 
+    def at(self, token: int, **changes: Any) -> Moment:
+        """The moment of one query token's events, for `episode.probe(at=...)`; changes: other fields of `fw.Moment`.
+
+        A probe reads from position 0, so it gives that token's logits if it is asked the token alone, the token is the
+        first of the query, and positions are rope's.
+        """
+        if not 0 <= token < len(self.query_ids):
+            raise ValueError(f"at({token}): expected a query token from 0 to {len(self.query_ids) - 1}")
+        return Moment(token + 1, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the logits and the events themselves, as JSON holds it."""
+        runs = {"reference": self.tokens.reference, "unpatched": self.tokens.unpatched, "patched": self.tokens.patched}
+        return {
+            "query_ids": self.query_ids.tolist(),
+            "start": self.start,
+            "layers": sorted({layer for layer, _ in self.fast.linears}),
+            **self.tokens.to_dict(),
+            "choices": {name: logits_TV.argmax(-1).tolist() for name, logits_TV in runs.items()},
+            "norms": {f"{layer}.{name}": norm_T.tolist() for (layer, name), norm_T in self.norms.items()},
+        }
+
     def replay(self, weight: Callable[[int, Address], float] | None = None) -> Tensor:
         """Logits [T, V] of the query in a fresh life without the context, each token with its events put in before it.
 
@@ -102,7 +126,7 @@ class Patch:
         Example:
             patch.replay(lambda token, at: at != (5, "down_proj"))  # without one event of each token
         """
-        episode = _begun(self.episode.model, self.start)
+        episode = begun(self.episode.model, self.start)
         logits = []
         for token, ids in enumerate(self.query_ids):
             with episode.state.alone(), episode.state.attempt():
@@ -110,7 +134,7 @@ class Patch:
                     U_BRO, K_BRI, *_ = self.episode.logs[address].moment_factors()
                     u, k = U_BRO[:1, token : token + 1], K_BRI[:1, token : token + 1]
                     share = 1.0 if weight is None else float(weight(token, address))
-                    episode.state.write(address, _event(u * share, k))
+                    episode.state.write(address, event_of(u * share, k))
             logits.append(episode.feed(ids[None, None], update="none")[0, 0].cpu())
         return torch.stack(logits)
 
@@ -156,12 +180,13 @@ def context_patch(
             f"to {longest}"
         )
     with patched_linears(model, layers, rank=1, overflow="evict", archive=True) as fast:
-        informed, bare, episode = Episode(model), _begun(model, start), _begun(model, start)
+        informed, bare, episode = Episode(model), begun(model, start), begun(model, start)
         informed.feed(context_1T, logits="last")
-        runs = [_Run(informed, fast.linears), _Run(bare, {}), _Patched(episode, fast.linears)]
+        runs = [Run(informed, fast.linears), Run(bare, {})]
+        runs.append(Patched(episode, fast.linears, runs[0]))
         for token in range(count):
             for run in runs:
-                run.read(query_1T[:, token : token + 1], runs[0])
+                run.read(query_1T[:, token : token + 1])
             if progress is not None:
                 progress(token + 1, count)
         compared = Comparison.of(*(run.seen for run in runs))
@@ -193,7 +218,7 @@ def patched_linears(
     Raises:
         ValueError: linears are plastic already, by other options; nothing changes then.
     """
-    before = plastic_linears(model)
+    before, options = plastic_linears(model), {"backend": "torch", **options}
     if before:
         if not _alike(model, before, layers, rank, options):
             said = ", ".join(sorted({type(linear.rule).__name__ for linear in before.values()}))
@@ -228,56 +253,74 @@ def _alike(model: Llama, plastic: Mapping[Address, PlasticLinear], layers: Any, 
 # ---- the runs
 
 
-def _begun(model: Llama, position: int) -> Episode:
+def begun(model: Llama, position: int) -> Episode:
     """An empty life whose first token stands at a later position, and sees nothing before itself."""
     episode = Episode(model)
     episode.state.cache.begin_at(position)
     return episode
 
 
-def _event(u_11O: Tensor, k_11I: Tensor) -> Events:
-    return Events(u_11O, k_11I, None, torch.ones(1, 1, dtype=torch.bool, device="cpu"), True)
+def kept(x_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The real tokens of [B, T, …], row after row, [N, …]."""
+    return x_BT.flatten(0, 1) if mask_BT is None else x_BT[mask_BT.to(x_BT.device)]
 
 
-class _Run:
-    """Reads tokens one by one, on the modules; keeps the logits and the stream behind every layer.
+class Run:
+    """Feeds of one life on the modules; keeps the logits of all, and what the blocks saw of the last.
 
-    given: what each of the named linears gave for the last token, [1, 1, O]. stream: behind each layer, [1, 1, D].
+    Attributes:
+        x: the stream before each block, [B, T, D]. added: what attention adds to it. stream: behind each block.
+        given: what each of the named linears gave, [B, T, O].
     """
 
     def __init__(self, episode: Episode, linears: Mapping[Address, PlasticLinear]):
         self.episode, self.linears = episode, linears
         self.blocks = [*episode.model.model.layers]
-        self.given: dict[Address, Tensor] = {}
+        self.x: dict[int, Tensor] = {}
+        self.added: dict[int, Tensor] = {}
         self.stream: dict[int, Tensor] = {}
-        self._logits: list[Tensor] = []
-        self._streams: list[Tensor] = []
+        self.given: dict[Address, Tensor] = {}
+        self.fed: list[tuple[Tensor, Tensor]] = []
 
-    def read(self, ids_11: Tensor, informed: _Run) -> None:
-        """One token; `informed` has read it behind the context."""
+    def read(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> None:
+        """Feeds some tokens, which write nothing."""
         with contextlib.ExitStack() as stack:
-            for handle in self.hooks(informed):
+            for handle in self.hooks(mask_BT):
                 stack.callback(handle.remove)
-            logits_11V = self.episode.feed(ids_11, update="none")
-        self._logits.append(logits_11V[0, 0].cpu())
-        self._streams.append(torch.stack([self.stream[layer][0, 0] for layer in range(len(self.blocks))]).cpu())
+            logits_BTV = self.episode.feed(ids_BT, "none", mask_BT)
+        stream_NLD = torch.stack([kept(self.stream[layer], mask_BT) for layer in range(len(self.blocks))], dim=1)
+        self.fed.append((kept(logits_BTV, mask_BT).cpu(), stream_NLD.cpu()))
 
-    def hooks(self, informed: _Run) -> Iterator[Any]:
-        """The hooks of one token; the caller removes them."""
+    def hooks(self, mask_BT: Tensor | None) -> Iterator[Any]:
+        """The hooks of one feed, which the caller removes."""
         for layer, block in enumerate(self.blocks):
-            yield block.register_forward_hook(_into(self.stream, layer))
+            yield block.register_forward_pre_hook(_before(self.x, layer))
+            yield (block.after_attention or block.self_attn).register_forward_hook(_behind(self.added, layer))
+            yield block.register_forward_hook(_behind(self.stream, layer))
         for address, one in self.linears.items():
-            yield one.register_forward_hook(_into(self.given, address))
+            yield one.register_forward_hook(_behind(self.given, address))
+
+    def base(self, layer: int) -> Tensor:
+        """The stream without the MLP's share, as the block sums it up."""
+        return self.x[layer] + self.added[layer]
 
     @property
     def seen(self) -> tuple[Tensor, Tensor]:
-        """Logits [T, V] and streams [T, L, D]."""
-        return torch.stack(self._logits), torch.stack(self._streams)
+        """Logits [N, V] and streams [N, L, D] of all that was fed."""
+        logits, streams = zip(*self.fed, strict=True)
+        return torch.cat(logits), torch.cat(streams)
 
 
-def _into(found: dict, key: Any) -> Callable:
+def _before(found: dict, key: Any) -> Callable:
+    def hook(_module: Any, inputs: tuple) -> None:
+        found[key] = inputs[0]
+
+    return hook
+
+
+def _behind(found: dict, key: Any) -> Callable:
     def hook(_module: Any, _inputs: Any, out: Tensor) -> None:
-        found[key] = out.detach()
+        found[key] = out
 
     return hook
 
@@ -286,47 +329,29 @@ class _OutOfReach(Exception):
     """The last patched layer cannot reach its stream; another attempt aims at it from further below."""
 
 
-class _Patched(_Run):
-    """Writes the event of each linear just before the linear reads it, from what it has read so far."""
+class Patched(Run):
+    """Writes the event of each linear just before the linear reads it; `informed` has read the same token."""
 
-    def __init__(self, episode: Episode, linears: Mapping[Address, PlasticLinear]):
+    def __init__(self, episode: Episode, linears: Mapping[Address, PlasticLinear], informed: Run):
         super().__init__(episode, linears)
-        self.patched = sorted({layer for layer, _ in linears})
-        self.x: dict[int, Tensor] = {}  # before each block
-        self.added: dict[int, Tensor] = {}  # by each block, but what we choose
+        self.informed = informed
+        self.layers = sorted({layer for layer, _ in linears})
         self.ahead, self.give_up = 1, False  # so many of the patched layers aim at the end of the last
 
-    def read(self, ids_11: Tensor, informed: _Run) -> None:
-        depth = len(self.patched)
+    def read(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> None:
+        depth = len(self.layers)
         attempts = [min(2**n, depth) for n in range(depth.bit_length() + MORE)]
         for number, self.ahead in enumerate(attempts, 1):
             self.give_up = number == len(attempts)
             with contextlib.suppress(_OutOfReach):  # the feed is undone
-                return super().read(ids_11, informed)
+                return super().read(ids_BT, mask_BT)
 
-    def hooks(self, informed: _Run) -> Iterator[Any]:
-        for layer, block in enumerate(self.blocks):
-            yield block.register_forward_pre_hook(self._before(layer))
-            yield (block.after_attention or block.self_attn).register_forward_hook(_into(self.added, layer))
-            if layer not in self.patched:
-                yield block.register_forward_hook(self._behind(layer))
-        yield from super().hooks(informed)  # they keep the stream, and what linears gave
+    def hooks(self, mask_BT: Tensor | None) -> Iterator[Any]:
+        yield from super().hooks(mask_BT)
         for address, one in self.linears.items():
-            yield one.register_forward_pre_hook(self._writer(address, one, informed))
+            yield one.register_forward_pre_hook(self._writer(address, one))
 
-    def _before(self, layer: int) -> Callable:
-        def hook(_module: Any, inputs: tuple) -> None:
-            self.x[layer] = inputs[0]
-
-        return hook
-
-    def _behind(self, layer: int) -> Callable:
-        def hook(_module: Any, _inputs: Any, out: Tensor) -> None:
-            self.added[layer] = out - self.x[layer]
-
-        return hook
-
-    def _writer(self, address: Address, one: PlasticLinear, informed: _Run) -> Callable:
+    def _writer(self, address: Address, one: PlasticLinear) -> Callable:
         log, state = self.episode.logs[address], self.episode.state
 
         def hook(_module: Any, inputs: tuple) -> None:
@@ -334,61 +359,39 @@ class _Patched(_Run):
             square = h_11I.square().sum(-1, keepdim=True)
             if not bool(square):
                 raise ValueError(
-                    f"{one.name}: query token {state.lengths[0]} has an input of norm 0 there, and no event acts on it"
+                    f"{one.name} reads an input of norm 0 at position {state.lengths[0]}, on which no event acts: "
+                    "expected another input, or layers without it"
                 )
-            frozen_11O = linear(inputs[0], one.weight, one.bias).to(log.dtype)
-            down = one.role == "down_proj"
-            target_11O = self._end(address[0], informed) if down else informed.given[address]
-            state.write(address, _event(target_11O.to(log.dtype) - frozen_11O, h_11I / square))
+            state.write(address, event_of(self.value(address, one, inputs[0]), h_11I / square))
 
         return hook
 
-    def _end(self, layer: int, informed: _Run) -> Tensor:
+    def value(self, address: Address, one: PlasticLinear, h_11I: Tensor) -> Tensor:
+        """What the linear's output lacks, [1, 1, O], in the precision of the factors."""
+        dtype = self.episode.logs[address].dtype
+        target_11O = self._end(address[0], dtype) if one.role == "down_proj" else self.informed.given[address]
+        return target_11O.to(dtype) - linear(h_11I, one.weight, one.bias).to(dtype)
+
+    def _end(self, layer: int, dtype: torch.dtype) -> Tensor:
         """What `down` must give so that the stream behind the block is the one with the context, or near it."""
-        block = self.blocks[layer]
-        wide = self.episode.logs[layer, block.mlp.names["down_proj"]].dtype
-        # the sum as the block makes it
-        missing = informed.stream[layer].to(wide) - (self.x[layer] + self.added[layer]).to(wide)
-        if block.after_mlp is None:
+        base, after, last = self.base(layer).to(dtype), self.blocks[layer].after_mlp, self.layers[-1]
+        missing = self.informed.stream[layer].to(dtype) - base
+        if after is None:
             return missing
-        last = self.patched[-1]
-        if layer in self.patched[-self.ahead :] and layer != last:
-            between = (self.added[n].to(wide) for n in range(layer + 1, last + 1))  # of the attempt before
-            missing = informed.stream[last].to(wide) - (self.x[layer] + self.added[layer]).to(wide)
-            missing = missing - sum(between, torch.zeros_like(missing))
-        reach = Reach.of(block.after_mlp, missing[0, 0])
+        if layer in self.layers[-self.ahead : -1]:
+            missing = self.informed.stream[last].to(dtype) - base - self._between(layer, last).to(dtype)
+        reach = Reach.of(after, missing[0, 0])
         if layer == last and not reach.exact and not self.give_up:
             raise _OutOfReach
         return reach.before.expand_as(missing)
 
+    def _between(self, layer: int, last: int) -> Tensor:
+        """What everything but the MLPs that are patched added behind a layer in the attempt before."""
+        added = [self.added[n] for n in range(layer + 1, last + 1)]
+        added += [self.stream[n] - self.base(n) for n in range(layer + 1, last) if n not in self.layers]
+        return torch.stack(added).sum(0)
 
-@dataclass(frozen=True)
-class Reach:
-    """The input of an RMS norm that makes it give a vector, or the nearest that it can give.
 
-    With factor w it gives y = w d / √(mean d² + eps), so mean (y / w)² < 1. Such a y is given by d = (y / w) √(s + eps)
-    with s = mean d² = eps ρ² / (1 − ρ²), ρ² = mean (y / w)². Any other is replaced by the nearest of ρ² = 1 − 1e-6:
-    y_i ← y_i w_i² / (w_i² + λ), with the λ > 0 that fits.
-
-    before: d [D]. exact: whether y itself is given.
-    """
-
-    before: Tensor
-    exact: bool
-
-    @classmethod
-    def of(cls, norm: RMSNorm, y_D: Tensor) -> Reach:
-        """Computed in float64."""
-        y, w, most = y_D.double(), norm.factor.double(), 1 - 1e-6
-        ratio = torch.where(w == 0, 0.0, y / w)
-        exact = bool(ratio.square().mean() <= most) and not bool(((w == 0) & (y != 0)).any())
-        if not exact:
-            least, largest = torch.zeros_like(y[0]), (y * w).square().mean().sqrt() / most + w.square().max()
-            for _ in range(80):  # the mean falls as λ grows
-                middle = (least + largest) / 2
-                inside = (y * w / (w.square() + middle)).square().mean() <= most
-                least, largest = torch.where(inside, least, middle), torch.where(inside, middle, largest)
-            ratio = y * w / (w.square() + largest)
-        rho = ratio.square().mean()
-        square = norm.eps * rho / (1 - rho)
-        return cls((ratio * (square + norm.eps).sqrt()).to(y_D.dtype), exact)
+def event_of(u_1TO: Tensor, k_1TI: Tensor) -> Events:
+    """Events of one row, all written."""
+    return Events(u_1TO, k_1TI, None, torch.ones(u_1TO.shape[:2], dtype=torch.bool, device="cpu"), True)

@@ -32,7 +32,19 @@ ORDER = [
     "engine",
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode"),
-    *("attach", "comparison", "context", "ridge", "report", "record", "surgery", "__init__", "benchmarks", "__main__"),
+    *(
+        "attach",
+        "comparison",
+        "reach",
+        "context",
+        "ridge",
+        "report",
+        "record",
+        "surgery",
+        "__init__",
+        "benchmarks",
+        "__main__",
+    ),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
