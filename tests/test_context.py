@@ -1,4 +1,4 @@
-"""A context as events: exact in every family, undone by leaving one out, ordinary events, and refused in plain words."""
+"""A context as events: exact in every family, ordinary events each of which it takes, refused in plain words."""
 
 import math
 
@@ -231,7 +231,7 @@ def test_a_model_that_is_plastic_otherwise_is_refused():
     assert model.model.layers[1].mlp.up_proj is fast.linears[1, "up_proj"]
     fw.detach(model)
     fw.context_patch(model, CONTEXT, QUERY, layers=[0])
-    with pytest.raises(ValueError, match="3 plastic linears .ContextPatch."):
+    with pytest.raises(ValueError, match=r"3 plastic linears \(ContextPatch\)"):
         fw.context_patch(model, CONTEXT, QUERY)
     fw.attach(model, [1], fw.Hebbian())
     mixed = fw.Episode(model)
@@ -253,7 +253,7 @@ def test_an_input_of_norm_zero_is_refused_by_its_linear_and_position():
 def test_an_event_that_is_not_finite_is_refused_by_its_number():
     model = family("llama")
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="event 1 of layers.1.mlp.down_proj .row 0. has a non-finite factor"):
+    with pytest.raises(ValueError, match=r"event 1 of layers\.1\.mlp\.down_proj \(row 0\) has a non-finite factor"):
         fw.context_patch(model, CONTEXT, QUERY)
     assert untouched(model)
 
