@@ -3,9 +3,9 @@
     python -m fastweights.benchmarks.context_patch [--dtype float32] [--json]
 
 Goldwaser et al. 2025 (arXiv 2511.17864): the model generates behind a prompt. At every new token a second pass reads
-that token alone, at its absolute position, with the rank-1 patches of this token; agreement is the share of tokens after
-which both choose the same. The unpatched control is that pass without patches. Their table is for Gemma-3 1B and 4B;
-this one is for whatever model is given.
+that token alone, at its absolute position, with the rank-1 patches of this token; agreement is the share of tokens
+after which both choose the same. The unpatched control is that pass without patches. Their table is for Gemma-3 1B and
+4B; this one is for whatever model is given.
 
 Three ways to apply a patch:
     events         what each linear lacks, taken from what it gave behind the context; read in float32 (`context_patch`)

@@ -1,16 +1,22 @@
 """A context as events: exact in every family, ordinary events each of which it takes, refused in plain words."""
 
+import json
 import math
 
 import pytest
 import torch
 from family_models import MODELS, SHAPE
 from tiny import prompt, tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 import fastweights as fw
+from fastweights import report
+from fastweights.__main__ import main
 from fastweights.config import LlamaConfig
 from fastweights.model import Llama, RMSNorm
 from fastweights.reach import Reach
+from fastweights.tokenizer import Tokenizer
 
 IDS = torch.arange(20) * 11 % 131
 CONTEXT, QUERY = IDS[:14], IDS[14:]
@@ -256,6 +262,69 @@ def test_an_event_that_is_not_finite_is_refused_by_its_number():
     with pytest.raises(ValueError, match=r"event 1 of layers\.1\.mlp\.down_proj \(row 0\) has a non-finite factor"):
         fw.context_patch(model, CONTEXT, QUERY)
     assert untouched(model)
+
+
+# ---- the command line and its page
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    words = ["<b>", "the", "sky", "is", "red", "who", "?"]
+    backend = Backend(models.WordLevel({word: n for n, word in enumerate(words)} | {"…": 60}, unk_token="…"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(path / "tokenizer.json"))
+    fw.save(tiny(torch.float32, eos_token_id=59), path, Tokenizer.from_folder(path))
+    return path
+
+
+def test_the_command_shows_what_the_call_gives_and_saves_a_page_and_a_picture(folder, capsys, tmp_path):
+    words = ["--context", "the sky is red", "--query", "who <b> ?", "--model", str(folder)]
+    options = ["--layers", "0,1,-1", "--tokens", "2", "--out", str(tmp_path / "out"), "--json"]
+    assert main(["patch", *words, *options]) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    whole = json.loads(last)
+    model, tokenizer = fw.load(folder)
+    patch = fw.context_patch(model, tokenizer.encode("the sky is red"), whole["query_ids"], [0, 1, 3])
+    assert whole["query_ids"][:3] == tokenizer.encode("who <b> ?")
+    assert len(whole["query_ids"]) == 5
+    assert whole["layers"] == [0, 1, 3]
+    assert whole["layer_error"] == patch.tokens.layer_error.tolist()
+    assert whole["difference"] == patch.tokens.difference
+    assert whole["norms"]["3.down_proj"] == patch.norms[3, "down_proj"].tolist()
+    assert len(whole["norms"]) == 9
+    assert whole["choices"]["reference"][2:4] == whole["query_ids"][3:]
+    largest = patch.tokens.layer_error.max(0).values.tolist()
+    assert [float(line.split()[1]) for line in shown[1:5]] == pytest.approx(largest, rel=0.1)
+    assert "45 events in 3 of 4 layers for 5 query tokens behind a context of 4" in shown[-2]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<code dir=auto>&lt;b&gt;</code>" in page
+    assert "<b>" not in page
+    assert "45 events in 3 of 4 layers" in page
+    assert (tmp_path / "out" / "patch.png").stat().st_size > 5000
+    lines = report.patch_picture(whole).axes[0].get_lines()
+    assert [*lines[1].get_ydata()] == pytest.approx(largest)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--query", ""], "--query is empty: expected at least one token"),
+        (["--tokens", "-1"], "--tokens -1: expected 0 or more"),
+        (["--layers", "4"], "layer 4 does not exist: this model has layers 0 to 3"),
+        (["--context", "@nowhere"], "cannot read nowhere"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_status_2(folder, capsys, options, said):
+    given = ["patch", "--context", "the sky", "--query", "who", "--model", str(folder), *options]
+    try:
+        status = main(given)
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 # ---- the ridge form
