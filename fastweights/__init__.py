@@ -2,6 +2,8 @@
 
 from .anatomy import Anatomy, anatomy
 from .attach import attach, detach
+from .comparison import Comparison
+from .context import Patch, context_patch
 from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
 from .generation import Step
@@ -15,7 +17,8 @@ from .probes.linear import LinearProbe, linear_probe, slerp
 from .probes.sites import SITES
 from .probes.trace import Trace
 from .report.pictures import heat_map
-from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .ridge import RidgePatch, ridge_patch
+from .rules import ContextPatch, Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .sae import SAE, load_sae
 from .sampling import Sampling
 from .state.drift import Drift
@@ -30,6 +33,8 @@ __all__ = [
     "SITES",
     "Alignment",
     "Anatomy",
+    "Comparison",
+    "ContextPatch",
     "Delta",
     "Drift",
     "Edit",
@@ -40,6 +45,8 @@ __all__ = [
     "LinearProbe",
     "LocalLeastSquares",
     "Moment",
+    "Patch",
+    "RidgePatch",
     "Sampling",
     "Scores",
     "Snapshot",
@@ -51,6 +58,7 @@ __all__ = [
     "anatomy",
     "attach",
     "capture",
+    "context_patch",
     "decompose",
     "detach",
     "edited",
@@ -63,6 +71,7 @@ __all__ = [
     "patch",
     "project_out",
     "rank",
+    "ridge_patch",
     "save",
     "slerp",
     "steer",

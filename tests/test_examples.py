@@ -34,7 +34,7 @@ def test_surgery_gives_the_answers_and_distances_after_every_event(example, smol
     assert type(smollm2[0].model.layers[11].mlp.gate_proj).__name__ == "Linear"
 
 
-def test_implicit_dynamics_is_exact_in_one_linear_and_not_in_the_block(example):
+def test_implicit_dynamics_is_exact_in_one_linear_and_in_the_block_with_three_events(example):
     found = example("implicit_dynamics")
     assert found["position"] < 1e-5
     assert max(found["algebra"].values()) < 1e-12
@@ -43,6 +43,9 @@ def test_implicit_dynamics_is_exact_in_one_linear_and_not_in_the_block(example):
         assert mlp_out < 1e-5
         assert min(stream, end, logits) > 0.1
     assert found["errors"]["itself", "all"][3] == pytest.approx(1.36, abs=0.2)
+    *fewer, three = found["events"].values()
+    assert three < 1e-5
+    assert min(*fewer, found["without"]) > 0.5
 
 
 def test_heads_shows_where_names_travel_and_what_head_23_3_does(example):

@@ -34,7 +34,8 @@ ORDER = [
     "engine",
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode", "exchange"),
-    *("attach", "report", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
+    *("attach", "comparison", "reach", "context", "ridge"),
+    *("report", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
