@@ -6,6 +6,7 @@ from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
+from .perplexity import Perplexity, perplexity
 from .probes.align import Alignment, align
 from .probes.capture import capture, edited
 from .probes.edits import Edit, ablate, patch, project_out, steer
@@ -40,6 +41,7 @@ __all__ = [
     "LinearProbe",
     "LocalLeastSquares",
     "Moment",
+    "Perplexity",
     "Sampling",
     "Scores",
     "Snapshot",
@@ -61,6 +63,7 @@ __all__ = [
     "load_sae",
     "ov",
     "patch",
+    "perplexity",
     "project_out",
     "rank",
     "save",

@@ -32,7 +32,7 @@ ORDER = [
     "engine",
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode"),
-    *("attach", "report", "record", "surgery", "__init__", "benchmarks", "__main__"),
+    *("attach", "report", "perplexity", "record", "surgery", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
