@@ -16,6 +16,7 @@ from torch import Tensor
 from .activations import phi_of
 from .episode import Episode
 from .episode_state import Address
+from .kernels import values
 from .model import Llama
 from .plastic import PlasticLinear, plastic_linears, weight_norm
 from .rules import Rule, check_rule, twin_of
@@ -104,7 +105,7 @@ def attach(
         rank: R, events to keep, per linear and sequence.
         overflow: what happens when there are more: "compress", "evict", "grow" or "error", see `state.EventLog`.
         backend: "torch"; "triton": the fused kernels, for float32 and half precision on CUDA; "auto": Triton on
-            CUDA where the rule has a Triton twin, torch elsewhere. `PlasticLinear.backend` tells which.
+            CUDA where the rule and the linear's φ have Triton twins, torch elsewhere; see `PlasticLinear.backend`.
         archive: keep every event on the CPU as well, so that any moment stays exact after an overflow.
         budget: largest ‖ΔW‖_F / ‖W‖_F, per linear and row; None = no limit.
         over_budget: what an event that goes over the budget does: "scale": ΔW (and Δb) is scaled back onto it; "stop":
@@ -130,7 +131,7 @@ def attach(
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
     factors = _factor_dtype(factor_dtype, model)
-    chosen = _backend(backend, model, rule, factors)
+    backends = _backends(backend, _backend(backend, model, rule, factors), model, addresses)
     _check_target(model, rule, addresses)
     budgets = {address: _budget(model, address, budget, over_budget) for address in addresses}
     plastic, roles, phi = {}, model.config.family.linears, model.config.phi
@@ -140,7 +141,7 @@ def attach(
             if isinstance(base, PlasticLinear):
                 raise ValueError(f"layers.{address[0]}.mlp.{address[1]} is already plastic: fw.detach(model) first")
             what = (address, roles[address[1]], phi_of(phi[address[1]]))
-            options = (rule, int(rank), overflow, chosen, archive, model.binding, budgets[address], factors)
+            options = (rule, int(rank), overflow, backends[address], archive, model.binding, budgets[address], factors)
             plastic[address] = PlasticLinear(base, *what, *options)
         for (layer, name), linear in plastic.items():
             setattr(model.model.layers[layer].mlp, name, linear)
@@ -215,6 +216,19 @@ def _backend(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) 
                 )
             return "triton"
     raise ValueError(f"backend={backend!r}: expected 'auto', 'torch' or 'triton'")
+
+
+def _backends(asked: str, chosen: str, model: Llama, addresses: Sequence[Address]) -> dict[Address, str]:
+    """The backend of each linear: the chosen one, or torch where no kernel knows the linear's φ."""
+    phi = model.config.phi
+    unknown = {name: phi[name] for _, name in addresses if phi[name] not in values.ACTIVATIONS}
+    if chosen == "triton":
+        for name, own in unknown.items():
+            said = f"the activation {own!r} of {name} has no Triton twin"
+            if asked == "triton":
+                raise ValueError(f"backend='triton': {said}, use 'torch'")
+            warnings.warn(f"{said}: it runs on torch", stacklevel=3)
+    return {address: "torch" if address[1] in unknown else chosen for address in addresses}
 
 
 def _check_target(model: Llama, rule: Rule, addresses: Sequence[Address]) -> None:

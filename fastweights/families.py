@@ -84,6 +84,23 @@ PHI3 = {
 }
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types of a config.json
+
+# Fields of `LlamaConfig` that a family has where its row's `defaults` name them.
+BEYOND = frozenset(
+    {
+        "partial_rotary_factor",
+        "rope_local_base_freq",
+        "query_pre_attn_scalar",
+        "scale_attn_weights",
+        "scale_attn_by_inverse_layer_idx",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_parallel_residual",
+    }
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """What a `model_type` means.
@@ -100,7 +117,8 @@ class Family:
         scaled_embedding: whether embeddings are multiplied by √D, rounded to the weights' dtype.
         biases: those that config.json does not decide: "attention_bias" (q, k and v), "output_bias" (o), "mlp_bias".
             Left out: the key of this name; o has what q, k and v have.
-        keys: what config.json calls a number, by our name of it (a field of `LlamaConfig`), where that differs.
+        keys: what config.json calls a field of `LlamaConfig`, where that differs: every name that transformers reads,
+            the one to write first; () where config.json does not say it.
         defaults: what transformers fills in for keys that config.json leaves out, under config.json's names.
         only: further keys that would change the numbers, and the values that leave them alone.
         harmless: further keys that change nothing.
@@ -118,12 +136,20 @@ class Family:
     transposed: bool = False
     scaled_embedding: bool = False
     biases: Mapping[str, bool] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     windows: str | int | None = None
     ignored: tuple[str, ...] = ()
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """What config.json calls a field of `LlamaConfig`, the name to write first; () where it does not say it."""
+        keys = self.keys.get(name, (name,))
+        return keys if name not in BEYOND or keys[0] in self.defaults else ()
+
+    def has(self, name: str) -> bool:
+        return bool(self.spellings(name))
 
     @property
     def title(self) -> str:
@@ -138,9 +164,22 @@ class Family:
 
 
 NO_BIAS = {"attention_bias": False, "output_bias": False, "mlp_bias": False}
+GEMMA_DEFAULTS = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "final_logit_softcapping": None,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM"),
+    "llama": Family("LlamaForCausalLM", defaults={"bos_token_id": 1, "eos_token_id": 2}),
     "qwen2": Family(  # Qwen2 and Qwen2.5
         "Qwen2ForCausalLM",
         biases={**NO_BIAS, "attention_bias": True},
@@ -149,15 +188,19 @@ FAMILIES: dict[str, Family] = {
             "use_sliding_window": False,
             "sliding_window": 4096,
             "max_window_layers": 28,
-            "bos_token_id": None,
-            "eos_token_id": None,
         },
         windows="some",
     ),
     "mistral": Family(
         "MistralForCausalLM",
         biases=NO_BIAS,
-        defaults={"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+        defaults={
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "num_key_value_heads": 8,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         windows="all",
     ),
     "gpt2": Family(
@@ -166,6 +209,39 @@ FAMILIES: dict[str, Family] = {
         norm="layer",
         transposed=True,
         biases={"attention_bias": True, "output_bias": True, "mlp_bias": True},
+        keys={
+            "hidden_size": ("n_embd", "hidden_size"),
+            "intermediate_size": ("n_inner",),
+            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+            "num_attention_heads": ("n_head", "num_attention_heads"),
+            "num_key_value_heads": (),
+            "head_dim": (),
+            "max_position_embeddings": ("n_positions", "max_position_embeddings"),
+            "rms_norm_eps": ("layer_norm_epsilon",),
+            "hidden_act": ("activation_function",),
+            "rope_theta": (),
+            "rope_scaling": (),
+        },
+        defaults={
+            "n_positions": 1024,
+            "n_inner": None,
+            "layer_norm_epsilon": 1e-5,
+            "activation_function": "gelu_new",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        },
+        only={"add_cross_attention": (None, False)},
+        harmless=frozenset(
+            {
+                "n_ctx",  # n_positions once more; transformers reads it no longer
+                "reorder_and_upcast_attn",  # the same products, rounded otherwise
+                *("attn_pdrop", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
+                *("summary_proj_to_labels", "classifier_dropout"),
+            }
+        ),
         ignored=(".attn.bias", ".attn.masked_bias"),
     ),
     "gemma3_text": Family(
@@ -175,6 +251,16 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         scaled_embedding=True,
         biases={"mlp_bias": False},
+        keys={"hidden_act": ("hidden_activation",)},
+        defaults={
+            **GEMMA_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
+        },
+        only={"use_bidirectional_attention": (None, False)},
+        harmless=frozenset({"cache_implementation"}),
         windows=6,
     ),
     "gemma2": Family(
@@ -183,21 +269,87 @@ FAMILIES: dict[str, Family] = {
         norm="rms1",
         scaled_embedding=True,
         biases={"mlp_bias": False},
+        keys={"hidden_act": ("hidden_activation",)},
+        defaults={
+            **GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        only={"use_bidirectional_attention": (None, False)},
+        harmless=frozenset({"cache_implementation"}),
         windows=2,
     ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {**LLAMA, **QK_NORMS}, qk_norm="head", biases={"mlp_bias": False}, windows="some"
+        "Qwen3ForCausalLM",
+        {**LLAMA, **QK_NORMS},
+        qk_norm="head",
+        biases={"mlp_bias": False},
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        windows="some",
     ),
-    "olmo2": Family("Olmo2ForCausalLM", OLMO2, norm="rms_once", qk_norm="all", biases={"mlp_bias": False}),
-    "gpt_neox": Family(
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        OLMO2,
+        norm="rms_once",
+        qk_norm="all",
+        biases={"mlp_bias": False},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "eos_token_id": 50279,
+            "pad_token_id": 1,
+        },
+    ),
+    "gpt_neox": Family(  # Pythia
         "GPTNeoXForCausalLM",
         GPT_NEOX,
         norm="layer",
         interleaved=True,
         biases={"mlp_bias": True},
+        keys={
+            "rms_norm_eps": ("layer_norm_eps",),
+            "num_key_value_heads": (),
+            "head_dim": (),
+            "rope_theta": ("rotary_emb_base",),
+            "partial_rotary_factor": ("rotary_pct",),
+        },
+        defaults={
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+            "attention_bias": True,
+            "use_parallel_residual": True,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        harmless=frozenset({"classifier_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"}),
         ignored=(".attention.bias", ".attention.masked_bias"),
     ),
-    "phi3": Family("Phi3ForCausalLM", PHI3, biases=NO_BIAS, windows="all"),
+    "phi3": Family(  # Phi-3 and Phi-4
+        "Phi3ForCausalLM",
+        PHI3,
+        biases=NO_BIAS,
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        windows="all",
+    ),
 }
 
 ROLES = frozenset(role for family in FAMILIES.values() for role in family.names)

@@ -26,8 +26,9 @@ from .bpe import (
     sentencepiece_bpe,
     writes_bos,
 )
-from .config import LlamaConfig, RopeScaling
+from .config import LlamaConfig
 from .files import one_line, warn
+from .rope import RopeScaling
 from .tokenizer import Tokenizer, bos_processor
 
 _NAMES = {

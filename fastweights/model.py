@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from .activations import PHI
 from .binding import Binding
 from .cache import KVCache, Positions
-from .config import LlamaConfig, Rope
+from .config import LlamaConfig
 from .families import ROLES
 from .kernels.attention import attention
 from .kernels.elementwise import on_gpu, rms_norm, silu_mul
 from .kernels.linear import linear
 from .kernels.rope import rotate
+from .rope import Rope
 
 # The first call of MKL's vector functions in a process sets them up. If two threads of one operation make it together,
 # one may compute its half to 11 bits: the cosines of rope were off by 1.5e-4 then. So one thread makes it here.

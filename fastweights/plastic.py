@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .activations import Activation
 from .binding import Binding
 from .episode_state import Address
+from .kernels import values
 from .kernels.gram import Gram, before
 from .kernels.linear import linear
 from .kernels.read import read
@@ -229,8 +230,10 @@ class PlasticLinear(nn.Module):
     def kernel_form(self, now: Pass, a_BCO: Tensor, part: slice) -> Known | None:
         """The rule as the scan's kernels know it, for these tokens; None: they do not."""
         twin, target_BCO = twin_of(self.rule), None
+        if twin is None or self.activation.name not in values.ACTIVATIONS:
+            return None
         # in C a rate belongs to a row of the batch, not to a row of a column
-        if twin is None or (self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple)):
+        if self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple):
             return None
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from .chat import render, templates_of
-from .config import eos_ids
+from .config_json import eos_ids
 from .files import one_line, read_json, warn, write_text
 from .inputs import whole_numbers
 from .spm import SentencePieceModel

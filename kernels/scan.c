@@ -13,8 +13,21 @@ typedef struct {
   const unsigned char *write;          /* [T] */
   long a_t, u_t, G_t, frozen_t, target_t, T, O; /* strides; each O lies together */
   float rate, gamma, clip;                       /* clip: inf for none */
-  int rule, silu;
+  int rule, phi; /* φ's number, as in cpu.h */
 } ScanArguments;
+
+/* m ⊙ z of [ACROSS] */
+INLINE void gated(const int id, int gate, const float *x, float *y) {
+  if (gate == DERIVATIVE)
+#pragma omp simd
+    for (int j = 0; j < ACROSS; j++) y[j] = phi_prime(id, x[j]) * phi(id, x[j]);
+  else
+#pragma omp simd
+    for (int j = 0; j < ACROSS; j++) {
+      float z = phi(id, x[j]);
+      y[j] = gate == POSITIVE ? (z > 0) * z : z; /* a product: NaN stays NaN */
+    }
+}
 
 /* u [ACROSS] of one token */
 static void values(const ScanArguments *p, float norm, const float *a, const float *frozen, const float *target, float *u) {
@@ -22,14 +35,10 @@ static void values(const ScanArguments *p, float norm, const float *a, const flo
   int gate = p->rule % SLOW;
   if (p->rule == DELTA)
     for (int j = 0; j < ACROSS; j++) u[j] = target[j] - a[j];
-  else if (!p->silu)
-    for (int j = 0; j < ACROSS; j++) u[j] = gate == POSITIVE ? (x[j] > 0) * x[j] : x[j]; /* a product: NaN stays NaN */
-  else
-#pragma omp simd
-    for (int j = 0; j < ACROSS; j++) {
-      float e = 1 + exponential(-x[j]), z = x[j] / e, s = 1 / e;
-      u[j] = gate == POSITIVE ? (z > 0) * z : gate == DERIVATIVE ? s * (1 + x[j] * (1 - s)) * z : z;
-    }
+  else if (p->phi == SILU) gated(SILU, gate, x, u);
+  else if (p->phi == GELU) gated(GELU, gate, x, u);
+  else if (p->phi == GELU_TANH) gated(GELU_TANH, gate, x, u);
+  else gated(IDENTITY, gate, x, u);
   if (p->rule >= SLOW && p->rule != DELTA)
     for (int j = 0; j < ACROSS; j++) u[j] = p->gamma * u[j] - (a[j] - frozen[j]);
   for (int j = 0; j < ACROSS; j++) u[j] *= p->rate;

@@ -22,8 +22,8 @@ from .cpu import MOST_TOKENS
 from .gram import OUTER, Gram
 from .linear import add_product_, c_library_for
 from .values import (
-    ACTIVATIONS,
     FUSED,
+    IN_C,
     KERNELS,
     Number,
     clipped_triton,
@@ -108,14 +108,14 @@ class ScanArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "u", "G", "frozen", "target", "norm", "write")),
         *((name, ctypes.c_long) for name in ("a_t", "u_t", "G_t", "frozen_t", "target_t", "T", "O")),
         *((name, ctypes.c_float) for name in ("rate", "gamma", "clip")),
-        *((name, ctypes.c_int) for name in ("rule", "silu")),
+        *((name, ctypes.c_int) for name in ("rule", "phi")),
     ]
 
 
 def _in_c(a_BTO, u_BTO, gram: Gram, known: Known) -> Callable[[torch.Tensor, int, int], None] | None:
     """Solves tokens t0:t1, given their Gram rows and a with everything before t0; None where C does not do that."""
     rule = KERNELS.get(known.rule)
-    if rule is None or rule.in_c is None or known.activation not in ACTIVATIONS or a_BTO.dtype != torch.float32:
+    if rule is None or rule.in_c is None or known.activation not in IN_C or a_BTO.dtype != torch.float32:
         return None
     B, T, O = a_BTO.shape
     frozen = known.frozen_BTO.expand(B, T, O) if rule.reads_frozen and known.frozen_BTO is not None else None
@@ -127,7 +127,7 @@ def _in_c(a_BTO, u_BTO, gram: Gram, known: Known) -> Callable[[torch.Tensor, int
         return None
     rate_B, gamma_B = (per_row(x, B, a_BTO).tolist() for x in (known.rate, known.gamma))
     write = gram.write.contiguous()
-    kind = (math.inf if known.clip is None else known.clip, rule.in_c, known.activation == "silu")
+    kind = (math.inf if known.clip is None else known.clip, rule.in_c, IN_C[known.activation])
 
     def solve(G: torch.Tensor, t0: int, t1: int) -> None:
         assert t1 - t0 <= MOST_TOKENS

@@ -50,7 +50,7 @@ class StepInputs(NamedTuple):
 class StepRule(NamedTuple):
     """What of a rule is no tensor.
 
-    name: in `values.KERNELS`. activation: "silu" or "identity". mu None: the key is h itself.
+    name: in `values.KERNELS`. activation: in `values.ACTIVATIONS`. mu None: the key is h itself.
     event: what it writes, in torch: (this rule, a_BO, frozen_BO, norm_B = ‖k‖, inputs) → u_BO. None: "triton" alone.
     """
 

@@ -60,19 +60,35 @@ def require_triton(*tensors: torch.Tensor) -> None:
 
 @jit
 def phi_triton(a, PHI: tl.constexpr):
-    if PHI == "silu":
-        return a / (1 + tl.exp(-a))
-    else:
+    """φ(a), by its name in `ACTIVATIONS`."""
+    if PHI == "identity":
         return a
+    elif PHI == "silu":
+        return a / (1 + tl.exp(-a))
+    elif PHI == "gelu":
+        return a * (0.5 + 0.5 * tl.erf(a * 0.7071067811865476))
+    else:  # (1 + tanh w) / 2 = 1 / (1 + e^-2w): no tanh is needed
+        tl.static_assert(PHI == "gelu_tanh", "no kernel knows this activation")
+        return a / (1 + tl.exp(-a * (1.5957691216057308 + 0.07135481627260025 * a * a)))
 
 
 @jit
 def phi_prime_triton(a, PHI: tl.constexpr):
-    if PHI == "silu":
+    """φ′(a), by φ's name in `ACTIVATIONS`."""
+    if PHI == "identity":
+        return tl.full(a.shape, 1.0, tl.float32)
+    elif PHI == "silu":
         s = 1 / (1 + tl.exp(-a))
         return s * (1 + a * (1 - s))
+    elif PHI == "gelu":
+        return 0.5 + 0.5 * tl.erf(a * 0.7071067811865476) + 0.3989422804014327 * a * tl.exp(-0.5 * a * a)
     else:
-        return a * 0 + 1
+        tl.static_assert(PHI == "gelu_tanh", "no kernel knows this activation")
+        # the slope is 1 or 0 beyond 9, and products of a, e and s stay finite; tl.clamp would lose NaN
+        a = tl.where(a > 9, 9.0, tl.where(a < -9, -9.0, a))
+        e = tl.exp(-a * (1.5957691216057308 + 0.07135481627260025 * a * a))
+        s = 1 / (1 + e)
+        return s + a * s * (e * s) * (1.5957691216057308 + 0.21406444881780074 * a * a)
 
 
 @jit
@@ -132,7 +148,8 @@ KERNELS = {
 }
 
 
-ACTIVATIONS = ("silu", "identity")
+IN_C = {"identity": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # the activations' numbers in cpu.h
+ACTIVATIONS = tuple(IN_C)  # all of them exist in Triton as well
 
 
 def kernel_of(rule: str, activation: str) -> Kernel:

@@ -1,9 +1,8 @@
 """Rules as the kernels of one token know them, with their events in torch."""
 
 from fastweights import rules
+from fastweights.activations import PHI
 from fastweights.kernels import step
-
-PHI = {"silu": rules.SILU, "identity": rules.IDENTITY}
 
 
 def step_rule(name, activation, mu, clip=None):

@@ -104,11 +104,11 @@ def innermost_loops(listing):
     return ["\n".join(lines[start : end + 1]) for start, end in inner]
 
 
-def scan_constants(rule, precision):
+def scan_constants(rule, precision, activation="silu"):
     known = values.KERNELS[rule]
     return {
         "RULE": known.value,
-        "PHI": "silu",
+        "PHI": activation,
         "FROZEN": known.reads_frozen,
         "TARGET": known.reads_target,
         "CLIP": True,
@@ -149,6 +149,21 @@ def test_scan(rule, precision, target, tmp_path):
     assert len(exponentials) == constants["C"]
     tokens = "\n".join(lines[exponentials[0] : exponentials[-1] + 1])
     assert not re.search(r"BAR\.SYNC|s_barrier|SHFL|_dpp|ds_bpermute|\bSTS\b|\bLDS\b|ds_write|ds_read", tokens)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_scan_by_other_activations(activation, target, tmp_path):
+    constants = scan_constants("slow_derivative", "tf32", activation)
+    binary = compiled(scan._block, constants, target, 1, {"written_ptr": "*u8", "y_ptr": "*bf16"}, ODD)
+    check_resources(binary, target, tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["ones", "derivative"])
+def test_an_activation_that_no_kernel_knows_does_not_compile(rule):
+    with pytest.raises(triton.CompilationError) as error:
+        compiled(scan._block, scan_constants(rule, "tf32", "relu"), "sm_90", 1, {"written_ptr": "*u8"}, ODD)
+    assert "no kernel knows this activation" in str(error.getrepr(chain=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)

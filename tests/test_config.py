@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 from transformers import LlamaConfig as HFConfig
 
 import fastweights as fw
-from fastweights.config import LlamaConfig, RopeScaling
+from fastweights.config import LlamaConfig
+from fastweights.rope import RopeScaling
 
 BASE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "use_cache": True}
 BASE |= {"initializer_range": 0.02, "rms_norm_eps": 1e-05, "tie_word_embeddings": False}
@@ -233,8 +234,8 @@ def test_llama_1_and_2_default_to_the_values_they_were_trained_with():
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 
 REFUSED = [
-    ({"model_type": "gemma3_text"}, 'model_type is "gemma3_text", and fastweights implements only "llama" or "qwen2"'),
-    ({"hidden_act": "gelu"}, 'hidden_act is "gelu", and fastweights implements only "silu" or "swish"'),
+    ({"model_type": "mixtral"}, 'model_type is "mixtral", and fastweights implements only "llama" or "qwen2"'),
+    ({"hidden_act": "relu"}, 'hidden_act is "relu", and fastweights implements only "silu" or "swish"'),
     ({"sliding_window": 64}, "sliding_window is 64, and a llama has no sliding windows"),
     ({"use_sliding_window": True}, "use_sliding_window is true, and a llama has no sliding windows"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),

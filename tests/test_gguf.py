@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.tokenization_utils_base import generate_merges
 
 import fastweights as fw
-from fastweights.config import RopeScaling
 from fastweights.gguf import GgufFile, llama3_stretch
+from fastweights.rope import RopeScaling
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "vocab_size": 320}

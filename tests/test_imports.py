@@ -11,8 +11,8 @@ FOLDER = Path(fastweights.__file__).parent
 # a file or folder may import what stands before it, never what stands behind it
 ORDER = [
     *("files", "version", "progress"),
-    *("flags", "binding", "watch", "rules", "inputs", "sampling", "kernels"),  # the ground floor
-    *("families", "config", "state", "cache", "model"),
+    *("flags", "binding", "watch", "activations", "inputs", "sampling", "kernels"),  # the ground floor
+    *("rules", "checks", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
     *(
         "bpe",
         "spm",

@@ -5,6 +5,7 @@ imported: `test_triton_interpreted` runs this file once more in a process of its
 """
 
 import itertools
+import math
 import os
 import warnings
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 import triton.language as tl  # noqa: F401  the interpreter looks for it in the module of every kernel
 from interpreted import nan_filled_outputs, run_interpreted  # noqa: F401
-from rule_forms import PHI
 
 from fastweights import rules
+from fastweights.activations import IDENTITY, PHI, SILU, halves
 from fastweights.kernels import cpu, gram, read, scan, values
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,12 +41,27 @@ def close(found, wanted, tolerance):
 
 
 def phi(a, activation):
-    return a / (1 + torch.exp(-a)) if activation == "silu" else a
+    match activation:
+        case "silu":
+            return a / (1 + torch.exp(-a))
+        case "gelu":
+            return a * torch.special.ndtr(a)
+        case "gelu_tanh":
+            return a / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (a + 0.044715 * a**3)))
+    return a
 
 
 def slope(a, activation):
     s = 1 / (1 + torch.exp(-a))
-    return s + a * s * (1 - s) if activation == "silu" else torch.ones_like(a)
+    match activation:
+        case "silu":
+            return s + a * s * (1 - s)
+        case "gelu":
+            return torch.special.ndtr(a) + a * torch.exp(-(a**2) / 2) / (2 * math.pi) ** 0.5
+        case "gelu_tanh":
+            tanh = torch.tanh((2 / math.pi) ** 0.5 * (a + 0.044715 * a**3))
+            return (1 + tanh + a * (1 - tanh**2) * (2 / math.pi) ** 0.5 * (1 + 0.134145 * a**2)) / 2
+    return torch.ones_like(a)
 
 
 def rule_value(rule, a, frozen, target, p0, activation):
@@ -93,7 +109,7 @@ def variant(number):
     decay = [0.0, 0.1, 0.01][number % 3]
     clip = [None, 0.05][number // 2 % 2]
     mu = [1e-6, 0.5, None][number // 3 % 3]
-    return decay, clip, mu, [False, True][number % 2], ["silu", "identity"][number // 2 % 2]
+    return decay, clip, mu, [False, True][number % 2], list(values.ACTIVATIONS)[number // 2 % 4]
 
 
 def inputs(B, T, I, O, dtype):
@@ -302,7 +318,7 @@ def test_scan_that_writes_nothing_is_the_identity(backend):
     assert torch.equal(u, torch.zeros_like(u))
 
 
-@pytest.mark.parametrize("activation", ["silu", "identity"])
+@pytest.mark.parametrize("activation", values.ACTIVATIONS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("T", "O", "clip"), [(300, 100, None), (129, 48, 0.05), (9, 49, 0.05)])
 def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, blocks):
@@ -329,6 +345,51 @@ def test_scan_in_c_is_one_token_after_the_other(T, O, clip, rule, activation, bl
     assert len(blocks) == 2 * -(-T // scan.OUTER) * (hasattr(cpu.library(), "scan_block"))
     for f, w in zip(found, wanted, strict=True):
         close(f, w, 2e-6)
+
+
+def phi_by(backend, a_O, rule, activation):
+    """m ⊙ z of each neuron, by the first of two tokens of a scan: nothing was written before it."""
+    h, write = torch.zeros(1, 2, 4, device=DEVICE), torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
+    start_BTO = a_O.float().to(DEVICE).expand(1, 2, -1)
+    gram = scan.Gram(h, h[..., 0] + 1, False, write)
+    return scan.scan(start_BTO, gram, *both_forms(rule, activation), backend)[1][0, 0].double().cpu()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", values.ACTIVATIONS)
+def test_an_activation_of_kernels_is_torchs_to_rounding(activation, backend, blocks):
+    count, exact = 4001 if backend == "torch" else 161, PHI[activation]  # the interpreter is slow
+    a = torch.cat((torch.linspace(-20, 20, count), torch.tensor([1e-3, -1e-3, 1e-30, 90.0, -90.0]))).double()
+    unit = torch.finfo(torch.float32).eps * a.abs().clamp(min=1)
+    error = (phi_by(backend, a, "ones", activation) - exact(a)).abs() / unit
+    assert error.max() <= 4  # torch's own gelu: 3
+    error = (phi_by(backend, a, "derivative", activation) - exact.derivative(a) * exact(a)).abs() / unit
+    assert error.max() <= 10
+    found = phi_by(backend, a, "positive", activation)
+    assert ((found - exact(a).clamp(min=0)).abs() / unit).max() <= 4
+    if backend == "torch" and not blocks:
+        return  # no C here; torch's gelu of float32 overflows early, and of inf is NaN
+    ends = torch.tensor([0.0, -0.0, 1e20, -1e20, 3e38, -3e38, math.inf, -math.inf, NAN], dtype=torch.float64)
+    found, wanted = phi_by(backend, ends, "ones", activation), exact(ends)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-20, equal_nan=True)
+    found = phi_by(backend, ends[:6], "derivative", activation)
+    torch.testing.assert_close(found, wanted[:6] * exact.derivative(ends[:6]), rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def test_scan_by_an_activation_that_no_kernel_knows_runs_on_torch(blocks):
+    h, scale, _ = keys(2, 40, 12, torch.float32, "cpu")
+    gram = scan.Gram(h, scale, False, torch.ones(2, 40, dtype=torch.bool))
+    start, fused = torch.randn(2, 40, 50), halves(SILU, IDENTITY)
+
+    def value(a, t0, t1):
+        return 0.1 * fused(a)
+
+    found = scan.scan(start, gram, value, scan.Known("ones", fused.name, 0.1))
+    assert not blocks
+    for f, w in zip(found, scan.scan_sequential(start, gram, value), strict=True):
+        close(f, w, 2e-6)
+    with pytest.raises(ValueError, match=r"no kernel knows the activation 'silu\|identity'"):
+        values.kernel_of("ones", fused.name)
 
 
 def test_scan_takes_what_broadcasts_and_a_rule_that_was_replaced(blocks, monkeypatch):
@@ -519,8 +580,8 @@ def test_scan_of_a_rule_without_twin_says_so():
         scan.scan(torch.ones(1, 4, 2), gram, lambda a, t0, t1: a, backend="triton")
     with pytest.raises(ValueError, match=r"rule 'mine' has no Triton twin; there are ones"):
         values.kernel_of("mine", "silu")
-    with pytest.raises(ValueError, match=r"no kernel knows the activation 'gelu'; there are silu, identity"):
-        values.kernel_of("ones", "gelu")
+    with pytest.raises(ValueError, match=r"knows the activation 'relu'; there are identity, silu, gelu, gelu_tanh"):
+        values.kernel_of("ones", "relu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,8 @@ import torch
 from tiny import described, oracle_of, prompt, tiny
 
 import fastweights as fw
+from fastweights.attach import _backends
+from fastweights.config import LlamaConfig
 from fastweights.plastic import PlasticLinear, plastic_linears
 from fastweights.rules import Twin, twin_of
 
@@ -267,6 +269,42 @@ def test_attach_refuses_by_name_and_changes_nothing(arguments, message):
     with pytest.raises(ValueError, match=message):
         fw.attach(model, **{"layers": [0], "rule": fw.Hebbian(), **arguments})
     assert not any(isinstance(module, PlasticLinear) for module in model.modules())
+
+
+@pytest.fixture
+def fused_gate(monkeypatch):
+    """A gate whose φ no kernel knows."""
+    phi = {"gate_proj": "silu|identity", "up_proj": "identity", "down_proj": "identity"}
+    monkeypatch.setattr(LlamaConfig, "phi", property(lambda self: phi))
+
+
+def test_a_linear_whose_activation_no_kernel_knows_runs_on_torch_and_says_so(fused_gate, monkeypatch):
+    addresses = [(1, "gate_proj"), (1, "up_proj"), (3, "gate_proj")]
+    with pytest.warns(
+        UserWarning, match=r"activation 'silu\|identity' of gate_proj has no Triton twin: it runs on torch"
+    ):
+        chosen = _backends("auto", "triton", tiny(), addresses)
+    assert chosen == dict(zip(addresses, ("torch", "triton", "torch"), strict=True))
+    assert set(_backends("auto", "torch", tiny(), addresses).values()) == {"torch"}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = tiny(torch.float32)
+    with pytest.raises(ValueError, match=r"'silu\|identity' of gate_proj has no Triton twin, use 'torch'"):
+        fw.attach(model, [1], fw.Hebbian(), backend="triton")
+    assert not plastic_linears(model)
+
+
+@pytest.mark.parametrize("gate", ["ones", "positive", "derivative"])
+@pytest.mark.parametrize("target", ["self", "slow"])
+def test_a_prompt_by_an_activation_that_no_kernel_knows_is_its_tokens_one_by_one(fused_gate, gate, target):
+    ids, found = prompt(2, 12), []
+    for width in (12, 1):
+        model = tiny(torch.float32)
+        fast = fw.attach(model, [1], fw.LocalLeastSquares(0.3, gate=gate, target=target), ["gate_proj"])
+        episode = fw.Episode(model, 2)
+        logits = [episode.feed(ids[:, t : t + width]) for t in range(0, 12, width)]
+        found.append((torch.cat(logits, dim=1), fast.delta_weight(1, "gate_proj", row=1)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_attach_twice_to_one_linear_is_refused_and_the_second_changes_nothing():

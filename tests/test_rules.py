@@ -7,7 +7,8 @@ import torch
 
 import fastweights as fw
 from fastweights import rules
-from fastweights.rules import IDENTITY, SILU, Local, event, event_value, key_of, twin_event, twin_of, value_of
+from fastweights.activations import PHI, SILU
+from fastweights.rules import Local, event, event_value, key_of, twin_event, twin_of, value_of
 
 F64 = torch.float64
 RULES = {
@@ -58,7 +59,7 @@ def test_an_input_of_zeros_without_mu_is_no_finite_event_and_with_mu_a_zero_key(
     assert torch.equal(made.u, value)
 
 
-@pytest.mark.parametrize("activation", [SILU, IDENTITY], ids=["silu", "identity"])
+@pytest.mark.parametrize("activation", PHI.values(), ids=PHI)
 @pytest.mark.parametrize("name", RULES)
 def test_the_form_that_kernels_know_is_the_rule_itself(name, activation):
     rule, (a, frozen, h) = RULES[name], case()
