@@ -25,6 +25,7 @@ from .inputs import Ids, tokens
 from .model import Llama
 from .plastic import plastic_linears
 from .report import canvas
+from .report.pictures import number
 from .rules import Rule
 from .waiting import settle
 
@@ -177,18 +178,22 @@ class Perplexity:
             above, below = fig.subplots(2, sharex=True)
             for n, rate in enumerate(self.rates):
                 loss = [bucket["loss"][n] for bucket in buckets]
-                apart = [bucket["loss"][n] - bucket["loss"][0] for bucket in buckets]
-                look: dict[str, Any] = {
-                    "color": canvas.COLOURS[(n - 1) % len(canvas.COLOURS)],
-                    "lw": 1.6,
-                    "marker": "o",
-                }
-                look |= {"color": canvas.INK, "ls": canvas.UNTOUCHED} if n == 0 else {}
-                above.plot(places, loss, markersize=3, label="frozen" if n == 0 else f"rate {rate:g}", **look)
-                below.plot(places, apart, markersize=3, **look)
+                more = [bucket["loss"][n] - bucket["loss"][0] for bucket in buckets]
+                look: dict[str, Any] = {"lw": 1.6, "marker": "o", "markersize": 3}
+                look["color"] = canvas.COLOURS[(n - 1) % len(canvas.COLOURS)] if n else canvas.INK
+                above.plot(places, loss, label=f"rate {rate:g}" if n else "frozen", **look)
+                below.plot(places, more, **look)
             above.set(title="Loss of a token, by what the fast weights had read before it", ylabel="nats")
             below.set(title="Difference from the frozen model: above 0 it is worse", ylabel="nats")
             below.set_xlabel("position: tokens read before")
+            frozen, *others = zip(*(bucket["loss"] for bucket in buckets), strict=True)
+            apart = [abs(a - b) for loss in others for a, b in zip(loss, frozen, strict=True)]
+            if max(apart, default=0.0) > 1:  # a rate that diverges would flatten the others
+                above.set_yscale("log")
+                below.set_yscale("symlog", linthresh=0.01)
+                for axes in (above, below):
+                    axes.yaxis.set_major_formatter(lambda value, _: number(value))
+                    axes.minorticks_off()
             canvas.name_ticks(below.xaxis, [f"{bucket['from']}–" for bucket in buckets], 5.6, turned=False)
             for axes in (above, below):
                 axes.grid(axis="y")
@@ -260,9 +265,9 @@ def perplexity(
         raise ValueError(f"perplexity() got {len(names)} names for {len(ids)} texts")
     length = longest if length is None else length
     stride = length if stride is None else stride
-    for name, number, most in (("length", length, longest), ("stride", stride, length)):
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
-            raise ValueError(f"perplexity({name}={number!r}): expected a whole number from 1 to {most}")
+    for name, count, most in (("length", length, longest), ("stride", stride, length)):
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(f"perplexity({name}={count!r}): expected a whole number from 1 to {most}")
     if (rule is None) != (layers is None):
         raise ValueError("perplexity() needs a rule and layers, or neither of them for the frozen model")
     rates = [0.0]
