@@ -35,7 +35,7 @@ ORDER = [
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode", "exchange"),
     *("attach", "comparison", "reach", "context", "ridge"),
-    *("report", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
+    *("report", "perplexity", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form
