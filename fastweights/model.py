@@ -399,5 +399,10 @@ class Llama(Named):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits of a residual stream after the last norm."""
-        logits_BTV, cap = self.lm_head(x_BTD), self.config.final_logit_softcapping
+        logits_BTV = self.capped(self.lm_head(x_BTD))
+        return logits_BTV if (tap := self.binding.tap) is None else tap("logits", None, logits_BTV)
+
+    def capped(self, logits_BTV: Tensor) -> Tensor:
+        """What the head gives after the model's cap of logits."""
+        cap = self.config.final_logit_softcapping
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)

@@ -126,15 +126,23 @@ class PlasticLinear(nn.Module):
     def _tapped(self, part: str, x: Tensor | None, like: Tensor, width: int) -> Any:
         """ "read", "key" or "value" after edits and captures that name it; x is None where nothing is read yet.
 
+        A fused linear gives gate and up side by side, and writes both with one key.
+
         width: how many rows' tokens stand side by side in x.
         """
-        tap, site = self.binding.tap, f"{self.role.removesuffix('_proj')}.{part}"
-        if not tap.wants(site, layer=self.address[0]):
+        tap, layer = self.binding.tap, self.address[0]
+        sites = [f"{name}.{part}" for name in self.role.removesuffix("_proj").split("_")]
+        if not tap.wants(*sites, layer=layer):
             return x
         x = torch.zeros_like(like) if x is None else x
-        if width == 1:
-            return tap(site, self.address[0], x)
-        return side_by_side(tap(site, self.address[0], as_rows(x, width)))
+        x = x if width == 1 else as_rows(x, width)
+        if part == "key":
+            for site in sites:
+                x = tap(site, layer, x)
+        else:
+            halves = [tap(site, layer, half) for site, half in zip(sites, x.chunk(len(sites), -1), strict=True)]
+            x = halves[0] if len(halves) == 1 else torch.cat(halves, -1)
+        return x if width == 1 else side_by_side(x)
 
     def _read(self, log: EventLog, h_BTI: Tensor, write_BT: Tensor | None, width: int = 1) -> Tensor:
         """ΔW h (+ Δb) of the log's events, as they weigh while tokens write more; write [B, T] is on the CPU."""
@@ -268,7 +276,7 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
     mlp, names = model.names["mlp"], model.config.family.linears
     # straight at the registries: this runs before every token, and nn.Module's attribute look-up is slow
     for layer, block in enumerate(model.model.layers._modules.values()):
-        linears = block._modules[mlp]._modules  # type: ignore[index, union-attr]
+        linears = block._modules[mlp]._modules
         for name in names:
             if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear

@@ -235,14 +235,13 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device) -> t
     from rich.progress import track
 
     file = GgufFile(path)
+    _check_shapes(file.shapes, _shapes(file.config), str(path), file.config)
     tokenizer = file.tokenizer()
     console = Console(stderr=True)
     stream = track(
         file.tensors(), "dequantising", len(file), console=console, transient=True, disable=not console.is_terminal
     )
     tensors = {key: tensor.to(device=device, dtype=dtype or torch.float32) for key, tensor in stream}
-    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    _check_shapes(shapes, _shapes(file.config), str(path), file.config)
     return _fill(file.config, tensors), tokenizer
 
 

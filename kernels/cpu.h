@@ -25,11 +25,11 @@ static inline float exponential(float x) {
   return p * power;
 }
 
-/* φ of a linear and its derivative. A loop over a constant id is vectorised. The numbers are those of IN_C in values.py. */
+/* φ of a linear and its derivative, by φ's number: that of IN_C in values.py. A loop is vectorised where id is constant. */
 enum { IDENTITY, SILU, GELU, GELU_TANH };
 
-/* the share of a normal distribution below a, given e = e^(-a²/2). The smaller of the two tails is that times a polynomial
-   in t (relative error 1.4e-8), so it has its own precision and not that of 1. */
+/* The share of a normal distribution below a, given e = e^(-a²/2). The smaller of the two tails is e times a polynomial
+   in t, with a relative error of 1.4e-8: so a negative a has the precision of the tail, not that of 1. */
 INLINE float below(float a, float e) {
   float t = 1 / (1 + 0.3f * fabsf(a));
   float p = -2.058465406e-2f;
@@ -50,7 +50,8 @@ INLINE float phi(const int id, float a) {
   switch (id) {
     case SILU: return a / (1 + exponential(-a));
     case GELU: return a * below(a, exponential(-0.5f * a * a));
-    case GELU_TANH: return a / (1 + exponential(-a * (1.595769122f + 0.0713548163f * a * a))); /* (1 + tanh w)/2 = 1/(1 + e^-2w) */
+    case GELU_TANH: /* (1 + tanh w) / 2 = 1 / (1 + e^-2w) */
+      return a / (1 + exponential(-a * (1.595769122f + 0.0713548163f * a * a)));
     default: return a;
   }
 }

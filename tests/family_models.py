@@ -85,7 +85,9 @@ def pairs(name: str) -> tuple[Llama, transformers.PreTrainedModel]:
     same = {key: value for key, value in fields.items() if key not in ("windows", "hidden_act", *pair.none)}
     kind = getattr(transformers, FAMILIES[pair.model_type].architecture)
     keys = {**same, "bos_token_id": None, "eos_token_id": None, **pair.theirs}
-    theirs = kind(kind.config_class(**keys, attn_implementation="eager")).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = kind(kind.config_class(**keys, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():

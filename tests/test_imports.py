@@ -11,8 +11,8 @@ FOLDER = Path(fastweights.__file__).parent
 # a file or folder may import what stands before it, never what stands behind it
 ORDER = [
     *("files", "version", "progress"),
-    *("flags", "binding", "watch", "activations", "inputs", "sampling", "kernels"),  # the ground floor
-    *("rules", "checks", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
+    *("flags", "binding", "watch", "activations", "inputs", "sampling", "checks", "kernels"),  # the ground floor
+    *("rules", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
     *(
         "bpe",
         "spm",
@@ -20,14 +20,16 @@ ORDER = [
         "stream",
         "tokenizer",
         "hub",
+        "gguf_families",
+        "gguf_config",
         "gguf",
         "stored",
         "quantised",
         "weights",
         "anatomy",
     ),  # checkpoints
-    *("sae_files", "sae"),
     "probes",
+    *("sae_files", "sae"),
     *("episode_state", "passes", "plastic", "backward"),
     "engine",
     *("waiting", "feed"),
