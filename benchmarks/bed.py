@@ -21,28 +21,38 @@ from fastweights.tokenizer import Tokenizer
 from . import measure, peers
 from .measure import Unavailable
 
-ALL = ("gate_proj", "up_proj", "down_proj")
 
-# vocabulary, width, MLP width, layers, heads, KV heads, tied, rope base
-SHAPES = {
-    "tiny": (512, 64, 160, 4, 4, 2, False, 10000.0),  # for trying the harness itself
-    "135m": (49152, 576, 1536, 30, 9, 3, True, 100000.0),  # SmolLM2-135M
-    "1b": (128256, 2048, 8192, 16, 32, 8, True, 500000.0),  # Llama-3.2-1B
-    "8b": (128256, 4096, 14336, 32, 32, 8, False, 500000.0),  # Llama-3.1-8B
-}
+def _usual(
+    model_type: str, vocabulary: int, width: int, mlp: int, layers: int, heads: int, groups: int, **more: Any
+) -> dict[str, Any]:
+    """A config.json in the names that most families share."""
+    return {
+        "model_type": model_type, "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": mlp,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, **more,
+    }  # fmt: skip
+
+
+UNTIED = {"tie_word_embeddings": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _usual("llama", 512, 64, 160, 4, 4, 2, **UNTIED),  # for trying the harness itself
+    "135m": _usual("llama", 49152, 576, 1536, 30, 9, 3, rope_theta=1e5),  # SmolLM2-135M
+    "1b": _usual("llama", 128256, 2048, 8192, 16, 32, 8, rope_theta=5e5),  # Llama-3.2-1B
+    "8b": _usual("llama", 128256, 4096, 14336, 32, 32, 8, rope_theta=5e5, **UNTIED),  # Llama-3.1-8B
+    "gpt2": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12},
+    "qwen2.5-0.5b": _usual("qwen2", 151936, 896, 4864, 24, 14, 2, rope_theta=1e6),
+    "gemma-3-270m": _usual(
+        "gemma3_text", 262144, 640, 2048, 18, 4, 1, head_dim=256, sliding_window=512, query_pre_attn_scalar=256,
+        hidden_activation="gelu_pytorch_tanh", rope_theta=1e6, rope_local_base_freq=1e4,
+    ),
+    "qwen3-0.6b": _usual("qwen3", 151936, 1024, 3072, 28, 16, 8, head_dim=128, rope_theta=1e6),
+    # a quarter of the layers of Mistral-7B-v0.1: a CPU's memory may be too small for all
+    "mistral-7b/4": _usual("mistral", 32000, 4096, 14336, 8, 32, 8, sliding_window=4096, **UNTIED),
+}  # fmt: skip
 
 
 def shape_config(name: str) -> LlamaConfig:
-    vocabulary, width, mlp, layers, heads, groups, tied, theta = SHAPES[name]
-    return LlamaConfig.from_dict(
-        {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
-            "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5, "rope_theta": theta, "tie_word_embeddings": tied,
-        },
-        f"shape {name}",
-    )  # fmt: skip
+    return LlamaConfig.from_dict(SHAPES[name], f"shape {name}")
 
 
 def available_bytes(device: torch.device) -> int:
@@ -68,13 +78,12 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.fill_(1)
+            if weight.dim() == 1:
+                weight.fill_(1 if name.endswith(".weight") and config.family.norm != "rms1" else 0)
             else:
                 scale = 0.5 / weight.shape[-1] ** 0.5
-                weight.normal_(
-                    0, 1 if "embed" in name and not config.tie_word_embeddings else scale, generator=generator
-                )
+                apart = weight is model.model.embed_tokens.weight and not config.tie_word_embeddings
+                weight.normal_(0, 1 if apart else scale, generator=generator)
     return model.requires_grad_(False).eval()
 
 
@@ -93,6 +102,7 @@ class Bed:
     def __init__(self, model: Llama, name: str, tokenizer: Any = None, folder: Path | None = None):
         self.model, self.name, self.tokenizer, self.folder = model, name, tokenizer, folder
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.linears = tuple(self.config.family.linears)  # of an MLP
         # relative, of logits: float32 as DESIGN §8 asks of the real model; half precision by its epsilon
         self.tolerance = 1e-5 if self.dtype.itemsize >= 4 else 4 * torch.finfo(self.dtype).eps
 

@@ -17,7 +17,7 @@ from fastweights.state.factors import Factors
 from fastweights.state.slots import Slots
 
 from . import measure, peers
-from .bed import ALL, RULE, Bed, Plastic
+from .bed import RULE, Bed, Plastic
 from .measure import Check, Experiment, Trial, Unavailable
 
 CONTEXT = 256  # tokens in the KV cache when a decode run begins
@@ -113,11 +113,12 @@ def plastic_decode(
     bed: Bed,
     rank: int,
     count: int | None = 3,
-    linears: Sequence[str] = ALL,
+    linears: Sequence[str] | None = None,
     context: int = CONTEXT,
     steps: int = STEPS,
 ) -> Experiment:
-    """Decoding that reads and writes, from rank − steps to rank events."""
+    """Decoding that reads and writes, from rank − steps to rank events; linears: None: all of the MLP."""
+    linears = bed.linears if linears is None else linears
     frozen, _, _ = frozen_trial(bed, context, steps)
     layers = bed.layers(count)
     plastic = Plastic(bed, layers, linears, rank, context + steps)
@@ -155,9 +156,9 @@ def plastic_decode(
         flops=frozen.flops + extra // 2,
     )
     bar = {}
-    if (rank, count, tuple(linears)) == (64, 3, ALL) and (bed.device.type == "cuda" or bed.dtype == torch.float32):
+    if (rank, count, linears) == (64, 3, bed.linears) and (bed.device.type == "cuda" or bed.dtype == torch.float32):
         bar = {"plastic ÷ frozen": "≤ 1.05" if bed.device.type == "cpu" else "≤ 1.01"}
-    elif (rank, count, tuple(linears)) == (64, None, ALL) and bed.device.type == "cuda":
+    elif (rank, count, linears) == (64, None, bed.linears) and bed.device.type == "cuda":
         bar = {"plastic ÷ frozen": "≤ 1.03"}
     return Experiment(
         [frozen, trial],
@@ -179,7 +180,7 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
     layers = bed.layers()
     slots = Slots.of("compress", rank, bed.config.intermediate_size, bed.config.hidden_size)
     full, block = slots.capacity, slots.capacity - slots.kept
-    steps, linears = folds * block, len(layers) * len(ALL)
+    steps, linears = folds * block, len(layers) * len(bed.linears)
     if context <= full:
         raise ValueError(f"a context of {context} tokens cannot write {full} of them after the first")
     ids, written = bed.ids(context), list(range(context - full, context))
@@ -189,7 +190,7 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
     episodes = {}
     read = {"compress": rank + block // 2, "evict": rank, "grow": full + steps // 2}
     for policy in read:
-        plastic = Plastic(bed, layers, ALL, rank, context + steps, policy)
+        plastic = Plastic(bed, layers, bed.linears, rank, context + steps, policy)
         episodes[policy] = plastic.episode
         plastic.episode.feed(ids, update=written, logits="last")
         start = plastic.episode.snapshot()
@@ -199,7 +200,7 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
             plastic.episode.reset()  # new buffers: "grow" doubles its own again in every run
             plastic.episode.restore(start)
 
-        extra = measure.plastic_decode_bytes(bed.config, len(layers), ALL, read[policy])
+        extra = measure.plastic_decode_bytes(bed.config, len(layers), bed.linears, read[policy])
         trials.append(
             replace(
                 frozen,
@@ -218,13 +219,13 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
 
     def at_once(policy: str) -> Tensor:
         """The same tokens, all in one pass."""
-        episode = Plastic(bed, layers, ALL, rank, context + steps, policy).episode
+        episode = Plastic(bed, layers, bed.linears, rank, context + steps, policy).episode
         everything = list(range(context - full, context + steps))
         return episode.feed(episodes[policy].token_ids, update=everything, logits="last")[:, -1]
 
     def archived(policy: str) -> list[Factors]:
         """The archives of an episode that reads the same tokens one by one: every event as it was written."""
-        episode = Plastic(bed, layers, ALL, rank, context + steps, policy, archive=True).episode
+        episode = Plastic(bed, layers, bed.linears, rank, context + steps, policy, archive=True).episode
         episode.feed(ids, update=written, logits="last")
         for token in episodes[policy].token_ids[0][context:]:
             episode.feed([[token]], update="all", logits="last")
@@ -273,7 +274,7 @@ def overflow(bed: Bed, rank: int = 64, context: int = CONTEXT, folds: int = 3) -
             ),
         ],
         [("compress", "evict"), *((policy, "frozen") for policy in read)],
-        {"context": context, "tokens": steps, "layers": layers, "linears": list(ALL), "rank": rank}
+        {"context": context, "tokens": steps, "layers": layers, "linears": list(bed.linears), "rank": rank}
         | {"events": f"{full} to {full + steps}", "folds": f"{folds} of each linear, every {block} events"}
         | {"compress, at the end, largest of the linears": f"certificate {share(bound)} of ‖ΔW‖, error {share(lost)}"}
         | {"rule": repr(RULE)},

@@ -262,16 +262,16 @@ def _powers(limit: int) -> list[int]:
 
 def linear_parameters(config: LlamaConfig, layer_only: bool = False) -> int:
     """Weights that take part in a matrix product: the linears of every layer, and the head."""
-    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = D * E * (H + 2 * K) + H * E * D + 3 * D * F
+    D, E, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    layer = D * E * (H + 2 * K) + H * E * D + sum(I * O for I, O in _widths(config, tuple(config.family.linears)))
     return config.num_hidden_layers * layer + (0 if layer_only else config.vocab_size * D)
 
 
 def decode_bytes(config: LlamaConfig, itemsize: int, context: int) -> int:
     """Bytes one token must read: every weight once (one row of the embedding), and the keys and values."""
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
+    seen = sum(context if window is None else min(window, context) for window in config.windows)
+    kv = 2 * config.num_key_value_heads * config.head_dim * seen
     return itemsize * (linear_parameters(config) + norms + config.hidden_size + kv)
 
 
@@ -288,8 +288,9 @@ def forward_flops(config: LlamaConfig, tokens: int, context: int = 0, heads: int
 
 def _widths(config: LlamaConfig, linears: Sequence[str]) -> list[tuple[int, int]]:
     """(I, O) of each linear."""
-    D, F = config.hidden_size, config.intermediate_size
-    return [(F, D) if name == "down_proj" else (D, F) for name in linears]
+    D, F, roles = config.hidden_size, config.intermediate_size, config.family.linears
+    shapes = {"gate_up_proj": (D, 2 * F), "down_proj": (F, D)}
+    return [shapes.get(roles[name], (D, F)) for name in linears]
 
 
 def plastic_decode_bytes(config: LlamaConfig, layers: int, linears: Sequence[str], events: int) -> int:
@@ -301,7 +302,7 @@ def plastic_prefill_flops(config: LlamaConfig, layers: int, linears: Sequence[st
     """Work that writing every token of a prompt adds: half a Gram per input, half a T × T product per linear."""
     pairs = tokens * (tokens - 1) // 2
     inputs = {
-        "down" if name == "down_proj" else "mlp": I
+        "down" if config.family.linears[name] == "down_proj" else "mlp": I
         for name, (I, _) in zip(linears, _widths(config, linears), strict=True)
     }
     return layers * 2 * pairs * (sum(inputs.values()) + sum(O for _, O in _widths(config, linears)))

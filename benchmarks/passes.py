@@ -14,7 +14,7 @@ import fastweights as fw
 from fastweights.state.slots import Slots
 
 from . import measure
-from .bed import ALL, RULE, Bed, Plastic
+from .bed import RULE, Bed, Plastic
 from .measure import Check, Experiment, Trial, Unavailable
 
 
@@ -32,9 +32,10 @@ def frozen_trial(bed: Bed, tokens: int) -> Trial:
     return Trial("frozen", run, 1, prepare, weights, measure.forward_flops(bed.config, tokens))
 
 
-def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str] = ALL) -> Experiment:
+def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str] | None = None) -> Experiment:
     """A prompt in one pass, frozen and with every token written (full history: as many slots as tokens)."""
     ids, layers, stepped = bed.ids(tokens), bed.layers(count), min(16, tokens // 2)
+    linears = bed.linears if linears is None else linears
     frozen = frozen_trial(bed, tokens)
     prepare, flops = frozen.prepare, frozen.flops
     plastic = Plastic(bed, layers, linears, tokens, tokens)
@@ -96,7 +97,7 @@ def prefill(bed: Bed, tokens: int, count: int | None = 3, linears: Sequence[str]
     except Unavailable as reason:
         notes["transformers"] = f"not measured: {reason}"
     bar = {}
-    if count == 3 and tuple(linears) == ALL:
+    if count == 3 and linears == bed.linears:
         if bed.device.type == "cpu" and tokens == 512:
             bar = {"plastic ÷ frozen": "≤ 1.25"}
         if bed.device.type == "cuda" and tokens == 512:
@@ -111,7 +112,7 @@ def overflow(bed: Bed, tokens: int = 512, rank: int = 64) -> Experiment:
     ids, layers, stepped = bed.ids(tokens), bed.layers(), min(16, tokens // 2)
     trials, checks = [frozen_trial(bed, tokens)], []
     for policy in ("compress", "evict", "grow"):
-        plastic = Plastic(bed, layers, ALL, rank, tokens, policy)
+        plastic = Plastic(bed, layers, bed.linears, rank, tokens, policy)
 
         def prepare(plastic: Plastic = plastic) -> None:
             plastic.on()
@@ -135,7 +136,7 @@ def overflow(bed: Bed, tokens: int = 512, rank: int = 64) -> Experiment:
         trials,
         checks,
         [(trial.name, "frozen") for trial in trials[1:]],
-        {"tokens": tokens, "layers": layers, "linears": list(ALL), "rank": rank, "rule": repr(RULE)}
+        {"tokens": tokens, "layers": layers, "linears": list(bed.linears), "rank": rank, "rule": repr(RULE)}
         | {"folds": f"{folds} of each linear"},
         "matmul",
         {"compress ÷ frozen": "≤ 1.3"},
@@ -147,7 +148,7 @@ def moments(
 ) -> Experiment:
     """A probe of many moments, spread evenly over the episode, against one probe of the last."""
     layers = bed.layers()
-    plastic = Plastic(bed, layers, ALL, events, events)
+    plastic = Plastic(bed, layers, bed.linears, events, events)
     episode, ids = plastic.episode, bed.ids(events + tokens)
     context, question = ids[:, :events], ids[:, events:]
     episode.feed(context, update="all", logits="last")
@@ -176,7 +177,7 @@ def moments(
         return torch.stack([seen[n] for count in counts for n in at[count]])
 
     # every moment reads the same factors, through its own weights; the layers below the first plastic one run once
-    read = tokens * measure.plastic_decode_bytes(bed.config, len(layers), ALL, events) // 2
+    read = tokens * measure.plastic_decode_bytes(bed.config, len(layers), bed.linears, events) // 2
     flops = measure.forward_flops(bed.config, tokens) + read
     below = (measure.forward_flops(bed.config, tokens, heads=0)) * layers[0] // bed.config.num_hidden_layers
     now = Trial(
@@ -196,7 +197,7 @@ def moments(
         trials,
         [Check("batched = token by token, a probe after each", together, one_by_one, bed.amplified(10))],
         ratios,
-        {"events": events, "probe tokens": tokens, "layers": layers, "linears": list(ALL)}
+        {"events": events, "probe tokens": tokens, "layers": layers, "linears": list(bed.linears)}
         | {"factors": f"{sum(log.bytes for log in episode.logs.values()) / 1e6:.1f} MB, shared by all moments"}
         | {"budget": f"{max_bytes / 16e6:.0f} MB a batch", "batches": batches}
         | {"peak": "above the resting level, of one run"},

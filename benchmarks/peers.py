@@ -9,26 +9,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastweights.config import LlamaConfig
 from fastweights.model import Llama
 from fastweights.rules import Hebbian
+from fastweights.stored import lies_transposed
 
 from .measure import Unavailable
 
 
 def transformers_model(model: Llama) -> Any:
-    """transformers' Llama with a copy of this model's weights, in memory of its own."""
-    transformers = _transformers()
-    config = transformers.LlamaConfig(**_config(model.config), attn_implementation="sdpa")
-    with torch.device("meta"):
-        peer = transformers.LlamaForCausalLM(config)
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    peer.load_state_dict(state, assign=True)
-    peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its buffers were on meta
-    return peer.eval().requires_grad_(False)
+    """transformers' model with a copy of this model's weights, in memory of its own."""
+    kind = getattr(_transformers(), model.config.family.architecture)
+    config = kind.config_class.from_dict(model.config.to_dict())
+    state = {
+        name: (tensor.detach().mT if lies_transposed(model.config, name, tensor.shape) else tensor.detach()).clone()
+        for name, tensor in model.state_dict().items()
+    }
+    peer = kind.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype, attn_implementation="sdpa")
+    return peer.to(model.device).eval().requires_grad_(False)
 
 
 def _transformers() -> Any:
@@ -36,18 +33,6 @@ def _transformers() -> Any:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise Unavailable("transformers is not installed: pip install 'fastweights[bench]'") from error
-
-
-def _config(config: LlamaConfig) -> dict[str, Any]:
-    same = [
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-        *("attention_bias", "mlp_bias", "tie_word_embeddings"),
-    ]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {key: value for key, value in vars(config.rope_scaling).items() if value is not None}
-    return {name: getattr(config, name) for name in same} | {"rope_parameters": rope}
 
 
 class Decoder:
@@ -60,6 +45,8 @@ class Decoder:
         transformers = _transformers()
         self.peer, self.static, self.length, self.steps = peer, static, prompt_BT.shape[1], steps
         self.cache: Any
+        if static and any(kind != "full_attention" for kind in getattr(peer.config, "layer_types", None) or ()):
+            raise Unavailable("a static cache of windows does not go back to the end of the prompt")
         if static:
             self.cache = transformers.StaticCache(config=peer.config, max_cache_len=self.length + steps)
         else:
@@ -115,6 +102,8 @@ class HookLoop:
     def __init__(self, peer: Any, layers: Sequence[int], linears: Sequence[str], rule: Hebbian):
         assert (rule.gate, rule.decay, rule.clip, rule.bias) == ("ones", 0, None, False)
         self.peer, self.rule = peer, rule
+        if linears != ("gate_proj", "up_proj", "down_proj"):
+            raise Unavailable("the loop of hooks is written for the linears of a Llama")
         self.targets = [(getattr(peer.model.layers[n].mlp, name), name) for n in layers for name in linears]
         self.original = [linear.weight.detach().clone() for linear, _ in self.targets]
         self.device = peer.device

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastweights as fw
 
 from . import measure
-from .bed import ALL, RULE, Bed, Plastic
+from .bed import RULE, Bed, Plastic
 from .decode import CONTEXT, decoded, frozen_trial
 
 TOP = 12  # kernels that are named
@@ -89,7 +89,7 @@ def frozen_decode(bed: Bed, context: int = CONTEXT, steps: int = 4) -> dict[str,
 
 
 def plastic_decode(bed: Bed, context: int = CONTEXT, steps: int = 4, rank: int = 64) -> dict[str, Any]:
-    plastic = Plastic(bed, bed.layers(), ALL, rank, context + steps)
+    plastic = Plastic(bed, bed.layers(), bed.linears, rank, context + steps)
     episode = plastic.episode
     written = list(range(max(context - (rank - steps), 0), context))
     episode.feed(bed.ids(context), update=written, logits="last")
@@ -105,7 +105,7 @@ def plastic_decode(bed: Bed, context: int = CONTEXT, steps: int = 4, rank: int =
 
 
 def plastic_prefill(bed: Bed, tokens: int = 2048) -> dict[str, Any]:
-    plastic = Plastic(bed, bed.layers(), ALL, tokens, tokens)
+    plastic = Plastic(bed, bed.layers(), bed.linears, tokens, tokens)
     ids = bed.ids(tokens)
 
     def prepare() -> None:
@@ -128,7 +128,7 @@ def frozen_prefill(bed: Bed, tokens: int = 2048) -> dict[str, Any]:
 
 def probe(bed: Bed, tokens: int = 45, events: int = 64, at: str = "now") -> dict[str, Any]:
     """A probe of the fast weights as they are now, or as they were after every event."""
-    plastic = Plastic(bed, bed.layers(), ALL, events, events)
+    plastic = Plastic(bed, bed.layers(), bed.linears, events, events)
     ids = bed.ids(events + tokens)
     plastic.episode.feed(ids[:, :events], update="all", logits="last")
     found = profiled(bed, lambda: plastic.episode.probe(ids[:, events:], at=at, logits="last"), plastic.on)

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastweights as fw
 
 from . import measure
-from .bed import ALL, RULE, Bed, Plastic
+from .bed import RULE, Bed, Plastic
 from .decode import CONTEXT, STEPS, decoded, frozen_trial
 from .measure import Check, Experiment, Trial, Unavailable
 
@@ -56,12 +56,12 @@ def rows(bed: Bed, counts: Sequence[int] = (1, 4, 16, 64), rank: int = 64, conte
         ids = bed.ids(context, count)
         try:
             frozen = _decoding(bed, fw.Episode(bed.model, count, context + steps), ids, [])
-            plastic = Plastic(bed, layers, ALL, rank, context + steps, rows=count)
+            plastic = Plastic(bed, layers, bed.linears, rank, context + steps, rows=count)
             fast = _decoding(bed, plastic.episode, ids, written, plastic)
         except torch.OutOfMemoryError:
             notes[f"{count} rows"] = "not measured: out of memory"
             continue
-        extra = count * measure.plastic_decode_bytes(bed.config, len(layers), ALL, rank - steps // 2)
+        extra = count * measure.plastic_decode_bytes(bed.config, len(layers), bed.linears, rank - steps // 2)
         cache = measure.decode_bytes(bed.config, bed.dtype.itemsize, context + steps // 2)
         weights = measure.decode_bytes(bed.config, bed.dtype.itemsize, 0)
         read = weights + count * (cache - weights)
@@ -161,7 +161,7 @@ def gradient(bed: Bed, tokens: int = 12, context: int = CONTEXT) -> Experiment:
     """Gradient ascent after every token, against frozen decode; per token."""
     layers, rule = bed.layers(), fw.GradientAscent(rate=1e-3)
     frozen, _, _ = frozen_trial(bed, context, STEPS)
-    plastic = Plastic(bed, layers, ALL, max(64, tokens), context + tokens, rule=rule)
+    plastic = Plastic(bed, layers, bed.linears, max(64, tokens), context + tokens, rule=rule)
     episode, ids = plastic.episode, bed.ids(context + tokens)
     episode.feed(ids[:, :context], update="none", logits="last")
     start = episode.snapshot()
@@ -182,6 +182,6 @@ def gradient(bed: Bed, tokens: int = 12, context: int = CONTEXT) -> Experiment:
         [frozen, Trial("gradient ascent", run, tokens, prepare)],
         [Check("one feed = three", fed, partial(fed, 1, tokens // 2), bed.amplified(10))],
         [("gradient ascent", "frozen")],
-        {"context": context, "tokens": tokens, "layers": layers, "linears": list(ALL), "rule": repr(rule)},
+        {"context": context, "tokens": tokens, "layers": layers, "linears": list(bed.linears), "rule": repr(rule)},
         bars={"gradient ascent": "≤ 12 ms"} if _large(bed) else {},
     )

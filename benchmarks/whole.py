@@ -15,7 +15,7 @@ from torch import Tensor
 import fastweights as fw
 
 from . import measure, peers
-from .bed import ALL, Bed
+from .bed import Bed
 from .measure import Check, Experiment, Trial, Unavailable
 
 # ---- the experiment
@@ -45,7 +45,7 @@ def surgery(bed: Bed, context_tokens: int = 62, question_tokens: int = 45) -> Ex
     context = fitted(tokenizer.encode, CONTEXT_TEXT, context_tokens, "start")
     question = fitted(tokenizer.encode, QUESTION_TEXT, question_tokens, "end")
     layers = bed.layers()
-    loop = peers.HookLoop(bed.peer, layers, ALL, rule)
+    loop = peers.HookLoop(bed.peer, layers, bed.linears, rule)
     ids, asked = tokenizer.encode(context), tokenizer.encode(question)
     prompt = tokenizer.encode(context + "\n\n" + question)
     answers = [tokenizer.encode(text, add_special_tokens=False)[0] for text in "AB"]
@@ -81,7 +81,7 @@ def surgery(bed: Bed, context_tokens: int = 62, question_tokens: int = 45) -> Ex
         ],
         [("hook loop", "surgery")],
         {"context": len(ids), "probe tokens": len(asked), "probes": len(ids) + 1, "layers": layers}
-        | {"linears": list(ALL), "rule": repr(rule)},
+        | {"linears": list(bed.linears), "rule": repr(rule)},
         "matmul",
         {"hook loop ÷ surgery": "≥ 4" if bed.device.type == "cpu" else "≥ 30"},
     )

@@ -1,4 +1,4 @@
-"""Command line: `fastweights demo`, `run`, `generate`, `eval-ppl`, `lens`, `info`, `bench`."""
+"""Command line: `fastweights demo`, `run`, `generate`, `eval-ppl`, `lens`, `patch`, `info`, `bench`."""
 
 from __future__ import annotations
 
@@ -288,6 +288,35 @@ def lens(options: argparse.Namespace) -> None:
         print(json.dumps({**whole, **settings, "ids": ids, "tokens": tokenizer.tokens(ids), "model": _name(options)}))
 
 
+def patch(options: argparse.Namespace) -> None:
+    from . import Episode, context_patch, report
+    from .progress import bar
+
+    if options.tokens < 0:
+        raise ValueError(f"--tokens {options.tokens}: expected 0 or more")
+    _check_folder(options.out)
+    model, tokenizer = _load(options)
+    context_ids = tokenizer.encode(options.context)
+    query_ids = tokenizer.encode(options.query, add_special_tokens=False)
+    for what, ids in (("context", context_ids), ("query", query_ids)):
+        if not ids:
+            raise ValueError(f"--{what} is empty: expected at least one token")
+    if options.tokens:
+        steps = Episode(model).generate([*context_ids, *query_ids], options.tokens)
+        query_ids += [int(step.token_ids[0]) for step in steps]
+    layers = None if options.layers is None else _layers(options.layers, model)
+    with bar("patching") as show:
+        made = context_patch(model, context_ids, query_ids, layers, show)
+    whole = {**made.to_dict(), "tokens": tokenizer.tokens(query_ids)}
+    whole["said"] = {run: tokenizer.tokens(ids) for run, ids in whole["choices"].items()}
+    print(report.patch_table(whole))
+    settings = {"model": _name(options), "context": options.context, "query": options.query}
+    if options.out:
+        _save_patch(whole, {**settings, "dtype": str(model.dtype)[6:]}, Path(options.out))
+    if options.json:
+        print(json.dumps({**whole, **settings}))
+
+
 def info(options: argparse.Namespace) -> None:
     from . import Episode, anatomy
 
@@ -357,6 +386,19 @@ def _save(record, folder: Path) -> None:
     print(f"saved to {folder}: {', '.join(names)}")
 
 
+def _save_patch(whole: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    from . import report
+    from .files import write_text
+    from .report import canvas
+
+    fig = report.patch_picture(whole)
+    page = report.patch_page(whole, settings, fig)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "report.html", page)
+    canvas.save(fig, folder / "patch.png")
+    print(f"saved to {folder}: report.html, patch.png")
+
+
 def _rule(options: argparse.Namespace):
     from . import Delta, GradientAscent, Hebbian, LocalLeastSquares
 
@@ -421,7 +463,16 @@ def _parser() -> Parser:
     from . import __version__
 
     return parser_of(
-        {"demo": demo, "run": run, "generate": generate, "eval-ppl": eval_ppl, "lens": lens, "info": info}, __version__
+        {
+            "demo": demo,
+            "run": run,
+            "generate": generate,
+            "eval-ppl": eval_ppl,
+            "lens": lens,
+            "patch": patch,
+            "info": info,
+        },
+        __version__,
     )
 
 

@@ -37,6 +37,9 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2,)),
     "default": _DEFAULT,
 }
+# Text is composed (NFC) first in the tokenizers of Qwen and of GPT-NeoX, which are those of MPT and OLMo; llama.cpp
+# leaves that out.
+COMPOSED = ("qwen2", "deepseek-r1-qwen", "mpt", "olmo")
 NOT_LLAMA_3 = ("smaug-bpe", "dbrx")  # split like Llama 3, but merge every word and write BOS only if told to
 
 
@@ -56,7 +59,7 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
         for p in PRE_TOKENIZERS[pre]
     ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if PRE_TOKENIZERS[pre] == (_QWEN2,):
+    if pre in COMPOSED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()

@@ -12,7 +12,7 @@ from typing import Any
 
 from .checks import boolean, positive_float, positive_int
 from .config_json import ACTIVATIONS, eos_ids, read, write
-from .families import FAMILIES, Family
+from .families import BEYOND, FAMILIES, Family
 from .files import read_json, warn
 from .rope import Rope, RopeScaling
 
@@ -237,7 +237,15 @@ class LlamaConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json of the family, with the older rope keys, which every version of transformers reads."""
+        """A config.json of the family, with the older rope keys, which every version of transformers reads.
+
+        Raises ValueError where this model has what no config.json of its family can say.
+        """
+        for key in sorted(BEYOND):
+            if not self.family.has(key) and getattr(self, key) != getattr(type(self), key):
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, which the config.json of a {self.model_type} can't say"
+                )
         return write(vars(self), self.family)
 
 

@@ -116,7 +116,8 @@ def read(given: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
     _check(fields, family)
     # What follows may be absent: transformers fills in the same values.
     length = first(fields["max_position_embeddings"], hf.get("max_sequence_length"), 2048)
-    biases = {key: first(hf.get(key), False) for key in ("attention_bias", "mlp_bias")}
+    spelt = {name: family.spellings(name) for name in ("attention_bias", "mlp_bias")}
+    biases = {name: first(*map(hf.get, keys), False) for name, keys in spelt.items()}
     fixed = {key: value for key, value in family.biases.items() if key in biases}
     fields |= {
         "model_type": given["model_type"],
@@ -134,7 +135,9 @@ def read(given: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
         **fixed,
         **read_rope(given, family, length, unread),
     }
-    unread += _unread(given, fields, family, _HANDLED | only.keys() | _HARMLESS | family.harmless)
+    unread += _unread(
+        given, fields, family, _HANDLED | {*sum(spelt.values(), ())} | only.keys() | _HARMLESS | family.harmless
+    )
     unread += [key for key, value in fixed.items() if given.get(key) not in (None, value)]
     if given.get("auto_map"):  # code of the repository, which transformers runs only if told to trust it
         unread.append("auto_map")
@@ -144,7 +147,7 @@ def read(given: Mapping[str, Any], unread: list[str]) -> dict[str, Any]:
 def write(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """A config.json, under the family's names, that `read` and every version of transformers read as these fields."""
     phi = family.spellings("hidden_act")[0]
-    usual = family.defaults.get(phi)
+    usual = family.defaults.get(phi, "silu")
     eos, scaling = fields["eos_token_ids"], fields["rope_scaling"]
     ours = {
         **fields,
@@ -171,7 +174,8 @@ def _family(given: Mapping[str, Any]) -> Family:
         raise ValueError(f"model_type is missing, expected {listed(tuple(FAMILIES))}")
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
-    if isinstance(text, Mapping) and (inner := text.get("model_type", f"{kind}_text")) in FAMILIES:
+    inner = text.get("model_type", f"{kind}_text") if isinstance(text, Mapping) else None
+    if inner in tuple(FAMILIES):
         raise ValueError(
             f"model_type is {short(kind)}, which holds a {inner} beside other models; fastweights reads only the text "
             f"model saved by itself ({inner})"
@@ -193,7 +197,8 @@ def _value(name: str, given: Mapping[str, Any], family: Family) -> Any:
 def _check(fields: dict[str, Any], family: Family) -> None:
     """Refuses sizes that are missing or no sizes, under the file's names."""
     name_of = {name: family.spellings(name)[0] for name in fields}
-    if fields["intermediate_size"] is None and name_of["intermediate_size"] in family.defaults:  # GPT-2
+    wide = name_of["intermediate_size"] in family.defaults  # GPT-2: four times the width where null
+    if fields["intermediate_size"] is None and wide and fields["hidden_size"] is not None:
         positive_int(name_of["hidden_size"], fields["hidden_size"])
         fields["intermediate_size"] = 4 * fields["hidden_size"]
     for name in (*_REQUIRED, "rms_norm_eps"):
@@ -202,8 +207,10 @@ def _check(fields: dict[str, Any], family: Family) -> None:
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if type(fields.get(name)) is int:  # transformers 5 takes no whole number for a cap
             fields[name] = float(fields[name])
-    for name in _WHOLE:
-        if fields.get(name) is not None:
+    for name in (name for name in _WHOLE if name in fields):
+        # transformers fills in these two where they are absent, and refuses null
+        filled_in = name in ("head_dim", "max_position_embeddings") and name_of[name] in family.defaults
+        if fields[name] is not None or filled_in:
             positive_int(name_of[name], fields[name])
     positive_float(name_of["rms_norm_eps"], fields["rms_norm_eps"])
 
@@ -211,8 +218,6 @@ def _check(fields: dict[str, Any], family: Family) -> None:
 def _head_dim(fields: Mapping[str, Any], given: Mapping[str, Any], family: Family) -> int:
     if fields.get("head_dim") is not None:
         return fields["head_dim"]
-    if "head_dim" in family.defaults:  # transformers fills in a number where the key is absent, and refuses null
-        positive_int("head_dim", None)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     size, count = (family.spellings(name)[0] for name in ("hidden_size", "num_attention_heads"))
     if width % heads:

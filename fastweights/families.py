@@ -124,7 +124,8 @@ class Family:
         harmless: further keys that change nothing.
         windows: which layers may have a sliding window. None: no layer. "all": every layer, where sliding_window is a
             number. "some": where use_sliding_window is true, those that layer_types names; without layer_types those
-            from max_window_layers on. A number n: those that layer_types names; without it all but every nth layer.
+            from max_window_layers on. A number n: those that layer_types names; without it all but every nth layer,
+            where n is sliding_window_pattern if `defaults` names that.
         ignored: ends of the names of tensors in the checkpoint that nothing is computed with.
     """
 
@@ -233,7 +234,7 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 50256,
             "eos_token_id": 50256,
         },
-        only={"add_cross_attention": (None, False)},
+        only={"add_cross_attention": (None, False), "pruned_heads": (None, {})},
         harmless=frozenset(
             {
                 "n_ctx",  # n_positions once more; transformers reads it no longer
@@ -277,7 +278,7 @@ FAMILIES: dict[str, Family] = {
             "final_logit_softcapping": 30.0,
         },
         only={"use_bidirectional_attention": (None, False)},
-        harmless=frozenset({"cache_implementation"}),
+        harmless=frozenset({"cache_implementation", "sliding_window_size"}),
         windows=2,
     ),
     "qwen3": Family(

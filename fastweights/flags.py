@@ -102,6 +102,16 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument("--out", metavar="FOLDER", help="write report.html here")
     command.set_defaults(command=commands["lens"])
 
+    command = subparsers.add_parser("patch", parents=[common], help="a context as rank-1 changes of the weights")
+    command.add_argument("--context", type=_text, required=True, help=TEXT)
+    command.add_argument("--query", type=_text, required=True, help=f"stands right behind the context: {TEXT}")
+    command.add_argument("--layers", type=_some_layers, help="patch these layers: 11,12,13; left out: all")
+    command.add_argument(
+        "--tokens", type=int, default=0, help="tokens that the model goes on to say, which are patched as well"
+    )
+    command.add_argument("--out", metavar="FOLDER", help="save report.html and patch.png here")
+    command.set_defaults(command=commands["patch"])
+
     command = subparsers.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
     command.add_argument("--text", type=_text, help=f"show the ids and tokens of this: {TEXT}")
     command.set_defaults(command=commands["info"])

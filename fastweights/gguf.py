@@ -1,11 +1,10 @@
-"""A Llama in a .gguf file, or in the parts of a split one → config, tensors, tokenizer. Needs the `gguf` package.
+"""A .gguf file, or the parts of a split one → config, tensors, tokenizer. Needs the `gguf` package.
 
-The format and llama.cpp's names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,28 +25,10 @@ from .bpe import (
     sentencepiece_bpe,
     writes_bos,
 )
-from .config import LlamaConfig
 from .files import one_line, warn
-from .rope import RopeScaling
+from .gguf_config import Metadata, read_config
 from .tokenizer import Tokenizer, bos_processor
 
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-# The architectures that are read, and whether llama.cpp reorders the rows of their q and k.
-PERMUTED = {"llama": True, "qwen2": False}
 # Tokens that end a turn or a text whatever the metadata says: llama.cpp knows them by their text.
 _ENDS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>"),
@@ -60,10 +41,10 @@ _ENDS = {
 
 
 class GgufFile:
-    """An opened .gguf file of an architecture in PERMUTED; refuses anything else with a one-line ValueError.
+    """An opened .gguf file of an architecture in ARCHITECTURES; refuses anything else with a one-line ValueError.
 
-    `config` is ready; `tensors()` yields Hugging Face names with float32 values, one at a time; `tokenizer()`
-    rebuilds the tokenizer from the file's vocabulary and merges.
+    `config` is ready; `shapes` has the checkpoint's names of tensors; `tensors()` yields them with float32 values, one
+    at a time; `tokenizer()` rebuilds the tokenizer from the file's vocabulary and merges.
     """
 
     def __init__(self, path: str | Path):
@@ -72,35 +53,42 @@ class GgufFile:
         except ImportError:
             raise ImportError(f'reading {path} needs the gguf package: pip install "fastweights[demo]"') from None
         self._dequantize: Callable[..., np.ndarray] = gguf.quants.dequantize
-        self.path, self._readers = _parts(Path(path), gguf.GGUFReader)
-        self._reader = self._readers[0]  # the metadata is in the first part
-        self.architecture: str = self._get("general.architecture")
-        if self.architecture not in PERMUTED:
+        self.path, readers = _parts(Path(path), gguf.GGUFReader)
+        self._reader = readers[0]  # the metadata is in the first part
+        self._keys = Metadata(self.path, self._reader)
+        self._get = self._keys.get
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}
+        if longrope := sorted(name for name in shapes if name.startswith("rope_factors_")):
             raise ValueError(
-                f"{self.path} has the architecture {self.architecture!r}, and fastweights implements only "
-                f"{' and '.join(map(repr, PERMUTED))}"
+                f"{self.path}: {longrope[0]} is of the rope scaling longrope, which fastweights does not implement"
             )
-        self._tensors = [tensor for reader in self._readers for tensor in reader.tensors]
-        self._shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in self._tensors}
-        for name in self._shapes:
-            if name != "rope_freqs.weight":
-                self._hf_name(name)
+        if "token_embd.weight" not in shapes:
+            raise ValueError(f"{self.path}: the tensor token_embd.weight is missing")
+        self._rows = shapes["token_embd.weight"][0]
+        freqs = tensors.pop("rope_freqs.weight", None)  # a part of the configuration
+        self._tensors = {self._checkpoint_name(name): tensor for name, tensor in tensors.items()}
+        self.shapes = {name: shapes[tensor.name] for name, tensor in self._tensors.items()}
         try:
-            self.config = self._config()
+            self.config = read_config(
+                self._keys,
+                shapes,
+                None if freqs is None else np.asarray(freqs.data, dtype=np.float32).reshape(-1),
+                bos_token_id=self._special("bos"),
+                eos_token_ids=self._stops(),
+                pad_token_id=self._special("padding"),
+            )
         except ValueError as error:
             known = str(error).startswith(str(self.path))
             raise ValueError(str(error) if known else f"{self.path}: {error}") from None
 
     def __len__(self) -> int:
         """How many tensors `tensors()` yields."""
-        return len(self._shapes.keys() - {"rope_freqs.weight"})
+        return len(self.shapes)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its Hugging Face name: float32, q and k rows in Hugging Face order."""
-        for tensor in self._tensors:
-            if tensor.name == "rope_freqs.weight":
-                continue
-            name = self._hf_name(tensor.name)
+        """Every tensor under its name in `shapes`: float32, as the model has it. Shapes must be the model's."""
+        for name, tensor in self._tensors.items():
             try:
                 values = self._dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError:
@@ -109,12 +97,8 @@ class GgufFile:
                     "which the gguf package cannot dequantise"
                 ) from None
             # a copy: float32 data would otherwise be a read-only view of the file
-            values = np.array(values, dtype=np.float32).reshape(self._shapes[tensor.name])
-            if "q_proj" in name and PERMUTED[self.architecture]:
-                values = unpermute(values, self.config.num_attention_heads)
-            elif "k_proj" in name and PERMUTED[self.architecture]:
-                values = unpermute(values, self.config.num_key_value_heads)
-            yield name, torch.from_numpy(values)
+            values = np.array(values, dtype=np.float32).reshape(self.shapes[name])
+            yield name, torch.from_numpy(self._keys.row.checkpoint_values(tensor.name, values, self.config))
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, with special tokens, BOS rule, stop ids and chat templates as the file has them.
@@ -145,12 +129,7 @@ class GgufFile:
             raise ValueError(
                 f"{self.path}: tokenizer.ggml.model is {model!r}, and fastweights implements only 'gpt2' and 'llama'"
             )
-        added = [
-            AddedToken(token, special=kind != USER_DEFINED or token in _ENDS, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in _ENDS
-        ]
-        backend.add_tokens(added)
+        backend.add_tokens(self._added(model, tokens, kinds))
         bos, eos = special["bos_token"], special["eos_token"]
         adds_eos = self._get("tokenizer.ggml.add_eos_token", False)
         if self._get("tokenizer.ggml.add_bos_token", adds_bos) and bos is not None:
@@ -160,17 +139,23 @@ class GgufFile:
         config["model_max_length"] = self.config.max_position_embeddings
         return Tokenizer(backend, config, self._chat_templates(), self.config.eos_token_ids)
 
-    def _get(self, key: str, *default: Any) -> Any:
-        field = self._reader.get_field(key)
-        if field is not None:
-            return field.contents()
-        if default:
-            return default[0]
-        raise ValueError(f"{self.path}: the key {key} is missing, and the model cannot be built without it")
-
-    def _own(self, key: str, *default: Any) -> Any:
-        """A key of the architecture."""
-        return self._get(f"{self.architecture}.{key}", *default)
+    def _added(self, model: str, tokens: list[str], kinds: list[int]) -> list[AddedToken]:
+        """The tokens that are found in a text before it is split."""
+        stops = {tokens[i] for i in self.config.eos_token_ids}
+        ends = _ENDS if "</s>" in stops else _ENDS - {"</s>"}
+        # Phi-3's special tokens take the white space behind them; those around a whole text do not
+        greedy = self._keys.architecture == "phi3" and model == "llama"
+        whole = {"<unk>", "<s>", "<|endoftext|>"}
+        return [
+            AddedToken(
+                token,
+                special=kind != USER_DEFINED or token in ends,
+                normalized=False,
+                rstrip=greedy and token not in whole,
+            )
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in ends
+        ]
 
     def _special(self, name: str) -> int | None:
         """The id that the metadata gives a special token, or that llama.cpp takes where it is silent."""
@@ -178,7 +163,7 @@ class GgufFile:
         sentencepiece = self._get("tokenizer.ggml.model", None) == "llama"
         value = self._get(key, {"bos": 1, "eos": 2, "unknown": 0}.get(name) if sentencepiece else None)
         tokens = self._reader.get_field("tokenizer.ggml.tokens")
-        size = len(tokens.data) if tokens else self._shapes["token_embd.weight"][0]
+        size = len(tokens.data) if tokens else self._rows
         if value is None or value < 0:  # -1 says none
             return None
         if value < size:
@@ -191,12 +176,14 @@ class GgufFile:
     def _stops(self) -> tuple[int, ...]:
         """Every id that ends a text or a turn: what the metadata names, then what llama.cpp knows by its text."""
         named = [self._special(key) for key in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
-        known = {token: i for i, token in enumerate(self._get("tokenizer.ggml.tokens", [])) if token in _ENDS}
+        tokens = self._get("tokenizer.ggml.tokens", [])
+        kinds = self._get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+        known = {token: i for i, token in enumerate(tokens) if token in _ENDS}
         parts = set()  # tokens that end a part of a turn alone, in the vocabularies that llama.cpp knows
         if known.keys() >= {"<|return|>", "<|call|>"} or known.keys() >= {"<|flush|>", "<|calls|>"}:
             parts.add(known.get("<|end|>"))
-        if "<|tool_response>" in known:
-            parts.add(known.get("</s>"))
+        if "</s>" in known and kinds[known["</s>"]] != CONTROL and known["</s>"] not in named:
+            parts.add(known["</s>"])  # HTML, in the vocabularies of Gemma and Qwen
         return tuple(dict.fromkeys(i for i in [*named, *known.values()] if i is not None and i not in parts))
 
     def _pre(self) -> str:
@@ -222,81 +209,14 @@ class GgufFile:
         default = self._get(key, None)
         return named | ({"default": default} if default else {})
 
-    def _hf_name(self, name: str) -> str:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match is None or match[2] not in _NAMES:
-            raise ValueError(f"{self.path}: the tensor {name} is not part of a Llama that fastweights implements")
-        layer = f"model.layers.{match[1]}." if match[1] else ""
-        return f"{layer}{_NAMES[match[2]]}.{match[3]}"
-
-    def _config(self) -> LlamaConfig:
-        if "token_embd.weight" not in self._shapes:
-            raise ValueError(f"{self.path}: the tensor token_embd.weight is missing")
-        if experts := self._own("expert_count", 0):
+    def _checkpoint_name(self, name: str) -> str:
+        row = self._keys.row
+        found = row.checkpoint_name(name)
+        if found is None:
             raise ValueError(
-                f"{self.path}: {self.architecture}.expert_count is {experts}, and fastweights implements no experts"
+                f"{self.path}: the tensor {name} is not part of a {row.family.title} that fastweights implements"
             )
-        heads, width = self._own("attention.head_count"), self._own("embedding_length")
-        for key, value in (
-            ("head_count", heads),
-            ("head_count_kv", self._own("attention.head_count_kv", heads)),
-        ):
-            if not isinstance(value, int):
-                raise ValueError(
-                    f"{self.path}: {self.architecture}.attention.{key} differs between layers, expected one number"
-                )
-        head_dim = self._own("attention.key_length", width // heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if (value := self._own(key, head_dim)) != head_dim:
-                raise ValueError(
-                    f"{self.path}: {self.architecture}.{key} is {value}, expected the head width {head_dim}"
-                )
-        theta = _shortest(self._own("rope.freq_base", 10000.0))
-        return LlamaConfig(
-            vocab_size=self._shapes["token_embd.weight"][0],
-            hidden_size=width,
-            intermediate_size=self._own("feed_forward_length"),
-            num_hidden_layers=self._own("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=self._own("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position_embeddings=self._own("context_length"),
-            rms_norm_eps=_shortest(self._own("attention.layer_norm_rms_epsilon")),
-            rope_theta=theta,
-            rope_scaling=self._rope_scaling(theta, head_dim),
-            attention_bias="blk.0.attn_q.bias" in self._shapes,
-            mlp_bias="blk.0.ffn_gate.bias" in self._shapes,
-            tie_word_embeddings="output.weight" not in self._shapes,
-            bos_token_id=self._special("bos"),
-            eos_token_ids=self._stops(),
-            pad_token_id=self._special("padding"),
-            dtype="float32",
-            model_type=self.architecture,
-        )
-
-    def _rope_scaling(self, theta: float, head_dim: int) -> RopeScaling | None:
-        kind = self._own("rope.scaling.type", "linear")
-        factor = self._own("rope.scaling.factor", self._own("rope.scale_linear", 0.0))
-        if kind not in ("none", "linear"):
-            raise ValueError(
-                f"{self.path}: {self.architecture}.rope.scaling.type is {kind!r}, "
-                "and fastweights implements only 'none', 'linear' and Llama 3's"
-            )
-        linear = None
-        if kind == "linear" and factor not in (0.0, 1.0):
-            linear = RopeScaling("linear", _shortest(factor))
-        tensor = next((t for t in self._tensors if t.name == "rope_freqs.weight"), None)
-        if tensor is None:
-            return linear
-        stretch = np.asarray(tensor.data, dtype=np.float32).reshape(-1)
-        if (stretch == 1).all():
-            return linear
-        # llama.cpp stores what Llama 3's scaling does to each frequency; the parameters are published
-        scaling = RopeScaling("llama3", _shortest(stretch.max()), 1.0, 4.0, 8192)
-        wanted = llama3_stretch(scaling, theta, head_dim)
-        if linear is not None or stretch.shape != wanted.shape or not np.allclose(stretch, wanted, rtol=1e-4, atol=0):
-            raise ValueError(f"{self.path}: rope_freqs.weight is not Llama 3's scaling, the only one implemented")
-        return scaling
+        return found
 
 
 def _parts(path: Path, open_file: Callable[[Path], Any]) -> tuple[Path, list[Any]]:
@@ -339,22 +259,3 @@ def _parts(path: Path, open_file: Callable[[Path], Any]) -> tuple[Path, list[Any
     if len(names) != total:
         raise ValueError(f"{paths[0]}: the parts of the split model hold {len(names)} tensors, expected {total}")
     return paths[0], readers
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """q or k rows [heads · E, ...]: llama.cpp's order (rope's pairs adjacent) to Hugging Face's (halves)."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def llama3_stretch(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """What Llama 3's scaling divides each rope frequency by, [head_dim / 2] float64."""
-    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clip(0, 1)
-    return 1 / ((1 - kept) / scaling.factor + kept)
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 9.99999974e-06 was written as 1e-05."""
-    return float(str(np.float32(value)))

@@ -69,7 +69,7 @@ class Alternative:
         for bound in bounds:
             site, layers = bound.site, bound.edit.places.layers
             if site.side == "plastic" and layers is None:
-                layers = tuple(layer for layer, linear in plastic if site.module.endswith(linear))
+                layers = tuple(layer for layer, linear in plastic if linear == bound.edit.places.linear)
             if site.layered:
                 firsts.append(0 if layers is None else min(layers))
             else:

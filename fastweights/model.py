@@ -381,7 +381,7 @@ class Llama(Named):
             else:
                 positions = cache.positions(shape, attention_mask, self.device)
                 cache.reserve(positions.end)
-            if shape[1] == 1 and Llama.fast_step is not None:
+            if shape[1] == 1 and Llama.fast_step is not None and (cache is None or not any(cache.first)):
                 logits_BTV = Llama.fast_step(self, input_ids, positions, cache)
         if logits_BTV is None:
             taps = [call.what for call in self.binding.taps]  # edits and captures of this thread
@@ -399,5 +399,10 @@ class Llama(Named):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits of a residual stream after the last norm."""
-        logits_BTV, cap = self.lm_head(x_BTD), self.config.final_logit_softcapping
+        logits_BTV = self.capped(self.lm_head(x_BTD))
+        return logits_BTV if (tap := self.binding.tap) is None else tap("logits", None, logits_BTV)
+
+    def capped(self, logits_BTV: Tensor) -> Tensor:
+        """What the head gives after the model's cap of logits."""
+        cap = self.config.final_logit_softcapping
         return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)

@@ -208,8 +208,8 @@ class Answer:
         logits = cut(self.logits)
         if logits is not None:
             sites["logits"] = logits
-        ids_BT = reading.ids_BT.clone()
-        return Trace(sites, layers, ids_BT, position_BT.clone(), metric, gradients, scores, leading)
+        ids_BT, model_type = reading.ids_BT.clone(), self.runner.model.config.model_type
+        return Trace(sites, layers, ids_BT, position_BT.clone(), metric, gradients, scores, leading, model_type)
 
 
 def _measured(metric: Metric, logits: Tensor) -> list[Tensor]:
@@ -273,20 +273,19 @@ def _points(
     """The sites to keep, with their layers, and their names."""
     points: list[Point] = []
     names: list[str] = []
-    given = names_of(sites)
+    given, family = names_of(sites), model.config.family
     wanted = numbers("layer", layers)
-    if wanted is not None and not any(site_of(name)[0].layered for name in given):
+    if wanted is not None and not any(site_of(name, family)[0].layered for name in given):
         raise ValueError(f"probe(layers={layers!r}): none of the sites {given} lies in layers")
     for name in [*given, *(["embedding"] if "resid_post" in given else [])]:
-        site, named = site_of(name)
+        site, named = site_of(name, family)
         own = named if named is not None else (wanted if site.layered else None)
-        places = Places(site.name, own, None, None, None, None)
-        places.check(model.config)
+        places = Places(name, own, None, None, None, None).of(model.config)
         check_plastic(places, linears)
         if site.name.endswith((".key", ".value")):
             raise ValueError(f"a probe writes nothing, so it has no {site.name!r}: fw.capture keeps it in a feed")
         if site.side == "plastic" and places.layers is None:
-            chosen: Sequence[int | None] = sorted(layer for layer, linear in linears if site.module.endswith(linear))
+            chosen: Sequence[int | None] = sorted(layer for layer, linear in linears if linear == places.linear)
         elif site.layered:
             chosen = range(model.config.num_hidden_layers) if places.layers is None else places.layers
         else:

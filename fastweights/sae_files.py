@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .families import FAMILIES
 from .files import one_line, read_json
+from .probes.sites import site_of
 from .stored import open_file
 
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk")
@@ -52,17 +55,6 @@ SPARSIFY = {
     *("d_in", "k", "num_latents", "expansion_factor", "activation", "transcode", "skip_connection", "signed"),
     *("embed_skip", "gram_lookup", "lookup_max_order", "gram_table_hash"),
     *("normalize_decoder", "multi_topk"),  # of the training alone: the stored decoder is normalised
-}
-TRANSFORMER_LENS = {
-    **{f"hook_{site}": site for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")},
-    **{f"attn.hook_{site}": site for site in ("q", "k", "v", "z")},
-    **{"attn.hook_rot_q": "q_rot", "attn.hook_rot_k": "k_rot", "mlp.hook_post": "act"},
-}
-MODULES = {  # what is hooked is the module's output
-    **{"": "resid_post", "mlp": "mlp_out", "mlp.down_proj": "mlp_out", "mlp.gate_proj": "gate", "mlp.up_proj": "up"},
-    **{"self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out", "self_attn.o_proj": "attn_out"},
-    **{f"self_attn.{site}_proj": site for site in "qkv"},
-    **{"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"},
 }
 
 
@@ -106,13 +98,21 @@ def read_sae(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
 
 
 def place_of(hook: str) -> tuple[int | None, str | None]:
-    """Layer and site of a hook named as in TransformerLens or by a module; (None, None) where it is no site."""
-    if hook in ("hook_embed", "embed_tokens", "model.embed_tokens"):
-        return None, "embedding"
-    if (match := re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)) and match[2] in TRANSFORMER_LENS:
-        return int(match[1]), TRANSFORMER_LENS[match[2]]
-    if (match := re.fullmatch(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)\.?(.*)", hook)) and match[2] in MODULES:
-        return int(match[1]), MODULES[match[2]]
+    """Layer and site of a hook named as in TransformerLens or by a module; (None, None) where it is no site.
+
+    A module may have another prefix before "layers" or "h" than its family, or none. A name that means several sites,
+    each in some families, is none, because the family is not known: "mlp.hook_pre" is gate or up.
+    """
+    inner = re.sub(r"^.*?((?:layers|h)\.\d)", r"\1", hook)
+    for named in ("{hook}", "{model}.{inner}"):
+        found = set()
+        for family in FAMILIES.values():
+            with contextlib.suppress(ValueError):
+                name = named.format(hook=hook, inner=inner, model=family.names["model"])
+                site, layer = site_of(name, family)
+                found.add((layer, site.name if site.axes not in ("HS", "HD") else None))
+        if found:
+            return found.pop() if len(found) == 1 else (None, None)
     return None, None
 
 

@@ -94,7 +94,7 @@ def _patterned(
 
 def _pattern(hf: Mapping[str, Any], family: Family, layers: int) -> list[str]:
     """The kinds of layers where layer_types is left out: each nth sees everything, the others have the window."""
-    n = hf[_PATTERN] if _PATTERN in family.defaults else family.windows
+    n: Any = hf[_PATTERN] if _PATTERN in family.defaults else family.windows
     positive_int(_PATTERN, n)
     if hf.get("_" + _PATTERN, n) != n:  # transformers saves it beside layer_types, and does not read it
         raise ValueError(f"_{_PATTERN} is {short(hf['_' + _PATTERN])}, but {_PATTERN} is {n}")

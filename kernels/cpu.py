@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     gemv = [*[pointer] * 4, *[long] * 3, number]
-    decode = [pointer, long, *[pointer] * 10, *[long] * 9, ctypes.c_float, number]
+    decode = [pointer, pointer, long, *[pointer] * 7, *[long] * 3, number]
     functions: dict[str, list] = {
         "gemv": gemv,
         "gemv_bfloat16": gemv,

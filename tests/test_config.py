@@ -1,7 +1,9 @@
 """config.json of every Llama generation: the same numbers as transformers, or a refusal that names the key."""
 
+import hashlib
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +130,21 @@ def test_written_config_is_the_same_to_us_and_to_transformers(name):
     assert rope_again == rope
     for key in (*SAME, "eos_token_id", "dtype", "hidden_act", "model_type"):
         assert again[key] == (None if theirs[key] == -1 else theirs[key]), key
+
+
+def test_what_is_written_of_a_llama_stays_as_it_is():
+    """Saved episodes name their model by a hash of it: a key more, and none of them loads."""
+    assert LlamaConfig.from_dict(CONFIGS["llama-3.2-1b"]).to_dict() == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256,
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "attention_bias": False,
+        "mlp_bias": False, "tie_word_embeddings": True, "bos_token_id": 128000, "eos_token_id": 128001,
+        "pad_token_id": None, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    written = [LlamaConfig.from_dict(CONFIGS[name]).to_dict() for name in sorted(CONFIGS)]
+    digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+    assert digest == "740f79784fc89af0b9c7cd229f08a8b531c7b419e69c97cb1b5e15c24be8e5be"
 
 
 def test_a_config_that_transformers_writes_is_accepted(tmp_path):
@@ -306,3 +323,10 @@ def test_a_file_that_is_no_config_is_named(tmp_path):
 def test_a_config_made_by_hand_is_checked_too():
     with pytest.raises(ValueError, match="rope_type 'yarn' is not implemented"):
         RopeScaling("yarn", 2.0)
+    llama = LlamaConfig.from_dict(SMALL)
+    with pytest.raises(ValueError, match="use_parallel_residual is True, which the config"):
+        replace(llama, use_parallel_residual=True).to_dict()
+    with pytest.raises(ValueError, match="hidden_act is 'relu', expected one of silu, gelu, gelu_tanh"):
+        replace(llama, hidden_act="relu")
+    with pytest.raises(ValueError, match="final_logit_softcapping is 0, expected a positive number"):
+        replace(llama, model_type="gemma2", final_logit_softcapping=0)

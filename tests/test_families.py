@@ -2,15 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from family_models import MODELS, SHAPE, pairs
 from safetensors.torch import load_file, save_file
 from test_weights import add_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 import fastweights as fw
+from fastweights import config, config_json, families
 from fastweights.config import LlamaConfig
 
 T = 13
@@ -151,7 +153,7 @@ def test_a_saved_model_is_one_that_transformers_loads_and_the_same(name, tmp_pat
         assert key == other_key
         assert torch.equal(one, other)
     with torch.no_grad():
-        close(again(IDS).logits, theirs(IDS).logits, 1e-6)
+        close(again(IDS).logits, theirs(IDS).logits)
     (tmp_path / "ours" / "tokenizer.json").write_text((tmp_path / "theirs" / "tokenizer.json").read_text())
     assert fw.load(tmp_path / "ours")[0].config == model.config
 
@@ -182,6 +184,29 @@ def test_other_spellings_of_a_checkpoint_give_the_same_model(spelling, tmp_path)
     assert changed != tensors or more
     save_file(changed | {key: torch.zeros(shape) for key, shape in more}, tmp_path / "model.safetensors")
     close(fw.load(tmp_path)[0](IDS), theirs(IDS).logits)
+
+
+@torch.no_grad()
+def test_the_readmes_row_of_a_family_of_ones_own_is_starcoder2(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"```python\n(from fastweights\.families.*?)```", page, re.S)
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    for module in (config, config_json):
+        monkeypatch.setattr(module, "FAMILIES", families.FAMILIES)
+    exec(row, {})
+    sizes = {key: value for key, value in SHAPE.items() if key not in ("rms_norm_eps", "rope_theta", "head_dim")}
+    torch.manual_seed(0)
+    theirs = Starcoder2ForCausalLM(Starcoder2Config(**sizes, bos_token_id=0, eos_token_id=1, sliding_window=5)).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    model, _ = fw.load(tmp_path, strict=True)
+    fast, episode = fw.attach(model, [1], fw.Hebbian()), fw.Episode(model, 2)
+    close(torch.cat([episode.feed(ids, update="none") for ids in IDS.split([12, 1], 1)], 1), theirs(IDS).logits)
+    assert (episode.path, [name for _, name in fast.linears]) == ("cpu", ["c_fc", "c_proj"])
+    fw.save(model, tmp_path / "ours")
+    close(Starcoder2ForCausalLM.from_pretrained(tmp_path / "ours")(IDS).logits, theirs(IDS).logits)
 
 
 def test_stop_ids_come_from_generation_config(tmp_path):

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.tokenization_utils_base import generate_merges
 
 import fastweights as fw
-from fastweights.gguf import GgufFile, llama3_stretch
+from fastweights.gguf import GgufFile
+from fastweights.gguf_config import llama3_stretch
 from fastweights.rope import RopeScaling
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -329,7 +330,11 @@ def test_each_pre_tokenizer_splits_as_the_model_was_trained(tmp_path, pre, text,
 
 
 REFUSED = [
-    ({"architecture": "gemma2"}, "has the architecture 'gemma2', and fastweights implements only 'llama' and 'qwen2'"),
+    (
+        {"architecture": "mamba"},
+        "has the architecture 'mamba', and fastweights implements only gemma2, gemma3, gpt2, gptneox, llama, olmo2, "
+        "phi3, qwen2 and qwen3",
+    ),
     ({"drop": ("block_count",)}, "the key llama.block_count is missing"),
     ({"llama__expert_count": 8}, "llama.expert_count is 8"),
     ({"llama__attention__key_length": 32}, "llama.rope.dimension_count is 16, expected the head width 32"),

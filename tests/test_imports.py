@@ -11,8 +11,8 @@ FOLDER = Path(fastweights.__file__).parent
 # a file or folder may import what stands before it, never what stands behind it
 ORDER = [
     *("files", "version", "progress"),
-    *("flags", "binding", "watch", "activations", "inputs", "sampling", "kernels"),  # the ground floor
-    *("rules", "checks", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
+    *("flags", "binding", "watch", "activations", "inputs", "sampling", "checks", "kernels"),  # the ground floor
+    *("rules", "families", "rope", "windows", "config_json", "config", "state", "cache", "model"),
     *(
         "bpe",
         "spm",
@@ -20,19 +20,22 @@ ORDER = [
         "stream",
         "tokenizer",
         "hub",
+        "gguf_families",
+        "gguf_config",
         "gguf",
         "stored",
         "quantised",
         "weights",
         "anatomy",
     ),  # checkpoints
-    *("sae_files", "sae"),
     "probes",
+    *("sae_files", "sae"),
     *("episode_state", "passes", "plastic", "backward"),
     "engine",
     *("waiting", "feed"),
-    *("generation", "lanes", "probe", "snapshot", "episode"),
-    *("attach", "report", "perplexity", "record", "surgery", "__init__", "benchmarks", "__main__"),
+    *("generation", "lanes", "probe", "snapshot", "episode", "exchange"),
+    *("attach", "comparison", "reach", "context", "ridge"),
+    *("report", "perplexity", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form

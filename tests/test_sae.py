@@ -258,7 +258,14 @@ def test_sparsify_counts_its_features_by_the_expansion_factor(tmp_path):
         ("hook_embed", (None, "embedding")),
         ("model.layers.7", (7, "resid_post")),
         ("model.layers.7.mlp.up_proj", (7, "up")),
-        ("model.layers.7.post_attention_layernorm", (7, "mlp_norm")),
+        ("layers.7.mlp", (7, "mlp_out")),
+        ("model.language_model.layers.7", (7, "resid_post")),
+        ("model.layers.7.pre_feedforward_layernorm", (7, "mlp_norm")),
+        ("transformer.h.7.mlp.c_fc", (7, "up")),
+        ("h.7.attn", (7, "attn_out")),
+        ("gpt_neox.layers.7", (7, "resid_post")),
+        ("gpt_neox.layers.7.post_attention_layernorm", (7, "mlp_norm")),
+        ("layers.7.mlp.dense_4h_to_h", (7, "mlp_out")),
     ],
 )
 def test_a_hooks_name_is_a_layer_and_a_site(tmp_path, hook, place):
@@ -266,9 +273,13 @@ def test_a_hooks_name_is_a_layer_and_a_site(tmp_path, hook, place):
     assert (sae.layer, sae.site) == place
 
 
-def test_a_hook_that_is_no_site_must_be_named_by_the_caller(tmp_path):
-    folder = saelens(tmp_path, NEW | {"metadata": METADATA | {"hook_name": "blocks.5.ln2.hook_normalized"}}, weights())
-    with pytest.raises(ValueError, match=r"blocks\.5\.ln2\.hook_normalized, which is no site here"):
+NO_SITE = ["blocks.5.ln2.hook_normalized", "blocks.5.mlp.hook_pre", "model.layers.5.post_attention_layernorm"]
+
+
+@pytest.mark.parametrize("hook", NO_SITE)
+def test_a_hook_that_is_no_site_or_another_in_each_family_must_be_named_by_the_caller(tmp_path, hook):
+    folder = saelens(tmp_path, NEW | {"metadata": METADATA | {"hook_name": hook}}, weights())
+    with pytest.raises(ValueError, match=rf"{re.escape(hook)}, which is no site here"):
         fw.load_sae(folder)
     assert fw.load_sae(folder, layer=5, site="mlp_norm").site == "mlp_norm"
 

@@ -26,7 +26,7 @@ from ..state import EventLog
 from ..state.events import Events
 from ..state.factors import BUFFERS
 from ..watch import Watch
-from .table import LINEARS, refusal, run, table_of
+from .table import IN_ONE, LINEARS, refusal, run, table_of
 
 
 class Cpu:
@@ -41,6 +41,8 @@ class Cpu:
     def refuses(self, tokens: Tokens, watch: Watch) -> str | None:
         if not tokens.single:
             return "the pass has more than one token of each row"
+        if any(self.state.cache.first):
+            return "a row begins at a later position, and the places before it are never seen"
         if (reason := refusal(self.model, self.state.batch_size, watch)) is not None:
             return reason
         if self.state.shared and self.state.batch_size > 1 and self.linears:
@@ -120,7 +122,8 @@ class Groups:
         self.records = np.zeros(len(self.linears), FAST)
         self.record_of = np.full((layers, len(LINEARS)), -1)  # of each layer's linears; -1: frozen
         for n, linear in enumerate(self.linears):
-            self.record_of[linear.address[0], LINEARS.index(linear.role)] = n
+            columns = [0, 1] if linear.role == IN_ONE else LINEARS.index(linear.role)
+            self.record_of[linear.address[0], columns] = n
         self.square_LB1 = torch.empty(len(self.linears), self.rows, 1, device="cpu")
         self.records["square"] = addresses(self.square_LB1)
         self.groups, start = [], 0

@@ -47,14 +47,14 @@ def bind(edits: Edit | Iterable[Edit], model: Llama, linears: Mapping[tuple[int,
         ValueError: no edits, or places that the model does not have.
     """
     check_model(model)
-    given = list(edits) if isinstance(edits, Iterable) else [edits]
-    for edit in given:
+    bounds = []
+    for edit in list(edits) if isinstance(edits, Iterable) else [edits]:
         if not isinstance(edit, Edit):
             raise ValueError(f"edits holds a {type(edit).__name__}, expected fw.Edit, fw.ablate, fw.patch, …")
-        edit.check(model.config)
+        bounds.append(Bound(edit.of(model.config)))
         if linears is not None:
-            check_plastic(edit.places, linears)
-    return [Bound(edit) for edit in given]
+            check_plastic(bounds[-1].edit.places, linears)
+    return bounds
 
 
 def check_model(model: Any) -> None:
@@ -67,7 +67,7 @@ def check_plastic(places: Places, linears: Mapping[tuple[int, str], Any]) -> Non
     """Refuses what a plastic linear reads and writes where the linear is frozen, or its rule is not neuron-local."""
     if places.site.side != "plastic":
         return
-    name = places.site.module.removeprefix("mlp.")
+    name = places.linear
     layers = sorted(layer for layer, linear in linears if linear == name)
     wanted = layers if places.layers is None else places.layers
     missing = sorted(set(wanted) - set(layers))
@@ -84,11 +84,10 @@ def check_events(places: Places, linears: Mapping[tuple[int, str], Any]) -> None
     """Refuses the key and the value of a rule that is not neuron-local."""
     if not places.site.name.endswith((".key", ".value")):
         return
-    name = places.site.module.removeprefix("mlp.")
     for layer, linear in linears:
-        there = linear == name and (places.layers is None or layer in places.layers)
-        if there and not linears[layer, name].rule.neuron_local:
-            rule = type(linears[layer, name].rule).__name__
+        there = linear == places.linear and (places.layers is None or layer in places.layers)
+        if there and not linears[layer, linear].rule.neuron_local:
+            rule = type(linears[layer, linear].rule).__name__
             raise ValueError(
                 f"site {places.site.name!r}: {rule} of layer {layer} is not neuron-local, and makes its event when the "
                 "next token is known; expected a neuron-local rule"
@@ -133,6 +132,7 @@ class Recording(Look):
 
     def __init__(self, model: Llama, places: Sequence[Places]):
         depth = range(model.config.num_hidden_layers)
+        self.model_type = model.config.model_type
         self.places = {
             (each.site, layer): each
             for each in places
@@ -214,7 +214,7 @@ class Recording(Look):
             if layer is not None:
                 layers.setdefault(site.name, []).append(layer)
         sites = {name: torch.stack(parts) if name in layers else parts[0] for name, parts in tensors.items()}
-        return Trace(sites, layers, ids_BT[:, column], position_BT[:, column])
+        return Trace(sites, layers, ids_BT[:, column], position_BT[:, column], model_type=self.model_type)
 
     def _joined(self, site: Site, layer: int | None, parts: dict[int, Tensor]) -> Tensor:
         """[B, T′, …] over all passes; zeros where a pass did not come by: an event that was not written."""
@@ -271,17 +271,16 @@ def capture(
     names = names_of(sites)
     if not names:
         raise ValueError("capture(sites=[]): expected at least one site")
-    found = [site_of(name) for name in names]
+    found = [site_of(name, model.config.family) for name in names]
     if heads is not None and not any(site.heads for site, _ in found):
         raise ValueError(f"capture(heads={heads!r}): {names} have no heads")
     if layers is not None and not any(site.layered for site, _ in found):
         raise ValueError(f"capture(layers={layers!r}): {names} do not lie in layers")
     places = []
-    for site, named in found:
+    for name, (site, named) in zip(names, found, strict=True):
         own = {"heads": heads if site.heads else None, "units": None if site.square else units}
         own["layers"] = named if named is not None else layers if site.layered else None
-        places.append(Places(site.name, positions=positions, rows=rows, **own))
-        places[-1].check(model.config)
+        places.append(Places(name, positions=positions, rows=rows, **own).of(model.config))
     recording = Recording(model, places)
     trace = Trace()
     with model.binding.tapped(Taps(looks=[recording])):

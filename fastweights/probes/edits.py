@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -60,11 +61,13 @@ class Edit:
         what = getattr(self.change, "__name__", None) or repr(self.change)
         return f"Edit({places.site.name!r}, {what}{said})"
 
-    def check(self, config: LlamaConfig) -> None:
-        """Refuses what a model of this form does not have."""
-        self.places.check(config)
+    def of(self, config: LlamaConfig) -> Edit:
+        """This edit in a model of this form; refuses what that does not have."""
+        own = copy(self)
+        own.places = self.places.of(config)
         if isinstance(self.change, Known):
-            self.change.check(self.places, config)
+            self.change.check(own.places, config)
+        return own
 
     def check_reading(self, reading: Reading) -> None:
         """Refuses tokens that this edit cannot be made on."""

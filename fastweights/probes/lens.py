@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import Positions
 from ..inputs import whole_numbers
@@ -33,7 +33,8 @@ def lens(model: Llama, hidden: Tensor, norm: bool = True) -> Tensor:
 
     Args:
         hidden: [.., D], on any device, cast to the model's dtype.
-        norm: False leaves the final norm out, for what a direction adds to the logits.
+        norm: False leaves the final norm out, and the cap on logits where there is one: what directions add to the
+            logits before it is the sum of what each adds.
 
     Raises:
         ValueError: the last axis is not the model's width.
@@ -44,7 +45,7 @@ def lens(model: Llama, hidden: Tensor, norm: bool = True) -> Tensor:
     if hidden.dim() == 0 or hidden.shape[-1] != D:
         raise ValueError(f"lens() got hidden {list(hidden.shape)}, expected [.., {D}], the model's width")
     hidden = hidden.to(device=model.device, dtype=model.dtype)
-    return model.unembed(hidden) if norm else model.logits(hidden)
+    return model.unembed(hidden) if norm else model.lm_head(hidden)
 
 
 def rank(logits: Tensor, token_ids: int | Iterable | Tensor) -> Tensor:
@@ -89,7 +90,8 @@ def ov(model: Llama, layer: int, token_ids: int | Iterable[int] | Tensor) -> Ten
 
     Each token runs by itself, at position 0, through the embedding and block 0. What that gives is read by the
     layer's attention norm, v_proj and the head's part of o_proj, and what the head writes by `lens`. With grouped
-    queries, head h has the v of key/value head h // (H / K). Biases of o_proj belong to no head and stay out.
+    queries, head h has the v of key/value head h // (H / K). Biases of o_proj belong to no head and stay out. A norm
+    behind attention is given what the head writes alone.
 
     Args:
         token_ids: N ids.
@@ -114,14 +116,16 @@ def ov(model: Llama, layer: int, token_ids: int | Iterable[int] | Tensor) -> Ten
     _, _, v_NK1E = attention.project((x_ND if before is None else before(x_ND))[:, None])
     v_NHE = v_NK1E[:, :, 0].repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=1)
     o_DHE = attention.o_proj.weight.unflatten(-1, (-1, E))
-    return lens(model, torch.einsum("nhe,dhe->hnd", v_NHE, o_DHE))
+    written_HND = torch.einsum("nhe,dhe->hnd", v_NHE, o_DHE)
+    return lens(model, written_HND if block.after_attention is None else block.after_attention(written_HND))
 
 
 def decompose(model: Llama, trace: Seen) -> tuple[list[str], Tensor]:
     """The final norm's output as a sum over who wrote into the stream: names [C], parts [C, .., B, T′, D].
 
     The norm's scale is that of the whole stream, and held fixed: each part is multiplied by it and by the norm's
-    weight. So parts @ lm_head's rows are the direct contributions to the logits.
+    weight, under LayerNorm without its mean over D. So parts @ lm_head's rows are the direct contributions to the
+    logits (before a cap). A norm behind attention is held fixed alike for the heads before it.
 
     Args:
         trace: of `probe` with the sites "embedding", "mlp_out" and "attn_out" or "result" of all layers; with both,
@@ -129,15 +133,13 @@ def decompose(model: Llama, trace: Seen) -> tuple[list[str], Tensor]:
 
     Returns:
         The names "embedding", and by layer "L0 H0", "L0 H1", … ("result") or "L0 attn" ("attn_out"), with "result"
-        and a bias in o_proj "L0 attn_bias", and "L0 mlp". The parts have the trace's dtype.
+        and a bias in o_proj "L0 attn_bias", and "L0 mlp"; last "norm bias" where the final norm has a bias. The parts
+        have the trace's dtype.
 
     Raises:
-        ValueError: a site or a layer that the trace does not hold, or parts that do not sum to the trace's
-            "final_norm" (if it is there), because an edit changed the stream between them.
+        ValueError: a site or a layer that the trace does not hold, a norm of somebody's own, or parts that do not sum
+            to the trace's "final_norm" (if it is there), because an edit changed the stream between them.
     """
-    norm = model.model.norm
-    if not isinstance(norm, RMSNorm):
-        raise ValueError(f"decompose() knows the scale of an RMSNorm, and this model ends in a {type(norm).__name__}")
     heads = "result" in trace.sites
     attention = "result" if heads else "attn_out"
     depth = model.config.num_hidden_layers
@@ -154,27 +156,52 @@ def decompose(model: Llama, trace: Seen) -> tuple[list[str], Tensor]:
     for layer in range(depth):
         here = {site: trace.layers[site].index(layer) for site in (attention, "mlp_out")}
         if heads:
-            x_BTHD = trace.sites["result"].select(-5, here["result"])
-            names += [f"L{layer} H{head}" for head in range(x_BTHD.shape[-2])]
-            parts += x_BTHD.unbind(-2)
-            bias_D = model.model.layers[layer].self_attn.o_proj.bias
+            block = model.model.layers[layer]
+            written = list(trace.sites["result"].select(-5, here["result"]).unbind(-2))
+            names += [f"L{layer} H{head}" for head in range(len(written))]
+            bias_D = block.self_attn.o_proj.bias
             if isinstance(bias_D, Tensor):
                 names.append(f"L{layer} attn_bias")
-                parts.append(bias_D.to(embedding).expand_as(embedding))
+                written.append(bias_D.to(embedding).expand_as(embedding))
+            if block.after_attention is not None:
+                scale = _scale(block.after_attention, _sum(written)).to(embedding.dtype)
+                written = [part * scale for part in written]
+            parts += written
         else:
             names.append(f"L{layer} attn")
             parts.append(trace.sites["attn_out"].select(-4, here["attn_out"]))
         names.append(f"L{layer} mlp")
         parts.append(trace.sites["mlp_out"].select(-4, here["mlp_out"]))
-    whole = torch.zeros_like(embedding, dtype=torch.float64)
-    for part in parts:
-        whole = whole + part
-    scale = (whole.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.factor.to(whole)
+    norm, whole = model.model.norm, _sum(parts)
+    if isinstance(norm, nn.LayerNorm):
+        parts, whole = [part - part.mean(-1, keepdim=True) for part in parts], whole - whole.mean(-1, keepdim=True)
+    scale, bias_D = _scale(norm, whole), getattr(norm, "bias", None)
     if "final_norm" in trace.sites:
-        _check(whole * scale, trace.sites["final_norm"])
+        _check(whole * scale + (0 if bias_D is None else bias_D), trace.sites["final_norm"])
     scale = scale.to(embedding.dtype)
     stacked = torch.stack(parts)
-    return names, stacked.mul_(scale) if not stacked.requires_grad else stacked * scale
+    stacked = stacked.mul_(scale) if not stacked.requires_grad else stacked * scale
+    if bias_D is None:
+        return names, stacked
+    return [*names, "norm bias"], torch.cat([stacked, bias_D.to(embedding).expand_as(stacked[:1])])
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """In float64."""
+    first, *others = parts
+    whole = first.to(torch.float64)
+    for part in others:
+        whole = whole + part
+    return whole
+
+
+def _scale(norm: nn.Module, x_BTD: Tensor) -> Tensor:
+    """What a norm multiplies x by, [.., D]; LayerNorm's x has lost its mean."""
+    if not isinstance(norm, RMSNorm | nn.LayerNorm):
+        found = type(norm).__name__
+        raise ValueError(f"decompose() knows the scales of RMSNorm and LayerNorm, and this model has a {found}")
+    factor = norm.weight if isinstance(norm, nn.LayerNorm) else norm.factor
+    return (x_BTD.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * factor.to(x_BTD)
 
 
 def _check(sum_BTD: Tensor, seen_BTD: Tensor) -> None:

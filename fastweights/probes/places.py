@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class Reading:
 
 
 class Places:
-    """A site and the places in it, understood or refused; nothing of a model is looked at yet.
+    """A site and the places in it, understood or refused; nothing of a model is looked at before `of`.
 
     Args:
         layers, heads, units, rows: a number, several, or None for all; from 0.
@@ -56,7 +57,9 @@ class Places:
     """
 
     def __init__(self, site: str, layers: Any, heads: Any, units: Any, positions: Any, rows: Any):
+        self.name: str = site
         self.site, named = site_of(site)
+        self.linear: str | None = None  # the name of the linear that a plastic site reads or writes
         self.layers = numbers("layer", layers)
         if named is not None:
             if self.layers not in (None, (named,)):
@@ -77,7 +80,24 @@ class Places:
         """Whether positions were named."""
         return self.positions is not None
 
-    def check(self, config: LlamaConfig) -> None:
+    def of(self, config: LlamaConfig) -> Places:
+        """These places in a model, at the site that their name means there.
+
+        Raises:
+            ValueError: a site, layers, heads, units or positions that it does not have.
+        """
+        own = copy(self)
+        own.site, _ = site_of(self.name, config.family)
+        if (why := own.site.missing(config)) is not None:
+            raise ValueError(f"site {self.name!r} does not exist here: {why}")
+        if own.site.name == "logits" != self.name and config.final_logit_softcapping is not None:
+            raise ValueError(f"site {self.name!r} is taken before the cap: expected 'logits', which is taken after it")
+        if own.site.side == "plastic":
+            own.linear = own.site.linear(config.family)
+        own._check(config)
+        return own
+
+    def _check(self, config: LlamaConfig) -> None:
         """Refuses layers, heads, units and positions that this model does not have."""
         self.check_positions(config.max_position_embeddings)
         sizes = dict(zip(self.site.axes, self.site.sizes(config), strict=True))

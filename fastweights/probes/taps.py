@@ -1,8 +1,8 @@
 """Taps: edits act, and captures look, while a pass runs in their own thread.
 
 A pass asks for its tap (`Taps.over`), which hooks the modules where the named sites lie, for that pass alone: so a
-module may be swapped between two passes, and no hook outlives one. What lies inside attention and inside plastic
-linears is asked for by those modules, see `Binding.tap`.
+module may be swapped between two passes, and no hook outlives one. What lies inside a module, that module shows its
+tap itself, see `Binding.tap`.
 
 Shape suffixes: B rows of the reading, R rows of this pass (or those that an edit acts in), T tokens of this pass, H
 heads, K key/value heads, E head width, S keys, D model width, O out.
@@ -291,10 +291,11 @@ class Tap:
             yield
 
     def _hook(self, site: Site, layer: int | None) -> RemovableHandle | None:
-        if site.side in ("inside", "plastic"):
-            return None  # attention, and a plastic linear, ask for themselves
+        path, side = site.place(self.model.config.family)
+        if side in ("inside", "plastic"):
+            return None  # the modules show it themselves
         home = self.model if layer is None else self.model.model.layers[layer]
-        module = functools.reduce(getattr, filter(None, site.module.split(".")), home)
+        module = functools.reduce(getattr, filter(None, path.split(".")), home)
         heads = site.axes[-1] == "E"
         split = self.model.config.head_dim
 
@@ -313,7 +314,7 @@ class Tap:
             return self._result(layer, module, args[0], output) if site.name == "result" else through(output)
 
         binding = self.model.binding
-        if site.side == "input":
+        if side == "input":
             return module.register_forward_pre_hook(ThreadHook(before, lambda: binding.tap is self))
         return module.register_forward_hook(ThreadHook(after, lambda: binding.tap is self))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families import FAMILIES
 from ..files import write_tensors
 from .exam import Scores
 from .sites import site_of
@@ -35,6 +36,7 @@ class Trace:
         metric: [M, N, …], what `metric` gave.
         gradients: name → the metric's gradient, in the shape of the site.
         scores: of an exam.
+        model_type: of the model; None: not known. It says which site a module's name means.
         leading: how many axes stand before L and B: one for moments, one for alternatives.
     """
 
@@ -46,6 +48,7 @@ class Trace:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     scores: Scores | None = None
     leading: int = 0
+    model_type: str | None = None
 
     def __repr__(self) -> str:
         shapes = {**self.sites, "metric": self.metric}
@@ -59,7 +62,7 @@ class Trace:
             KeyError: it was not captured.
         """
         name, layer = key if isinstance(key, tuple) else (key, None)
-        site, named = site_of(name)
+        site, named = site_of(name, None if self.model_type is None else FAMILIES[self.model_type])
         return self.at(site.name, named if layer is None else layer)
 
     def at(self, site: str, layer: int | None, of: dict[str, Tensor] | None = None) -> Tensor:
@@ -103,7 +106,7 @@ class Trace:
         tensors |= {name: t for name in ALONE if (t := getattr(self, name)) is not None}
         if self.scores is not None:
             tensors |= {"scores.logprob": self.scores.logprob, "scores.rank": self.scores.rank}
-        meta = {"format": FORMAT, "layers": self.layers, "leading": self.leading}
+        meta = {"format": FORMAT, "layers": self.layers, "leading": self.leading, "model_type": self.model_type}
         write_tensors(Path(path), {name: t.detach() for name, t in tensors.items()}, {"trace": json.dumps(meta)})
 
     @classmethod
@@ -130,7 +133,7 @@ class Trace:
                 parts[kind][rest] = tensor
         scores = Scores(**parts["scores"]) if parts["scores"] else None
         whole: dict[str, Any] = {name: tensors.get(name) for name in ALONE}
-        known = {"layers": meta["layers"], "leading": meta["leading"]}
+        known = {"layers": meta["layers"], "leading": meta["leading"], "model_type": meta.get("model_type")}
         return cls(**whole, **known, sites=parts["site"], gradients=parts["gradient"], scores=scores)
 
 
