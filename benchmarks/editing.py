@@ -151,6 +151,15 @@ def reading(
             yield episode.fork(rows=[row]), ""
 
 
+def ridge(model: Llama, tokenizer: Tokenizer, chosen: Sequence[Fact], mu: float, layers: range | None = None) -> Edited:
+    """The stated fact as a context, made into weights for the prompt, alone and behind a text: `fw.ridge_patch`."""
+    for fact in chosen:
+        queries = [tokenizer.encode(prefix + fact.asked) for prefix in PREFIXES]
+        stated = tokenizer.encode(f"{fact.stated}\n")
+        yield fw.ridge_patch(model, stated, queries, mu, None if layers is None else list(layers)).episode, ""
+        fw.detach(model)
+
+
 def rome(model: Llama, tokenizer: Tokenizer, chosen: Sequence[Fact], covariance: bool, layer: int = LAYER) -> Edited:
     """ROME's closed form (Meng et al. 2022, eq. 2): ΔW = (v* − W k)(C⁻¹ k)ᵀ / (kᵀ C⁻¹ k) on the last linear of an MLP.
 
@@ -240,6 +249,7 @@ WAYS: dict[str, Way] = {
     "gradient ascent": partial(reading, rule=fw.GradientAscent(0.3), layers=MIDDLE, passes=5, object_alone=True),
     "gradient ascent, every token": partial(reading, rule=fw.GradientAscent(0.1), layers=MIDDLE, passes=3),
     "Hebbian": partial(reading, rule=fw.Hebbian(0.1), layers=MIDDLE),
+    "context_patch, ridge": partial(ridge, mu=1.0),
     "ROME, C = 1": partial(rome, covariance=False),
     "ROME, covariance": partial(rome, covariance=True),
 }
