@@ -35,7 +35,8 @@ from fastweights.tokenizer import Tokenizer
 HERE = Path(__file__).resolve().parent
 ROWS = 5  # facts edited in one batch
 PASSAGE = 32  # tokens of a text that no fact speaks of
-LAYER = 8  # of ROME; chosen on the facts of "tune", as the rates below
+LAYER = 6  # of ROME; chosen on the facts of "tune", as the rates below
+MIDDLE = range(6, 11)
 PREFIXES = ("", "As the teacher said: ")
 
 
@@ -113,26 +114,50 @@ def context(model: Llama, tokenizer: Tokenizer, chosen: Sequence[Fact]) -> Edite
         yield fw.Episode(model), f"{fact.stated} "
 
 
-def reading(model: Llama, tokenizer: Tokenizer, chosen: Sequence[Fact], rule: Rule, layers: range, passes: int = 1):
-    """The stated fact is read so many times, each from an empty KV cache, and written by the rule."""
+def reading(
+    model: Llama,
+    tokenizer: Tokenizer,
+    chosen: Sequence[Fact],
+    rule: Rule,
+    layers: range,
+    passes: int = 1,
+    object_alone: bool = False,
+) -> Edited:
+    """The stated fact is read so many times, each from an empty KV cache, and written by the rule.
+
+    object_alone: only the tokens are written whose next one is of the new object.
+    """
     fw.attach(model, list(layers), rule, overflow="grow")
     for start in range(0, len(chosen), ROWS):
         part = chosen[start : start + ROWS]
         ids = [tokenizer.encode(fact.stated) for fact in part]
+        asked = [len(tokenizer.encode(fact.asked)) if object_alone else 1 for fact in part]
         longest = max(map(len, ids))
-        mask_FT = torch.tensor([[n < len(row) for n in range(longest)] for row in ids])
-        # the last token writes nothing: it has no next one
-        write_FT = torch.tensor([[n < len(row) - 1 for n in range(longest)] for row in ids])
         padded = [row + [0] * (longest - len(row)) for row in ids]
-        before = None
+        mask_FT = torch.tensor([[n < len(row) for n in range(longest)] for row in ids])
+        # the last token writes nothing: it has no next one; and what comes before it predicts the full stop
+        ends = [len(row) - (2 if object_alone else 1) for row in ids]
+        write_FT = torch.tensor(
+            [[a - 1 <= n < end for n in range(longest)] for a, end in zip(asked, ends, strict=True)]
+        )
+        episode = None
         for _ in range(passes):
-            episode = fw.Episode(model, len(part))
+            before, episode = episode, fw.Episode(model, len(part))
             for address, log in before.logs.items() if before is not None else ():
                 episode.logs[address].copy_from(log)
             episode.feed(padded, update=write_FT, attention_mask=mask_FT, logits="last")
-            before = episode
         for row in range(len(part)):
+            assert episode is not None
             yield episode.fork(rows=[row]), ""
+
+
+def ridge(model: Llama, tokenizer: Tokenizer, chosen: Sequence[Fact], mu: float, layers: range | None = None) -> Edited:
+    """The stated fact as a context, made into weights for the prompt, alone and behind a text: `fw.ridge_patch`."""
+    for fact in chosen:
+        queries = [tokenizer.encode(prefix + fact.asked) for prefix in PREFIXES]
+        stated = tokenizer.encode(f"{fact.stated}\n")
+        yield fw.ridge_patch(model, stated, queries, mu, None if layers is None else list(layers)).episode, ""
+        fw.detach(model)
 
 
 def rome(model: Llama, tokenizer: Tokenizer, chosen: Sequence[Fact], covariance: bool, layer: int = LAYER) -> Edited:
@@ -221,8 +246,10 @@ def second_moment(model: Llama, tokenizer: Tokenizer, layer: int, tokens: int = 
 WAYS: dict[str, Way] = {
     "nothing": nothing,
     "context in the prompt": context,
-    "gradient ascent": partial(reading, rule=fw.GradientAscent(rate=0.1), layers=range(6, 11), passes=3),
-    "Hebbian": partial(reading, rule=fw.Hebbian(rate=0.03), layers=range(6, 11)),
+    "gradient ascent": partial(reading, rule=fw.GradientAscent(0.3), layers=MIDDLE, passes=5, object_alone=True),
+    "gradient ascent, every token": partial(reading, rule=fw.GradientAscent(0.1), layers=MIDDLE, passes=3),
+    "Hebbian": partial(reading, rule=fw.Hebbian(0.1), layers=MIDDLE),
+    "context_patch, ridge": partial(ridge, mu=1.0),
     "ROME, C = 1": partial(rome, covariance=False),
     "ROME, covariance": partial(rome, covariance=True),
 }

@@ -191,6 +191,8 @@ class Perplexity:
             if max(apart, default=0.0) > 1:  # a rate that diverges would flatten the others
                 above.set_yscale("log")
                 below.set_yscale("symlog", linthresh=0.01)
+                low, high = above.get_ylim()
+                above.set_yticks([tick for tick in (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50) if low <= tick <= high])
                 for axes in (above, below):
                     axes.yaxis.set_major_formatter(lambda value, _: number(value))
                     axes.minorticks_off()

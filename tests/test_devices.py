@@ -856,6 +856,17 @@ def test_the_experiment_and_its_report(name, one_by_one, tokenizer, tmp_path):
     everywhere(scenario)
 
 
+@pytest.mark.parametrize("name", ["hebbian", "gradient"])
+def test_perplexity(name):
+    def scenario(at, given):
+        texts = [prompt(1, 9)[0].to(given), prompt(1, 5, seed=2)[0].to(given)]
+        found = fw.perplexity(model_at(at), texts, RULES[name], [1], length=4, reset="never")
+        assert found.losses[0].device == found.positions[0].device == CPU
+        return [found.losses, found.positions, found.to_dict()["buckets"]]
+
+    everywhere(scenario)
+
+
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
 def test_an_sae_beside_the_model(architecture, tmp_path):
     from test_sae import NEW, D, saelens, weights

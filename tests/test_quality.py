@@ -147,14 +147,15 @@ def test_romes_event_puts_the_target_out_at_its_key(small, covariance, monkeypat
     assert model.model.layers[1].mlp.down_proj.weight is W
 
 
-@pytest.mark.parametrize("passes", [1, 3])
-def test_gradient_ascent_over_the_stated_fact_raises_the_new_object(small, passes):
+@pytest.mark.parametrize(("passes", "object_alone"), [(1, False), (3, False), (3, True)])
+def test_gradient_ascent_over_the_stated_fact_raises_the_new_object(small, passes, object_alone):
     model, tokenizer = small
     before = asked(model, tokenizer, FACT.asked)[tokenizer.encode("Rome")[0]]
-    way = editing.reading(model, tokenizer, [FACT, FACT], fw.GradientAscent(0.05), range(1, 3), passes)
+    way = editing.reading(model, tokenizer, [FACT, FACT], fw.GradientAscent(0.05), range(1, 3), passes, object_alone)
     try:
         episodes = [episode for episode, _ in way]
-        assert [episode.events for episode in episodes] == [6 * passes] * 2  # the sentence's last token writes nothing
+        # of the sentence's seven tokens the last writes nothing, and one stands before the object
+        assert [episode.events for episode in episodes] == [(1 if object_alone else 6) * passes] * 2
         logits = [episode.probe([tokenizer.encode(FACT.asked)]).logits[0, -1] for episode in episodes]
     finally:
         fw.detach(model)
