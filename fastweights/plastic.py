@@ -63,10 +63,12 @@ class PlasticLinear(nn.Module):
 
     base: nn.Linear
     rule: Rule
+    learned: bool  # the rule has numbers that are tensors
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "rule":  # one that is a module is no part of the model: its parameters are not among the model's
             object.__setattr__(self, name, value)
+            self.learned = bool(tensors_of(value))
         else:
             super().__setattr__(name, value)
 
@@ -126,8 +128,6 @@ class PlasticLinear(nn.Module):
         Raises:
             ValueError: one makes no sense any more, or events were written under another decay.
         """
-        if not tensors_of(self.rule):
-            return
         check_rule(self.rule)
         decay = as_float(self.rule.decay)
         if decay != log.decay and max(log.event_counts):

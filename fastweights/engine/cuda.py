@@ -22,6 +22,7 @@ from ..kernels.step import Factors, Plastic, StepInputs, StepRule
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear
+from ..numbers import tensors_of
 from ..rules import Rule, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
@@ -109,8 +110,11 @@ class Cuda:
         if self.model.binding.taps:
             return "edits or a capture run on the modules"
         rules = self._rules()
-        if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
-            return "a rule is not neuron-local, or has no Triton kernel"
+        if not _same(rules, self.rules):
+            if any(map(tensors_of, rules)):
+                return "a rule has numbers that are tensors, which may change in place"
+            if not all(rule.neuron_local and twin_of(rule) for rule in rules):
+                return "a rule is not neuron-local, or has no Triton kernel"
         if self.strange[0] is not watch:
             self.strange = watch, strange(self.model, watch)
         if self.strange[1] is not None:
