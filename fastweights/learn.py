@@ -35,7 +35,6 @@ from .snapshot import fingerprint
 
 FORMAT = "fastweights learning 1"
 STATE = "state.safetensors"
-RULE = "rule"
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,13 @@ def learn(
         lives: spans in one batch.
         lr, weight_decay: AdamW's; all parameters are of the order of 1.
         seed: of the spans that are drawn, step by step.
-        out: a folder for the state, every `every` steps and at the end, and for the rule, as `rule` in it. A folder that
-            holds a state goes on from there, bit for bit as without the interruption.
+        out: a folder for the rule, as `Learned.save` writes it, and for the state, every `every` steps and at the end.
+            A folder with a state goes on from there, bit for bit as without the interruption.
         progress: called as (steps done, steps). None: a bar on stderr if that is a terminal.
 
     Raises:
-        ValueError: before the model is touched, for what does not fit, and for a folder of another run; while it learns,
-            for an event or a gradient that is not finite. The model is as it was afterwards, whatever happens.
+        ValueError: before the model is touched, for what does not fit, and for a folder of another run; while it
+            learns, for an event or a gradient that is not finite. The model is as it was afterwards, whatever happens.
 
     Example:
         found = fw.learn(model, train_ids, fw.Hebbian(1e-4), [11, 12, 13], held_out=held_out_ids, out="learned")
@@ -296,9 +295,9 @@ class _Run:
         for name, parameter in self.named.items():
             tensors |= {f"adam.{name}.{key}": moment for key, moment in self.adam.state[parameter].items()}
         facts = {"losses": self.losses, "held_out": list(self.held_out.items()), "frozen": self.frozen}
-        meta = {"format": FORMAT, "learning": json.dumps(facts | {"settings": self.settings})}
-        write_tensors(self.out / STATE, tensors, meta)
-        self._chosen().save(self.out / RULE)
+        whole = {"format": FORMAT, **facts, "settings": self.settings}
+        write_tensors(self.out / STATE, tensors, {"learning": json.dumps(whole)})
+        self._chosen().save(self.out)
 
     def resume(self, steps: int) -> None:
         """Goes on from the state in the folder, if there is one."""
@@ -308,13 +307,12 @@ class _Run:
             return
         try:
             with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
+                facts = json.loads((file.metadata() or {}).get("learning", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {meta.get('format')!r}, expected {FORMAT!r}")
-        facts = json.loads(meta["learning"])
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {facts.get('format')!r}, expected {FORMAT!r}")
         for name, ours in self.settings.items():
             if (theirs := facts["settings"].get(name)) != ours:
                 raise ValueError(

@@ -193,7 +193,7 @@ class Learned(nn.Module):
         part = copy.copy(self.parts[key])
         if (part.in_features, part.out_features) != (in_features, out_features):
             raise ValueError(
-                f"this learned rule is for a linear [{part.out_features}, {part.in_features}] at layer {layer} {name!r}, "
+                f"this learned rule has a linear [{part.out_features}, {part.in_features}] at layer {layer} {name!r}, "
                 f"but the model's is [{out_features}, {in_features}]"
             )
         part.factor = self.rate
@@ -255,6 +255,7 @@ def _form(rule: Any) -> dict[str, Any]:
     numbers = {key: getattr(rule, key) for key in ("rate", "mu", "decay", "clip")}
     numbers["gamma"] = getattr(rule, "gamma", 1.0)
     for key, number in numbers.items():
+        number = number[0] if isinstance(number, tuple) and len(number) == 1 else number
         if isinstance(number, tuple) or (isinstance(number, Tensor) and number.numel() > 1):
             raise ValueError(f"Learned() got a {name} with several {key}s, expected one number to begin with")
         form[key] = None if number is None else as_float(number)
