@@ -20,9 +20,9 @@ from ..kernels.place import Turns, launch_place
 from ..kernels.query import Where
 from ..kernels.step import Factors, Plastic, StepInputs, StepRule
 from ..model import Llama
+from ..numbers import tensors_of
 from ..passes import Tokens
 from ..plastic import PlasticLinear
-from ..numbers import tensors_of
 from ..rules import Rule, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
