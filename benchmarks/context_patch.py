@@ -29,7 +29,7 @@ from torch import Tensor
 
 import fastweights as fw
 from fastweights.comparison import Comparison
-from fastweights.context import Patched, Run, begun, patched_linears
+from fastweights.context import Patched, Run, begun, joined, patched_linears
 from fastweights.episode_state import Address
 from fastweights.kernels.linear import linear
 from fastweights.model import Llama
@@ -96,12 +96,7 @@ def measured(model: Llama, prompts_ids: Sequence[list[int]], ways: dict[str, typ
                     patched.read(chosen_11)
                     found[way].append([informed.fed[-1], bare.fed[-1], patched.fed[-1]])
     fw.detach(model)
-    return {way: _joined(runs) for way, runs in found.items()}
-
-
-def _joined(runs: list[list[tuple[Tensor, Tensor]]]) -> Comparison:
-    parts = [tuple(torch.cat(part) for part in zip(*run, strict=True)) for run in zip(*runs, strict=True)]
-    return Comparison.of(*parts)
+    return {way: Comparison.of(*map(joined, zip(*runs, strict=True))) for way, runs in found.items()}
 
 
 def rows_of(dtype: str, compared: dict[str, Comparison]) -> list[dict[str, Any]]:

@@ -123,11 +123,14 @@ class Patch:
         Args:
             weight: (query token from 0, (layer, linear)) → factor on that event; 0 leaves it out. None: all weigh 1.
 
+        Raises:
+            ValueError: the model is no longer plastic as it was.
+
         Example:
             patch.replay(lambda token, at: at != (5, "down_proj"))  # without one event of each token
         """
-        episode = begun(self.episode.model, self.start)
-        logits = []
+        self.episode.engine.check()
+        episode, logits = begun(self.episode.model, self.start), []
         for token, ids in enumerate(self.query_ids):
             with episode.state.alone(), episode.state.attempt():
                 for address in self.fast.linears:
@@ -242,7 +245,8 @@ def _alike(model: Llama, plastic: Mapping[Address, PlasticLinear], layers: Any, 
     """Whether these are the linears that `attach` would make of the same layers and options."""
     depth = model.config.num_hidden_layers
     every = range(depth) if layers is None or layers == "all" else [layers] if isinstance(layers, int) else layers
-    wanted = {(layer % depth, name) for layer in every for name in model.config.family.linears}
+    numbers = [layer for layer in every if isinstance(layer, int)]  # of anything else `attach` says what is wrong
+    wanted = {(layer % depth, name) for layer in numbers for name in model.config.family.linears}
     form = {"rank": rank, **options}
     return plastic.keys() == wanted and all(
         isinstance(one.rule, ContextPatch) and all(getattr(one, key) == value for key, value in form.items())
@@ -307,8 +311,13 @@ class Run:
     @property
     def seen(self) -> tuple[Tensor, Tensor]:
         """Logits [N, V] and streams [N, L, D] of all that was fed."""
-        logits, streams = zip(*self.fed, strict=True)
-        return torch.cat(logits), torch.cat(streams)
+        return joined(self.fed)
+
+
+def joined(fed: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] and streams [N, L, D] of several feeds as of one."""
+    logits, streams = zip(*fed, strict=True)
+    return torch.cat(logits), torch.cat(streams)
 
 
 def _before(found: dict, key: Any) -> Callable:

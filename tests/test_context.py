@@ -14,6 +14,7 @@ import fastweights as fw
 from fastweights import report
 from fastweights.__main__ import main
 from fastweights.config import LlamaConfig
+from fastweights.context import begun
 from fastweights.model import Llama, RMSNorm
 from fastweights.reach import Reach
 from fastweights.tokenizer import Tokenizer
@@ -172,6 +173,28 @@ def test_what_follows_reads_the_last_events_and_writes_none_and_can_be_undone(tm
     assert torch.equal(episode.feed(QUERY), plain)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_life_that_begins_later_sees_nothing_before_itself_on_any_path(name):
+    """Under rope it is the life from position 0 on, of one token, of several, padded, and behind a cache."""
+    model = family(name, torch.float32)
+    wanted = fw.Episode(model).feed(QUERY)
+    close = dict(rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    whole, steps, padded, bare = (begun(model, 14) for _ in range(4))
+    torch.testing.assert_close(whole.feed(QUERY), wanted, **close)
+    single = torch.cat([steps.feed([[token]]) for token in QUERY.tolist()], 1)
+    torch.testing.assert_close(single, wanted, **close)
+    assert steps.path == "modules"
+    assert steps.why["cpu"] == "a row begins at a later position, and the places before it are never seen"
+    mask = torch.tensor([[1, 0, 1, 1, 1, 1, 1]])
+    with_padding = padded.feed(torch.cat([QUERY[:1], QUERY[:1], QUERY[1:]]), attention_mask=mask)
+    torch.testing.assert_close(with_padding[:, [0, 2, 3, 4, 5, 6]], wanted, **close)
+    cached = torch.cat([model(QUERY[None, t : t + 1], cache=bare.cache) for t in range(6)], 1)
+    torch.testing.assert_close(cached, wanted, **close)
+    assert whole.length == 20
+    with pytest.raises(ValueError, match="70 tokens do not fit"):
+        begun(model, 70)
+
+
 def test_several_patches_of_one_model_follow_each_other():
     model = family("llama")
     first = fw.context_patch(model, CONTEXT, QUERY[:1])
@@ -193,11 +216,13 @@ def test_the_base_weights_and_the_logits_of_the_model_stay_what_they_were():
     model = family("llama")
     before, logits = {key: w.clone() for key, w in model.state_dict().items()}, model(IDS[None])
     modules = dict(model.named_modules())
-    fw.context_patch(model, CONTEXT, QUERY)
+    patch = fw.context_patch(model, CONTEXT, QUERY)
     assert torch.equal(model(IDS[None]), logits)
     assert torch.equal(fw.Episode(model).feed(IDS), logits)
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     fw.detach(model)
+    with pytest.raises(ValueError, match=r"attach\(\) or detach\(\) changed this model after the episode was made"):
+        patch.replay()
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(w, before[key]) for key, w in model.state_dict().items())
 
