@@ -8,6 +8,7 @@ from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
+from .perplexity import Perplexity, perplexity
 from .probes.align import Alignment, align
 from .probes.capture import capture, edited
 from .probes.edits import Edit, ablate, patch, project_out, steer
@@ -46,6 +47,7 @@ __all__ = [
     "LocalLeastSquares",
     "Moment",
     "Patch",
+    "Perplexity",
     "RidgePatch",
     "Sampling",
     "Scores",
@@ -69,6 +71,7 @@ __all__ = [
     "load_sae",
     "ov",
     "patch",
+    "perplexity",
     "project_out",
     "rank",
     "ridge_patch",

@@ -105,3 +105,16 @@ def test_lens_and_steering_turn_the_mood_and_break_the_text_beyond_the_stream(ex
     assert found["single"] > 5 * max(found["stream"][1:])
     assert found["stream"][0] > 50 * max(found["stream"][1:])
     assert len(set(found["written"]["from one-token texts"].split())) < 3
+
+
+def test_best_of_n_keeps_the_weights_of_the_row_that_won(example, smollm2):
+    found = example("best_of_n", n=4, rounds=2, tokens=8)
+    assert found["events"] == found["length"]
+    assert found["text"].startswith("Once upon a time there was a small lighthouse on a rock in the sea.")
+    for one in found["rounds"]:
+        assert int(one["judged"].argmax()) == one["best"]
+        assert float(one["judged"].max() - one["judged"].min()) > 0.3
+        assert float((one["judged"] - one["themselves"]).abs().max()) < 0.3
+        assert len(set(one["norms"])) == 4  # every row has weights of its own
+    assert min(found["rounds"][1]["norms"]) > min(found["rounds"][0]["norms"]) > 0.3
+    assert type(smollm2[0].model.layers[11].mlp.gate_proj).__name__ == "Linear"
