@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,7 @@ class PlasticLinear(nn.Module):
         self.budget, self.factor_dtype = budget, factor_dtype
         self.rule = rule
         self.binding = binding
+        self.adapter: Events | None = None  # [1, events] float64: what ΔW of every new log begins with, see `initial`
 
     base: nn.Linear
     rule: Rule
@@ -84,6 +86,27 @@ class PlasticLinear(nn.Module):
         )
         place = (self.factor_dtype, self.weight.device)
         return EventLog(self.name, *size, *policy, *place, self.archive, self.budget)
+
+    def initial(self, events: int) -> Events:
+        """The adapter as the first `events` [1, events] of a log; zeros stand before it where it has fewer.
+
+        Decay loses a share of ΔW at each of them, so the values are as much larger: their sum is the adapter.
+        """
+        U, K, bias = (
+            torch.zeros(1, events, *width, dtype=torch.float64, device="cpu")
+            for width in ((self.out_features,), (self.in_features,), ())
+        )
+        if self.adapter is not None:
+            count = self.adapter.write_BT.shape[1]
+            age_T1 = torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu")[:, None]
+            U[:, -count:], K[:, -count:] = (
+                self.adapter.U_BTO / (1 - as_float(self.rule.decay)) ** age_T1,
+                self.adapter.K_BTI,
+            )
+            bias[:, -count:] = 0 if self.adapter.bias_BT is None else self.adapter.bias_BT
+        U, K, bias = (factor.to(self.weight.device, self.factor_dtype) for factor in (U, K, bias))
+        every = torch.ones(1, events, dtype=torch.bool, device="cpu")
+        return Events(U, K, bias if self.rule.bias else None, every, all_written=True)
 
     def check_rows(self, rows: int, shared: bool) -> None:
         """Refuses numbers that are not one per row of an episode, and what a shared ΔW cannot have."""
@@ -113,7 +136,7 @@ class PlasticLinear(nn.Module):
         if decay != log.decay and max(log.event_counts):
             raise ValueError(
                 f"{self.name}: the rule's decay is {decay:g} now, but the {max(log.event_counts)} events of this "
-                f"episode decay by {log.decay:g}: expected the same until reset()"
+                f"episode decay by {log.decay:g}: expected the same until reset() (with an adapter, in a new episode)"
             )
         for part in log.parts:
             part.decay = decay
@@ -334,6 +357,20 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
             if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
     return found
+
+
+def new_logs(linears: Mapping[Address, PlasticLinear], rows: int) -> dict[Address, EventLog]:
+    """An empty log for each linear; where one has an adapter, all begin with as many events as the largest of them.
+
+    So event n is the same moment in every linear.
+    """
+    logs = {address: linear.new_log(rows) for address, linear in linears.items()}
+    first = max(
+        (linear.adapter.write_BT.shape[1] for linear in linears.values() if linear.adapter is not None), default=0
+    )
+    for address, log in logs.items() if first else ():
+        log.begin(linears[address].initial(first))
+    return logs
 
 
 def weight_norm(linear: nn.Linear | PlasticLinear) -> float:
