@@ -34,6 +34,7 @@ from fastweights.episode_state import Address
 from fastweights.kernels.linear import linear
 from fastweights.model import Llama
 from fastweights.plastic import PlasticLinear
+from fastweights.progress import bar
 
 PROMPTS = (
     "The capital of Malaysia is Kuala Lumpur. The capital of the USA is Washington. The capital of Germany is",
@@ -81,8 +82,8 @@ WAYS: dict[str, type[Patched]] = {"events": Patched, "W Δh": Formula, "material
 def measured(model: Llama, prompts_ids: Sequence[list[int]], ways: dict[str, type[Patched]], tokens: int = 20) -> dict:
     """One comparison over all generated tokens of all prompts, by way."""
     found: dict[str, list[list[tuple[Tensor, Tensor]]]] = {way: [] for way in ways}
-    with patched_linears(model, None, rank=1, overflow="evict", archive=True) as fast:
-        for ids in prompts_ids:
+    with patched_linears(model, None, rank=1, overflow="evict", archive=True) as fast, bar("patching") as show:
+        for done, ids in enumerate(prompts_ids):
             informed = Run(fw.Episode(model), fast.linears)
             logits_1V = informed.episode.feed(ids, logits="last")[:, 0]
             for position in range(len(ids), len(ids) + tokens):
@@ -95,6 +96,7 @@ def measured(model: Llama, prompts_ids: Sequence[list[int]], ways: dict[str, typ
                     patched = kind(begun(model, position), fast.linears, informed)
                     patched.read(chosen_11)
                     found[way].append([informed.fed[-1], bare.fed[-1], patched.fed[-1]])
+                show(done * tokens + position - len(ids) + 1, len(prompts_ids) * tokens)
     fw.detach(model)
     return {way: Comparison.of(*map(joined, zip(*runs, strict=True))) for way, runs in found.items()}
 

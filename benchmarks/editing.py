@@ -67,8 +67,9 @@ class Fact:
 
 
 def facts(part: str = "facts", path: Path = HERE / "facts.json") -> list[Fact]:
-    found = json.loads(path.read_text(encoding="utf-8"))[part]
-    return [Fact(**{key: tuple(x) if isinstance(x, list) else x for key, x in fact.items()}) for fact in found]
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))[part]
+    lists = ("paraphrases", "neighbours")
+    return [Fact(**{**fact, **{key: tuple(fact[key]) for key in lists}}) for fact in found]
 
 
 # ---- scoring
@@ -78,7 +79,9 @@ def scored(episode: fw.Episode, tokenizer: Tokenizer, fact: Fact, passage: Seque
     """The scores of one fact in an episode of one row, each 0 to 1; `passage`: the loss of a text, in nats a token."""
     prompts = [prefix + text for text in (fact.asked, *fact.paraphrases, *fact.neighbours)]
     exam = fw.Exam(tokenizer, prompts, [f" {fact.new}", f" {fact.true}"])
-    gain_P = episode.probe(exam).scores.difference.view(-1).cpu()
+    scores = episode.probe(exam).scores
+    assert scores is not None
+    gain_P = scores.difference.view(-1).cpu()
     edited_P, aside_P = gain_P[: 1 + len(fact.paraphrases)], gain_P[1 + len(fact.paraphrases) :]
     before = tokenizer.encode(prefix) if prefix else []
     logits_TV = episode.probe([[*before, *passage]]).logits[0, len(before) : -1].float()
@@ -140,11 +143,12 @@ def reading(
         write_FT = torch.tensor(
             [[a - 1 <= n < end for n in range(longest)] for a, end in zip(asked, ends, strict=True)]
         )
-        episode = None
+        episode: fw.Episode | None = None
         for _ in range(passes):
             before, episode = episode, fw.Episode(model, len(part))
-            for address, log in before.logs.items() if before is not None else ():
-                episode.logs[address].copy_from(log)
+            if before is not None:
+                for address, log in before.logs.items():
+                    episode.logs[address].copy_from(log)
             episode.feed(padded, update=write_FT, attention_mask=mask_FT, logits="last")
         for row in range(len(part)):
             assert episode is not None
@@ -299,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args(arguments)
     model, tokenizer = fw.load(dtype="float32")
+    assert tokenizer is not None  # the default model has one
     ways = {name: way for name, way in WAYS.items() if not options.only or name in options.only}
     found = measure(model, tokenizer, facts("tune" if options.tune else "facts"), ways)
     print("\n".join(lines(found)))

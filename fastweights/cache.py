@@ -209,8 +209,8 @@ class KVCache:
         if not new_BKTE.requires_grad and self.graphs is None:
             self._write(buffer, new_BKTE, positions)
             return stored
-        # The graph, which may be that of the queries alone, must not see a buffer that later tokens overwrite: it gets a
-        # copy, and the gradient flows through that.
+        # The graph, which may be that of the queries alone, must not see a buffer that later tokens overwrite: the
+        # gradient flows through a copy.
         earlier = None if self.graphs is None else self.graphs.get((part, layer))
         with torch.no_grad():
             self._write(buffer, new_BKTE.detach(), positions)

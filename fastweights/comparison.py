@@ -66,7 +66,7 @@ class Comparison:
         return _difference(self.reference, self.unpatched)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its numbers as JSON holds them: shares, differences, and the errors [T][L]."""
+        """Its numbers as JSON holds them: shares, differences, and the errors of each token and layer."""
         names = ("agreement", "unpatched_agreement", "difference", "unpatched_difference")
         errors = {name: getattr(self, name).tolist() for name in ("layer_error", "unpatched_layer_error")}
         return {name: getattr(self, name) for name in names} | errors

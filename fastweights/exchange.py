@@ -24,6 +24,7 @@ from .config import LlamaConfig
 from .episode_state import Address, EpisodeState
 from .files import read_json, write_tensors, write_text
 from .model import Llama
+from .numbers import as_float
 from .plastic import PlasticLinear, plastic_linears
 from .state.compress import fold
 from .state.events import Events
@@ -392,10 +393,10 @@ def _adapter(
             )
         U_TO, K_TI = torch.cat([U_TO, scaling * bias_O.double()[None]]), torch.cat([K_TI, torch.zeros_like(K_TI[:1])])
         bias_T = torch.cat([bias_T, torch.ones_like(bias_T[:1])])
-    largest, left = float(U_TO.abs().max()), (1 - linear.rule.decay) ** (len(U_TO) - 1)
-    if largest > left * torch.finfo(linear.factor_dtype).max:
+    largest, decay = float(U_TO.abs().max()), as_float(linear.rule.decay)
+    if largest > (1 - decay) ** (len(U_TO) - 1) * torch.finfo(linear.factor_dtype).max:
         raise ValueError(
-            f"{folder}: {name} is a sum of {len(U_TO)} events, of which a decay of {linear.rule.decay} leaves nothing: "
+            f"{folder}: {name} is a sum of {len(U_TO)} events, of which a decay of {decay} leaves nothing: "
             "attach with a smaller decay"
         )
     ones = torch.ones(1, len(U_TO), dtype=torch.bool, device="cpu")

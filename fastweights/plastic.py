@@ -99,7 +99,10 @@ class PlasticLinear(nn.Module):
         if self.adapter is not None:
             count = self.adapter.write_BT.shape[1]
             age_T1 = torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu")[:, None]
-            U[:, -count:], K[:, -count:] = self.adapter.U_BTO / (1 - self.rule.decay) ** age_T1, self.adapter.K_BTI
+            U[:, -count:], K[:, -count:] = (
+                self.adapter.U_BTO / (1 - as_float(self.rule.decay)) ** age_T1,
+                self.adapter.K_BTI,
+            )
             bias[:, -count:] = 0 if self.adapter.bias_BT is None else self.adapter.bias_BT
         U, K, bias = (factor.to(self.weight.device, self.factor_dtype) for factor in (U, K, bias))
         every = torch.ones(1, events, dtype=torch.bool, device="cpu")
@@ -133,7 +136,7 @@ class PlasticLinear(nn.Module):
         if decay != log.decay and max(log.event_counts):
             raise ValueError(
                 f"{self.name}: the rule's decay is {decay:g} now, but the {max(log.event_counts)} events of this "
-                f"episode decay by {log.decay:g}: expected the same until reset()"
+                f"episode decay by {log.decay:g}: expected the same until reset() (with an adapter, in a new episode)"
             )
         for part in log.parts:
             part.decay = decay
@@ -317,7 +320,8 @@ class PlasticLinear(nn.Module):
             row_BC = None if there.row_BT is None else there.row_BT[:, part]
             target_BCO = target_at(target, there.position_BT[:, part], row_BC)
             target_BCO = target_BCO.to(a_BCO.device, torch.float32, non_blocking=True).expand(a_BCO.shape)
-        return Known(twin.name, self.activation.name, twin.rate, twin.gamma, self.rule.clip, target=target_BCO)
+        clip = None if self.rule.clip is None else as_float(self.rule.clip)
+        return Known(twin.name, self.activation.name, twin.rate, twin.gamma, clip, target=target_BCO)
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""

@@ -20,7 +20,7 @@ from ..kernels.place import Turns, launch_place
 from ..kernels.query import Where
 from ..kernels.step import Factors, Plastic, StepInputs, StepRule
 from ..model import Llama
-from ..numbers import tensors_of
+from ..numbers import as_float, tensors_of
 from ..passes import Tokens
 from ..plastic import PlasticLinear
 from ..rules import Rule, modulation_of, twin_event, twin_of
@@ -276,7 +276,8 @@ class Cuda:
             bad_B=self.bad_LB[number],
         )
         factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if rule.bias else None, log.birth_BR)
-        return Plastic(factors, inputs, StepRule(twin.name, linear.activation.name, rule.mu, rule.clip, _event))
+        mu, clip = (None if number is None else as_float(number) for number in (rule.mu, rule.clip))
+        return Plastic(factors, inputs, StepRule(twin.name, linear.activation.name, mu, clip, _event))
 
 
 def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
