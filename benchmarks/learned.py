@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastweights as fw
+from fastweights.learn import even
 from fastweights.model import Llama
 from fastweights.progress import bar
 
@@ -125,6 +126,7 @@ def summary(losses: dict[str, Tensor], edges: Sequence[int] = EDGES) -> dict[str
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = fw.load(options.model, dtype="float32")
+    assert tokenizer is not None
     began, length, layers, linears = time.time(), options.length, options.layers, options.linears
     works = {part: sorted((TEXTS / part).glob("*.txt")) for part in ("train", "held_out")}
     ids = {
@@ -136,9 +138,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     held_out = segments(ids["held_out"], options.segments, length)
     how: dict[str, Any] = {"length": length, "lives": 1, "steps": options.steps, "every": options.every}
     how |= {"seed": options.seed, "samples": options.samples, "held_out": ends}
-    by_hand = {"Hebbian, by hand": fw.Hebbian(options.rate)}
+    by_hand: dict[str, Any] = {"Hebbian, by hand": fw.Hebbian(options.rate)}
     by_hand["slow target, by hand"] = fw.LocalLeastSquares(gamma=options.gamma, target="slow", rate=options.slow_rate)
-    rules: dict[str, Any] = dict(by_hand)
+    rules = dict(by_hand)
     learning: dict[str, Any] = {}
     for name, rule in by_hand.items():
         own = name.replace("by hand", "learned")
@@ -148,7 +150,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{own}: {one.held_out}, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    static, kept = Static(model, layers, linears), torch.stack(segments(ends, options.samples, length))
+    static, kept = Static(model, layers, linears), even(ends, options.samples, length)
 
     def draw(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * options.seed + step)

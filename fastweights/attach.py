@@ -22,7 +22,7 @@ from .kernels import values
 from .model import Llama
 from .numbers import tensors_of
 from .plastic import PlasticLinear, plastic_linears, weight_norm
-from .rules import Rule, check_rule, twin_of
+from .rules import PerLinear, Rule, check_rule, twin_of
 from .state import OVERFLOW, EventLog
 from .state.budget import OVER_BUDGET, Budget
 from .state.moments import Moment
@@ -167,7 +167,7 @@ class FastWeights:
 def attach(
     model: Llama,
     layers: int | Sequence[int] | str,
-    rule: Rule,
+    rule: Rule | PerLinear,
     linears: str | Sequence[str] | None = None,
     rank: int = 64,
     overflow: str = "compress",
@@ -181,7 +181,8 @@ def attach(
 
     Args:
         layers: layer numbers from 0, or from the end (−1 is the last); one number; or "all".
-        rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol.
+        rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol; or
+            `Learned`, which has a rule for each linear.
         linears: which of the MLP's, by their names in the checkpoint: "gate_proj", "up_proj", "down_proj" of a Llama,
             "c_fc", "c_proj" of a GPT-2; None: all of them.
         rank: R, events to keep, per linear and sequence.

@@ -209,7 +209,8 @@ def _texts(value: str) -> list[tuple[str, str]]:
 
 def _rule(value: str) -> str:
     if value not in RULES and not Path(value).is_dir():
-        raise argparse.ArgumentTypeError(f"{value!r}: expected {', '.join(RULES)}, or a folder that learn has written")
+        rules = ", ".join(RULES)
+        raise argparse.ArgumentTypeError(f"invalid choice: {value!r}: expected {rules}, or a folder that learn wrote")
     return value
 
 

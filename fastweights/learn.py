@@ -237,7 +237,7 @@ class _Run:
         return len(later) >= self.settings["patience"]
 
     def go(self, life: _Life, spans: list[Tensor], kept: list[Tensor], steps: int, show: Callable[[int, int], None]):
-        held_NT = _even(kept, self.settings["samples"], life.length) if kept else None
+        held_NT = even(kept, self.settings["samples"], life.length) if kept else None
         if held_NT is not None and self.frozen is None:
             self.frozen = life.measure(held_NT, "none")
             self._measure(life, held_NT)
@@ -367,7 +367,7 @@ def _drawn(texts: Sequence[Tensor], rows: int, length: int, seed: str) -> Tensor
     return torch.stack(rows_BT)
 
 
-def _even(texts: Sequence[Tensor], samples: int, length: int) -> Tensor:
+def even(texts: Sequence[Tensor], samples: int, length: int) -> Tensor:
     """Lives at even distances, the texts in turn, [N, length + 1]."""
     chosen = []
     for n, text in enumerate(texts):

@@ -191,6 +191,7 @@ class Learned(nn.Module):
             known = ", ".join(f"{layer} {name}" for layer, name in self.addresses)
             raise ValueError(f"this learned rule has nothing for layer {layer} {name!r}; it has {known}")
         part = copy.copy(self.parts[key])
+        assert isinstance(part, Plasticity)
         if (part.in_features, part.out_features) != (in_features, out_features):
             raise ValueError(
                 f"this learned rule has a linear [{part.out_features}, {part.in_features}] at layer {layer} {name!r}, "

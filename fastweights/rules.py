@@ -50,9 +50,8 @@ class Rule(Protocol):
     kernels know also has `twin`, a `Twin`; they run it instead of `value`, Triton's wherever they run and the one in C
     for a prompt in float32 on a CPU. A rule may be an nn.Module: in `feed(graph=True)` gradients reach its parameters.
 
-    Two more attributes are optional. `modulation(h)`, [..., I] → [...], weighs the event of each token by what its
-    linear reads: k = modulation(h) · h / (‖h‖² + mu). None: 1; gradient rules have none. And `for_linear(layer, name,
-    out_features, in_features)` gives `attach` the rule of each linear, where they differ.
+    One more attribute is optional: `modulation(h)`, [..., I] → [...], weighs the event of each token by what its linear
+    reads: k = modulation(h) · h / (‖h‖² + mu). None: 1; gradient rules have none.
     """
 
     @property
@@ -69,6 +68,12 @@ class Rule(Protocol):
     def neuron_local(self) -> bool: ...
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor: ...
+
+
+class PerLinear(Protocol):
+    """A rule for each linear, see `Learned`."""
+
+    def for_linear(self, layer: int, name: str, in_features: int, out_features: int) -> Rule: ...
 
 
 class Twin(NamedTuple):
@@ -347,10 +352,11 @@ class Key(NamedTuple):
     norm: Tensor | None
 
 
-def key_of(rule: Rule, square: Tensor, h: Tensor) -> Key:
-    """The key of tokens with input h [..., I], of which `square` is ‖h‖², [...]."""
+def key_of(rule: Rule, square: Tensor, h: Tensor | None = None) -> Key:
+    """The key of tokens with input h [..., I], of which `square` is ‖h‖², [...]; a modulation alone looks at h."""
     scale, modulation = key_scale(rule, square), modulation_of(rule)
     if modulation is not None:
+        assert h is not None
         weight = modulation(h)
         if not isinstance(weight, Tensor) or weight.shape != square.shape:
             came = f"shape {list(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"

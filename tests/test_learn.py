@@ -189,6 +189,20 @@ def test_a_saved_rule_reloads_to_the_bit_and_broken_folders_are_refused(tmp_path
         fw.rules.load(tmp_path / "other")
 
 
+def test_a_saved_episode_knows_the_parameters_of_its_rule(tmp_path):
+    model, path = tiny(torch.float32), tmp_path / "episode.safetensors"
+    learned = moved(model, BY_HAND["slow"])
+    fw.attach(model, learned.layers, learned, learned.linears)
+    episode = fw.Episode(model)
+    episode.feed([3, 4, 5])
+    episode.save(path)
+    assert torch.equal(fw.Episode.load(model, path).feed([[6]]), episode.feed([[6]]))
+    with torch.no_grad():
+        learned.parts["1-up_proj"].weight[3] += 1e-3
+    with pytest.raises(ValueError, match=r"was saved with 1\.gate_proj: Plasticity"):
+        fw.Episode.load(model, path)
+
+
 def test_what_a_learned_rule_cannot_be_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match="begins as a Hebbian or LocalLeastSquares, and got a GradientAscent"):

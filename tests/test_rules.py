@@ -63,7 +63,7 @@ def test_an_input_of_zeros_without_mu_is_no_finite_event_and_with_mu_a_zero_key(
 @pytest.mark.parametrize("name", RULES)
 def test_the_form_that_kernels_know_is_the_rule_itself(name, activation):
     rule, (a, frozen, h) = RULES[name], case()
-    norm = key_of(rule, h.square().sum(-1), h).norm
+    norm = key_of(rule, h.square().sum(-1)).norm
     at = Local(frozen, activation, torch.zeros(3, dtype=torch.int64))
     wanted = event_value(rule, value_of(rule, a, activation, at), norm)
     twin, target = twin_of(rule), getattr(rule, "target", None)

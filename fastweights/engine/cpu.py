@@ -21,7 +21,7 @@ from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear
-from ..rules import Local, event_value, key_of, value_of
+from ..rules import Key, Local, event_value, key_of, modulation_of, value_of
 from ..state import EventLog
 from ..state.events import Events
 from ..state.factors import BUFFERS
@@ -192,10 +192,18 @@ class Groups:
 
     def write(self, tokens: Tokens) -> None:
         """Writes this token's events: C puts them into their slots if every log has one free, else Python does."""
+        keys: dict[int, Key] = {}  # by rule, of all linears
         events = []
         for group in self.groups:
-            scale_NB1, norm_NB1 = key_of(group.linears[0].rule, self.square_LB1[group.here], group.h_NB1I)
-            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_NB1.contiguous()))
+            rule = group.linears[0].rule
+            if modulation_of(rule) is not None:
+                scale_NB1, norm_NB1 = key_of(rule, self.square_LB1[group.here], group.h_NB1I)
+                scale_NB1 = scale_NB1.contiguous()
+            else:
+                if id(rule) not in keys:
+                    keys[id(rule)] = key_of(rule, self.square_LB1)
+                scale_NB1, norm_NB1 = (None if x is None else x[group.here] for x in keys[id(rule)])
+            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_NB1))
         slots = [facts.slot for facts in self.facts]
         if None not in slots and self._put(events, slots):
             for linear in self.linears:
