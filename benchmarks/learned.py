@@ -32,6 +32,7 @@ TEXTS = Path(__file__).parent / "texts"
 EDGES = (0, 32, 128)
 SHARE = 0.9  # of each work to learn from; its end chooses
 RESAMPLES = 2000
+CONTROL = "scale and bias, learned"
 
 
 class Static(nn.Module):
@@ -107,7 +108,7 @@ def interval(apart_N: Tensor, seed: int = 0) -> tuple[float, float]:
 
 
 def summary(losses: dict[str, Tensor], edges: Sequence[int] = EDGES) -> dict[str, Any]:
-    """Per variant and bucket: perplexity, and the difference of the loss from the frozen model's with its interval."""
+    """Per variant and bucket: perplexity, and the difference of the loss from the frozen model's and the control's."""
     T = losses["frozen"].shape[1]
     edges = [edge for edge in edges if edge < T]
     buckets = [*zip(edges, [*edges[1:], T], strict=True), (0, T)]
@@ -115,11 +116,12 @@ def summary(losses: dict[str, Tensor], edges: Sequence[int] = EDGES) -> dict[str
     for name, loss_NT in losses.items():
         rows = []
         for start, end in buckets:
-            loss_N, frozen_N = (each[:, start:end].mean(1) for each in (loss_NT, losses["frozen"]))
-            row = {"from": start, "to": end, "perplexity": float(loss_N.mean().exp())}
-            rows.append(
-                row | {"difference": float((loss_N - frozen_N).mean()), "interval": interval(loss_N - frozen_N)}
-            )
+            loss_N = loss_NT[:, start:end].mean(1)
+            row: dict[str, Any] = {"from": start, "to": end, "perplexity": float(loss_N.mean().exp())}
+            for other in ("frozen", CONTROL):
+                apart_N = loss_N - losses[other][:, start:end].mean(1)
+                row[other] = {"difference": float(apart_N.mean()), "interval": interval(apart_N)}
+            rows.append(row)
         found[name] = rows
     return found
 
@@ -159,8 +161,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return text[None, start : start + length + 1]
 
     held = learn_static(model, static, draw, kept, options.steps, options.static_lr, options.every)
-    learning["scale and bias"] = {"held_out": held, "parameters": _count(static)}
-    print(f"scale and bias: {held}, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    learning[CONTROL] = {"held_out": held, "parameters": _count(static)}
+    print(f"{CONTROL}: {held}, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     losses: dict[str, Tensor] = {}
     for name, rule in rules.items():
         read = fw.perplexity(model, held_out, rule, layers, linears=linears, rank=length + 1, overflow="grow")
@@ -169,7 +171,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name} measured, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
     with static.on():
         read = fw.perplexity(model, held_out)
-    losses["scale and bias, learned"] = torch.stack([loss_RT[0] for loss_RT in read.losses])
+    losses[CONTROL] = torch.stack([loss_RT[0] for loss_RT in read.losses])
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "json")}
     settings |= {"seconds": round(time.time() - began), "works": {k: [p.name for p in v] for k, v in works.items()}}
     return {"variants": summary(losses), "learning": learning, "settings": settings}
@@ -182,14 +184,23 @@ def _count(module: nn.Module) -> int:
 def lines(found: dict[str, Any]) -> list[str]:
     """A table in Markdown."""
     first = next(iter(found["variants"].values()))
-    names = [f"{row['from']} to {row['to'] - 1}" for row in first[:-1]]
-    table = ["| | " + " | ".join(names) + " | all | Δ loss, all (95 %) |", "|---" * (len(names) + 3) + "|"]
-    for name, rows in found["variants"].items():
-        cells = [f"{row['perplexity']:.2f}" for row in rows]
-        low, high = rows[-1]["interval"]
-        apart = "" if name == "frozen" else f"{rows[-1]['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
-        table.append(f"| {name} | {' | '.join(cells)} | {apart} |")
+    names = [*(f"{row['from']} to {row['to'] - 1}" for row in first[:-1]), "all"]
+    head = f"| {' | '.join(names)} |"
+    rule, variants = "|---" * (len(names) + 1) + "|", found["variants"].items()
+    table = [f"| perplexity {head}", rule]
+    for name, rows in variants:
+        table.append(f"| {name} | {' | '.join(format(row['perplexity'], '.2f') for row in rows)} |")
+    for other in ("frozen", CONTROL):
+        table += ["", f"| Δ loss from: {other} {head}", rule]
+        for name, rows in variants:
+            if name not in ("frozen", other):
+                table.append(f"| {name} | {' | '.join(_cell(row[other]) for row in rows)} |")
     return table
+
+
+def _cell(apart: dict[str, Any]) -> str:
+    low, high = apart["interval"]
+    return f"{apart['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

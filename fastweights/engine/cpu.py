@@ -202,7 +202,8 @@ class Groups:
             else:
                 if id(rule) not in keys:
                     keys[id(rule)] = key_of(rule, self.square_LB1)
-                scale_NB1, norm_NB1 = (None if x is None else x[group.here] for x in keys[id(rule)])
+                scale_LB1, norm_LB1 = keys[id(rule)]
+                scale_NB1, norm_NB1 = scale_LB1[group.here], None if norm_LB1 is None else norm_LB1[group.here]
             events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_NB1))
         slots = [facts.slot for facts in self.facts]
         if None not in slots and self._put(events, slots):
