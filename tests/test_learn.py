@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastweights as fw
 from fastweights.__main__ import main
+from fastweights.benchmarks.learned import CONTROL, Static, learn_static, summary
 from fastweights.rules import event, key_of
 
 D, O = CONFIG["hidden_size"], CONFIG["intermediate_size"]
@@ -268,7 +269,7 @@ def test_learning_lowers_the_loss_of_held_out_patterns_and_leaves_the_model_alon
 
 
 def test_a_run_that_was_interrupted_goes_on_to_the_bit(tmp_path):
-    held = {"held_out": [patterns(2)], "feed": 8, "carry": 2}
+    held = {"held_out": [patterns(2)], "feed": 8, "carry": 2, "lives": 2, "samples": 2}
     whole = learned_by(**held, out=tmp_path / "whole")
 
     def tired(done, steps):
@@ -322,6 +323,37 @@ def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(options, mess
     with pytest.raises(ValueError, match=message):
         learned_by(model, **options)
     assert not any(type(module).__name__ == "PlasticLinear" for module in model.modules())
+
+
+# ---- the benchmark
+
+
+def test_the_control_begins_as_the_model_and_ends_with_its_block():
+    model, ids = tiny(torch.float32), prompt(1, 9)
+    static, wanted = Static(model, [1, 2], LINEARS), model(ids)
+    with static.on():
+        assert torch.equal(model(ids), wanted)
+        found = learn_static(model, static, lambda step: ids, ids.repeat(2, 1), steps=3, lr=0.05, every=1)
+    assert list(found) == [0, 1, 2, 3]
+    assert found[3] < found[0]
+    assert sum(parameter.numel() for parameter in static.parameters()) == 2 * 4 * O
+    with static.on():
+        assert (model(ids) - wanted).detach().abs().max() > 1e-3
+    assert torch.equal(model(ids), wanted)
+
+
+def test_a_summary_holds_paired_differences_and_intervals_that_cover_their_mean():
+    generator = torch.Generator().manual_seed(0)
+    frozen = torch.rand(12, 40, generator=generator, dtype=F64)
+    losses = {"frozen": frozen, "other": frozen + 0.25, CONTROL: frozen + torch.rand(12, 1, generator=generator)}
+    found = summary(losses, (0, 32, 128))
+    assert [(row["from"], row["to"]) for row in found["other"]] == [(0, 32), (32, 40), (0, 40)]
+    for row in found["other"]:
+        assert row["frozen"]["difference"] == pytest.approx(0.25)
+        assert row["frozen"]["interval"] == pytest.approx((0.25, 0.25))
+        low, high = row[CONTROL]["interval"]
+        assert low < row[CONTROL]["difference"] < high
+    assert found["other"][2]["perplexity"] == pytest.approx(float((frozen.mean() + 0.25).exp()))
 
 
 # ---- the command
