@@ -25,6 +25,7 @@ from torch import Tensor
 import fastweights as fw
 from fastweights.activations import phi_of
 from fastweights.kernels.read import read
+from fastweights.numbers import as_float
 from fastweights.report import canvas
 from fastweights.rules import Local, Rule, event, value_of
 from fastweights.state import EventLog
@@ -81,7 +82,7 @@ def written(one: Stream, rule: Rule, overflow: str, rank: int) -> EventLog:
     """A log after the stream's writes, each of which reads it first; with every event in its archive."""
     h_BTI, (B, T, O) = one.written_BTI, one.values_BTO.shape
     size = (B, O, h_BTI.shape[-1], rank)
-    log = EventLog("recall", *size, overflow, rule.decay, h_BTI.dtype, h_BTI.device, archive=True)
+    log = EventLog("recall", *size, overflow, as_float(rule.decay), h_BTI.dtype, h_BTI.device, archive=True)
     phi, row_B1 = phi_of("identity"), torch.arange(B)[:, None]
     for t in range(T):
         h_B1I = h_BTI[:, t : t + 1]
