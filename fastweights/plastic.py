@@ -18,7 +18,7 @@ from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Known, scan
 from .model import Llama
-from .numbers import NUMBERS, as_float, check_form, tensors_of
+from .numbers import NUMBERS, as_float, check_form, same, tensors_of
 from .passes import Pass, SharedKeys
 from .rules import Local, Rule, check_rule, event_value, key_of, modulation_of, target_at, twin_of, value_of
 from .state import EventLog
@@ -99,10 +99,8 @@ class PlasticLinear(nn.Module):
         if self.adapter is not None:
             count = self.adapter.write_BT.shape[1]
             age_T1 = torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu")[:, None]
-            U[:, -count:], K[:, -count:] = (
-                self.adapter.U_BTO / (1 - as_float(self.rule.decay)) ** age_T1,
-                self.adapter.K_BTI,
-            )
+            left_T1 = (1 - as_float(self.rule.decay)) ** age_T1
+            U[:, -count:], K[:, -count:] = self.adapter.U_BTO / left_T1, self.adapter.K_BTI
             bias[:, -count:] = 0 if self.adapter.bias_BT is None else self.adapter.bias_BT
         U, K, bias = (factor.to(self.weight.device, self.factor_dtype) for factor in (U, K, bias))
         every = torch.ones(1, events, dtype=torch.bool, device="cpu")
@@ -326,14 +324,13 @@ class PlasticLinear(nn.Module):
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
         rule, shared = self.rule, now.keys
-        numbers: tuple = (rule.mu, rule.decay, rule.clip)
-        if modulation_of(rule) is not None or any(isinstance(number, Tensor) for number in numbers):
-            numbers = (id(rule),)  # what a rule computes anew for everyone who asks is known by the rule
-        form = (*numbers, rule.bias)
+        weighs = None if modulation_of(rule) is None else id(rule)
+        form = (rule.mu, rule.bias, rule.decay, rule.clip, weighs)
         version = 0 if h_BTI.is_inference() else h_BTI._version
         if (
             shared is not None
-            and (shared.h_BTI.data_ptr(), shared.version, shared.form) == (h_BTI.data_ptr(), version, form)
+            and (shared.h_BTI.data_ptr(), shared.version) == (h_BTI.data_ptr(), version)
+            and all(map(same, shared.form, form))
             and not touched(self)
         ):
             return shared
