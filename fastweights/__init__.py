@@ -8,6 +8,8 @@ from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
+from .learn import Learning, learn
+from .learned import Learned
 from .perplexity import Perplexity, perplexity
 from .probes.align import Alignment, align
 from .probes.capture import capture, edited
@@ -43,6 +45,8 @@ __all__ = [
     "Exam",
     "GradientAscent",
     "Hebbian",
+    "Learned",
+    "Learning",
     "LinearProbe",
     "LocalLeastSquares",
     "Moment",
@@ -65,6 +69,7 @@ __all__ = [
     "detach",
     "edited",
     "heat_map",
+    "learn",
     "lens",
     "linear_probe",
     "load",

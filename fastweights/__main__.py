@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .flags import Parser, parser_of
+from .flags import RULES, Parser, parser_of
 
 PLASTIC = ("linears", "rule", "rate", "mu", "decay", "clip", "gate", "target", "bias", "rank", "overflow", "budget")
 
@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
     from . import report
 
     rule = _rule(options)
+    options.linears = options.linears or getattr(rule, "linears", None)
     _check_folder(options.out)
     model, tokenizer = _load(options)
     layers = _layers(options.layers, model)
@@ -140,8 +141,7 @@ def generate(options: argparse.Namespace) -> None:
 
     from . import Episode, attach
 
-    _check_plastic(options, ["generate", ""], "over_budget", "drift")
-    rule = _rule(options) if options.layers else None
+    rule = _rule_and_place(options, ["generate", ""], "over_budget", "drift")
     model, tokenizer = _load(options)
     if rule is not None:
         budget = {"budget": options.budget, "over_budget": options.over_budget}
@@ -194,8 +194,7 @@ def eval_ppl(options: argparse.Namespace) -> None:
     from .files import write_text
     from .progress import bar
 
-    _check_plastic(options, ["eval-ppl", ""], "gamma", "over_budget")
-    rule = _rule(options) if options.layers else None
+    rule = _rule_and_place(options, ["eval-ppl", ""], "gamma", "over_budget")
     if options.tokens is not None and options.tokens < 2:
         raise ValueError(f"--tokens {options.tokens}: expected 2 or more")
     _check_folder(options.out)
@@ -228,6 +227,32 @@ def eval_ppl(options: argparse.Namespace) -> None:
         print(f"\nsaved to {folder}: perplexity.json, perplexity.png")
     if options.json:
         print(json.dumps(whole))
+
+
+def learn(options: argparse.Namespace) -> None:
+    from . import learn as learn_rule
+
+    _check_folder(options.out)
+    rule, own = _rule(options), options.rule not in RULES
+    if not own and not options.layers:
+        raise ValueError("learn needs --layers, or a learned rule to go on from")
+    if not own and len(options.rate) > 1:
+        raise ValueError(f"--rate {','.join(f'{rate:g}' for rate in options.rate)}: learn begins with one rate")
+    model, tokenizer = _load(options)
+    texts, held_out = (
+        [tokenizer.encode(text) for some in each for _, text in some] for each in (options.texts, options.held_out)
+    )
+    names = ("per", "modulated", "length", "feed", "carry", "lives", "steps", "lr", "weight_decay", "seed", "every")
+    how = {name: getattr(options, name) for name in (*names, "patience", "samples", "out")}
+    layers = _layers(options.layers, model) if options.layers else None
+    found = learn_rule(model, texts, rule, layers, options.linears, held_out=held_out, **how)
+    print(f"{len(found.losses)} steps, loss of the first {found.losses[0]:.4f}, of the last {found.losses[-1]:.4f}")
+    if found.frozen is not None:
+        print(f"held-out text: frozen {found.frozen:.4f}, as it began {found.held_out[0]:.4f}, ", end="")
+        print(f"best {found.held_out[found.step]:.4f} after step {found.step}" + (", stopped" if found.stopped else ""))
+    print(f"saved to {options.out}: rule.json, rule.safetensors, state.safetensors")
+    if options.json:
+        print(json.dumps({**found.to_dict(), "model": _name(options)}))
 
 
 def lens(options: argparse.Namespace) -> None:
@@ -368,12 +393,20 @@ def _surgery(options: argparse.Namespace, model, tokenizer, **settings):
     return replace(record, settings={"model": _name(options), **record.settings})
 
 
-def _check_plastic(options: argparse.Namespace, bare: list[str], *names: str) -> None:
-    """Refuses flags of plasticity where no layer is plastic; bare: the command without any."""
+def _rule_and_place(options: argparse.Namespace, bare: list[str], *names: str):
+    """The rule, None where no layer is plastic; refuses flags of plasticity then. bare: the command without any.
+
+    A learned rule has layers and linears of its own, which are taken where the flags name none.
+    """
+    if options.rule not in RULES:
+        rule = _rule(options)
+        options.layers, options.linears = options.layers or rule.layers, options.linears or rule.linears
+        return rule
     left_out = vars(_parser().parse_args(bare))
     for name in (*PLASTIC, *names) if not options.layers else ():
         if getattr(options, name) != left_out[name]:
             raise ValueError(f"--{name.replace('_', '-')} needs --layers: without, nothing is plastic")
+    return _rule(options) if options.layers else None
 
 
 def _check_folder(path: str | None) -> None:
@@ -401,10 +434,17 @@ def _save_patch(whole: dict[str, Any], settings: dict[str, Any], folder: Path) -
 
 def _rule(options: argparse.Namespace):
     from . import Delta, GradientAscent, Hebbian, LocalLeastSquares
+    from .rules import load as load_rule
 
     takes = {"hebbian": {"gate"}, "local-least-squares": {"gate", "target"}, "delta": {"target"}}
     given = {key: getattr(options, key) for key in ("mu", "decay", "clip", "bias", "gate", "target")}
     given = {key: value for key, value in given.items() if value is not None}
+    if options.rule not in RULES:
+        usual = options.rate in (0.01, (0.01,)) and getattr(options, "gamma", None) is None
+        if given or not usual:
+            flag = next(iter(given), "gamma" if options.rate in (0.01, (0.01,)) else "rate")
+            raise ValueError(f"--{flag} does not belong to the learned rule --rule {options.rule}, which has its own")
+        return load_rule(options.rule)
     for key in ("gate", "target"):
         if key in given and key not in takes.get(options.rule, ()):
             raise ValueError(f"--{key} does not belong to --rule {options.rule}")
@@ -468,6 +508,7 @@ def _parser() -> Parser:
             "run": run,
             "generate": generate,
             "eval-ppl": eval_ppl,
+            "learn": learn,
             "lens": lens,
             "patch": patch,
             "info": info,

@@ -83,3 +83,23 @@ def phi_of(name: str) -> Activation:
     """The φ of this name: one of `PHI`, or two with a bar, see `halves`."""
     first, bar, second = name.partition("|")
     return halves(PHI[first], PHI[second]) if bar else PHI[first]
+
+
+# ---- what rules make of it
+
+GATES = ("ones", "positive", "derivative")
+
+
+def gated(a: Tensor, z: Tensor, activation: Activation, gate: str) -> Tensor:
+    """m ⊙ z, m = 1, 1[z > 0] or φ′(a)."""
+    match gate:
+        case "positive":
+            return (z > 0) * z  # a product: NaN must stay NaN
+        case "derivative":
+            return activation.derivative(a) * z
+    return z
+
+
+def slow_value(a: Tensor, frozen_a: Tensor, gamma: Tensor | float, activation: Activation, gate: str) -> Tensor:
+    """a* − a with a* = a₀ + γ (m₀ ⊙ z₀) of the frozen weights' a₀."""
+    return gamma * gated(frozen_a, activation(frozen_a), activation, gate) - (a - frozen_a)

@@ -22,7 +22,7 @@ from .kernels import values
 from .model import Llama
 from .numbers import tensors_of
 from .plastic import PlasticLinear, plastic_linears, weight_norm
-from .rules import Rule, check_rule, twin_of
+from .rules import PerLinear, Rule, check_rule, twin_of
 from .state import OVERFLOW, EventLog
 from .state.budget import OVER_BUDGET, Budget
 from .state.moments import Moment
@@ -167,7 +167,7 @@ class FastWeights:
 def attach(
     model: Llama,
     layers: int | Sequence[int] | str,
-    rule: Rule,
+    rule: Rule | PerLinear,
     linears: str | Sequence[str] | None = None,
     rank: int = 64,
     overflow: str = "compress",
@@ -181,7 +181,8 @@ def attach(
 
     Args:
         layers: layer numbers from 0, or from the end (−1 is the last); one number; or "all".
-        rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol.
+        rule: `Hebbian`, `LocalLeastSquares`, `Delta`, `GradientAscent`, or any object of the `Rule` protocol; or
+            `Learned`, which has a rule for each linear.
         linears: which of the MLP's, by their names in the checkpoint: "gate_proj", "up_proj", "down_proj" of a Llama,
             "c_fc", "c_proj" of a GPT-2; None: all of them.
         rank: R, events to keep, per linear and sequence.
@@ -201,20 +202,15 @@ def attach(
     if not isinstance(model, Llama):
         raise ValueError(f"attach() got a {type(model).__name__}, expected the fastweights model that fw.load returns")
     addresses = _addresses(model, layers, linears)
-    missing = [] if isinstance(rule, type) else [name for name in RULE_NAMES if not hasattr(rule, name)]
-    if isinstance(rule, type) or missing:
-        lacks = f"the class lacks {', '.join(missing)}" if missing else "that is a class, not an object of it"
-        raise ValueError(
-            f"rule={rule!r} is not a rule: {lacks}; expected an object with {', '.join(RULE_NAMES[:-1])} and value"
-        )
-    check_rule(rule)
+    rules = _rules(model, rule, addresses)
     if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
         raise ValueError(f"rank={rank!r}: expected a whole number of events, 1 or more")
     if overflow not in OVERFLOW:
         raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(map(repr, OVERFLOW))}")
     factors = _factor_dtype(factor_dtype, model)
-    backends = _backends(backend, _backend(backend, model, rule, factors), model, addresses)
-    _check_target(model, rule, addresses)
+    one = rules[addresses[0]]  # where they differ, they differ in numbers
+    backends = _backends(backend, _backend(backend, model, one, factors), model, addresses)
+    _check_target(model, one, addresses)
     budgets = {address: _budget(model, address, budget, over_budget) for address in addresses}
     plastic, roles, phi = {}, model.config.family.linears, model.config.phi
     with model.binding.changed("attach()"):
@@ -223,11 +219,43 @@ def attach(
             if isinstance(base, PlasticLinear):
                 raise ValueError(f"layers.{address[0]}.mlp.{address[1]} is already plastic: fw.detach(model) first")
             what = (address, roles[address[1]], phi_of(phi[address[1]]))
-            options = (rule, int(rank), overflow, backends[address], archive, model.binding, budgets[address], factors)
+            options = (
+                rules[address],
+                int(rank),
+                overflow,
+                backends[address],
+                archive,
+                model.binding,
+                budgets[address],
+                factors,
+            )
             plastic[address] = PlasticLinear(base, *what, *options)
         for (layer, name), linear in plastic.items():
             setattr(model.model.layers[layer].mlp, name, linear)
     return FastWeights(model, plastic)
+
+
+def _rules(model: Llama, rule: Any, addresses: Sequence[Address]) -> dict[Address, Rule]:
+    """The rule of each linear; refuses what is none."""
+    if isinstance(rule, type) or not hasattr(rule, "for_linear"):
+        _check_rule(rule)
+        return dict.fromkeys(addresses, rule)
+    rules = {}
+    for layer, name in addresses:
+        linear = getattr(model.model.layers[layer].mlp, name)
+        rules[layer, name] = rule.for_linear(layer, name, linear.in_features, linear.out_features)
+        _check_rule(rules[layer, name])
+    return rules
+
+
+def _check_rule(rule: Any) -> None:
+    missing = [] if isinstance(rule, type) else [name for name in RULE_NAMES if not hasattr(rule, name)]
+    if isinstance(rule, type) or missing:
+        lacks = f"the class lacks {', '.join(missing)}" if missing else "that is a class, not an object of it"
+        raise ValueError(
+            f"rule={rule!r} is not a rule: {lacks}; expected an object with {', '.join(RULE_NAMES[:-1])} and value"
+        )
+    check_rule(rule)
 
 
 def _addresses(model: Llama, layers: Any, linears: Any) -> list[Address]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+RULES = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
 TEXT = "text, or @file, whose last newline and byte order mark are not part of the text"
 
 
@@ -89,6 +90,30 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument("--out", metavar="FOLDER", help="save perplexity.json and perplexity.png here")
     command.set_defaults(command=commands["eval-ppl"])
 
+    learned = [common, _rule_options(many=True)]
+    command = subparsers.add_parser("learn", parents=learned, help="learn the numbers of a rule from texts")
+    texts = f"{TEXT}; or @folder, with all of its .txt files"
+    command.add_argument("texts", type=_texts, nargs="+", metavar="TEXT", help=texts)
+    command.add_argument("--out", metavar="FOLDER", required=True, help="the rule, and the state to go on from")
+    command.add_argument(
+        "--held-out", type=_texts, action="append", default=[], metavar="TEXT", help="chooses the rule"
+    )
+    command.add_argument("--layers", type=_some_layers, help="11,12,13, or all; left out: those of a learned rule")
+    command.add_argument("--per", choices=("neuron", "layer"), default="neuron", help="what has a rate of its own")
+    command.add_argument("--no-modulation", dest="modulated", action="store_false", help="leave the modulation at 1")
+    command.add_argument("--length", type=int, default=256, help="tokens of a life")
+    command.add_argument("--feed", type=int, help="tokens of one feed; left out: --length")
+    command.add_argument("--carry", type=int, help="feeds that a gradient goes through; left out: all of a life")
+    command.add_argument("--lives", type=int, default=1, help="lives in one step")
+    command.add_argument("--steps", type=int, default=200)
+    command.add_argument("--lr", type=float, default=0.02)
+    command.add_argument("--weight-decay", type=float, default=0.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--every", type=int, default=20, help="steps between measurements on held-out text")
+    command.add_argument("--patience", type=int, default=5, help="measurements without a gain after which it ends")
+    command.add_argument("--samples", type=int, default=8, help="held-out lives of a measurement")
+    command.set_defaults(command=commands["learn"])
+
     command = subparsers.add_parser("lens", parents=[common], help="what every layer would say after a text")
     command.add_argument("text", type=_text, help=TEXT)
     command.add_argument("--top", type=int, default=5, help="tokens to show per layer; left out: 5")
@@ -122,10 +147,22 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
 
 def _plastic_options(overflow: str, many: bool = False) -> Parser:
     """The flags of `attach` and of the rule; `many`: with any number of rates, and gamma by itself."""
+    plastic = Parser(add_help=False, parents=[_rule_options(many)])
+    plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
+    what = f"compress, evict, grow or error: what happens when they are full; left out: {overflow}"
+    plastic.add_argument("--overflow", default=overflow, help=what)
+    plastic.add_argument("--budget", type=float, help="largest ‖ΔW‖ / ‖W‖ of each linear")
+    over = ("scale", "stop")
+    plastic.add_argument("--over-budget", choices=over, default="scale", help="what an event over it does")
+    return plastic
+
+
+def _rule_options(many: bool = False) -> Parser:
+    """The flags of the rule, and of the linears that have it."""
     plastic = Parser(add_help=False)
-    plastic.add_argument("--linears", type=_names, help="left out: all of the MLP")
-    rules = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
-    plastic.add_argument("--rule", choices=rules, default="hebbian", help="left out: hebbian")
+    plastic.add_argument("--linears", type=_names, help="left out: all of the MLP, or those of a learned rule")
+    help_ = f"{', '.join(RULES)}, or a FOLDER that learn has written; left out: hebbian"
+    plastic.add_argument("--rule", type=_rule, default="hebbian", help=help_)
     if many:
         help_ = "rates, one per row of a batch: 0.001,0.01; of local-least-squares and delta the step towards a*"
         plastic.add_argument("--rate", type=_rates, default=(0.01,), help=help_)
@@ -139,12 +176,6 @@ def _plastic_options(overflow: str, many: bool = False) -> Parser:
     plastic.add_argument("--gate", choices=("ones", "positive", "derivative"))
     plastic.add_argument("--target", help="self or slow (local-least-squares), or v* as a safetensors file (delta)")
     plastic.add_argument("--bias", action="store_true", default=None, help="change the bias too")
-    plastic.add_argument("--rank", type=int, default=64, help="events to make room for")
-    what = f"compress, evict, grow or error: what happens when they are full; left out: {overflow}"
-    plastic.add_argument("--overflow", default=overflow, help=what)
-    plastic.add_argument("--budget", type=float, help="largest ‖ΔW‖ / ‖W‖ of each linear")
-    over = ("scale", "stop")
-    plastic.add_argument("--over-budget", choices=over, default="scale", help="what an event over it does")
     return plastic
 
 
@@ -165,6 +196,22 @@ def _named_text(value: str) -> tuple[str, str]:
     """A text and what to call it: its file's name, or its beginning."""
     text = _text(value)
     return (Path(value[1:]).name if value.startswith("@") else " ".join(text[:24].split())), text
+
+
+def _texts(value: str) -> list[tuple[str, str]]:
+    """A text as above, or all .txt files of @folder."""
+    if not value.startswith("@") or not (folder := Path(value[1:])).is_dir():
+        return [_named_text(value)]
+    if not (paths := sorted(folder.glob("*.txt"))):
+        raise argparse.ArgumentTypeError(f"{folder} holds no .txt file")
+    return [_named_text(f"@{path}") for path in paths]
+
+
+def _rule(value: str) -> str:
+    if value not in RULES and not Path(value).is_dir():
+        rules = ", ".join(RULES)
+        raise argparse.ArgumentTypeError(f"invalid choice: {value!r}: expected {rules}, or a folder that learn wrote")
+    return value
 
 
 def _rates(value: str) -> tuple[float, ...]:

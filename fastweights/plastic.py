@@ -20,7 +20,7 @@ from .kernels.scan import Known, scan
 from .model import Llama
 from .numbers import NUMBERS, as_float, check_form, same, tensors_of
 from .passes import Pass, SharedKeys
-from .rules import Local, Rule, check_rule, event_value, key_of, target_at, twin_of, value_of
+from .rules import Local, Rule, check_rule, event_value, key_of, modulation_of, target_at, twin_of, value_of
 from .state import EventLog
 from .state.budget import Budget
 from .state.events import Events, as_rows, side_by_side
@@ -323,7 +323,9 @@ class PlasticLinear(nn.Module):
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
-        rule, form, shared = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip), now.keys
+        rule, shared = self.rule, now.keys
+        weighs = None if modulation_of(rule) is None else id(rule)
+        form = (rule.mu, rule.bias, rule.decay, rule.clip, weighs)
         version = 0 if h_BTI.is_inference() else h_BTI._version
         if (
             shared is not None
@@ -335,7 +337,7 @@ class PlasticLinear(nn.Module):
         if now.carried is None:
             h_BTI = h_BTI.detach()
         h = (h_BTI if now.rows_per_column == 1 else side_by_side(h_BTI)).to(dtype)
-        key = key_of(rule, h.square().sum(-1))
+        key = key_of(rule, h.square().sum(-1), h)
         bias_BT = key.scale if rule.bias else None
         k_BTI = h * key.scale[..., None]
         now.keys = SharedKeys(h_BTI, version, form, k_BTI, key.scale, bias_BT, key.norm, {}, [])

@@ -2,11 +2,11 @@
 
 For one linear `a = W h + b + ΔW h`, `z = φ(a)`, a written token makes one event:
 
-    key    k   = h / (‖h‖² + mu)
+    key    k   = m h / (‖h‖² + mu)                           m = 1, or the rule's modulation(h)
     value  u   = rate · value(a, z)
            u_i ← u_i · min(1, clip / (|u_i| ‖k‖))            with clip
     write  ΔW  ← (1 − decay) ΔW + u kᵀ
-           Δb  ← (1 − decay) Δb + u / (‖h‖² + mu)             with bias=True
+           Δb  ← (1 − decay) Δb + u m / (‖h‖² + mu)           with bias=True
 
 `rate` is one number, or one per row of the episode: a sweep of rates in one batch. Numbers may also be tensors, which
 may ask for gradients: any of them of shape [], and `rate`, `gamma` and `beta` one per row [rows] or per neuron, [1, O]
@@ -15,13 +15,15 @@ or [rows, O].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .activations import Activation
+from .activations import GATES, Activation, gated, slow_value
+from .learned import load as load
 from .numbers import NUMBERS, Number, as_float, check_number, nonzero, plain, spread, tensors_of
 
 
@@ -47,6 +49,9 @@ class Rule(Protocol):
     row of the episode, or a tensor, see `numbers.Number`; `mu`, `decay` and `clip` may be tensors []. A rule that the
     kernels know also has `twin`, a `Twin`; they run it instead of `value`, Triton's wherever they run and the one in C
     for a prompt in float32 on a CPU. A rule may be an nn.Module: in `feed(graph=True)` gradients reach its parameters.
+
+    One more attribute is optional: `modulation(h)`, [..., I] → [...], weighs the event of each token by what its linear
+    reads: k = modulation(h) · h / (‖h‖² + mu). None: 1; gradient rules have none.
     """
 
     @property
@@ -63,6 +68,12 @@ class Rule(Protocol):
     def neuron_local(self) -> bool: ...
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor: ...
+
+
+class PerLinear(Protocol):
+    """A rule for each linear, see `Learned`."""
+
+    def for_linear(self, layer: int, name: str, in_features: int, out_features: int) -> Rule: ...
 
 
 class Twin(NamedTuple):
@@ -109,6 +120,8 @@ def check_rule(rule: Rule) -> None:
         check_range(name, key, getattr(rule, key))
     if not isinstance(rule.bias, bool):
         raise ValueError(f"{name}(bias={rule.bias!r}): expected True or False")
+    if modulation_of(rule) is not None and not rule.neuron_local:
+        raise ValueError(f"{name} is a gradient rule with a modulation: expected a neuron-local one")
 
 
 def check_range(rule: str, key: str, number: float | Tensor | None) -> None:
@@ -127,24 +140,6 @@ def check_range(rule: str, key: str, number: float | Tensor | None) -> None:
 def _choice(rule: Rule, key: str, choices: tuple[str, ...]) -> None:
     if getattr(rule, key) not in choices:
         raise ValueError(f"{type(rule).__name__}({key}={getattr(rule, key)!r}): expected one of {choices}")
-
-
-GATES = ("ones", "positive", "derivative")
-
-
-def gated(a: Tensor, z: Tensor, activation: Activation, gate: str) -> Tensor:
-    """m ⊙ z, m = 1, 1[z > 0] or φ′(a)."""
-    match gate:
-        case "positive":
-            return (z > 0) * z  # a product: NaN must stay NaN
-        case "derivative":
-            return activation.derivative(a) * z
-    return z
-
-
-def slow_value(a: Tensor, frozen_a: Tensor, gamma: Tensor | float, activation: Activation, gate: str) -> Tensor:
-    """a* − a with a* = a₀ + γ (m₀ ⊙ z₀) of the frozen weights' a₀."""
-    return gamma * gated(frozen_a, activation(frozen_a), activation, gate) - (a - frozen_a)
 
 
 @dataclass(frozen=True)
@@ -357,10 +352,22 @@ class Key(NamedTuple):
     norm: Tensor | None
 
 
-def key_of(rule: Rule, square: Tensor) -> Key:
-    """The key of tokens of which `square` is ‖h‖², [...]."""
-    scale = key_scale(rule, square)
-    return Key(scale, None if rule.clip is None else square.sqrt() * scale)
+def key_of(rule: Rule, square: Tensor, h: Tensor | None = None) -> Key:
+    """The key of tokens with input h [..., I], of which `square` is ‖h‖², [...]; a modulation alone looks at h."""
+    scale, modulation = key_scale(rule, square), modulation_of(rule)
+    if modulation is not None:
+        assert h is not None
+        weight = modulation(h)
+        if not isinstance(weight, Tensor) or weight.shape != square.shape:
+            came = f"shape {list(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+            raise ValueError(f"{type(rule).__name__}.modulation gave {came}, expected one of {list(square.shape)}")
+        scale = scale * weight.to(scale.dtype)
+    return Key(scale, None if rule.clip is None else square.sqrt() * scale.abs())
+
+
+def modulation_of(rule: Rule) -> Callable[[Tensor], Tensor] | None:
+    """What weighs the rule's events; None: nothing does."""
+    return getattr(rule, "modulation", None)
 
 
 def event(rule: Rule, h: Tensor, value: Tensor, row: Tensor | None = None) -> Event:
@@ -368,7 +375,7 @@ def event(rule: Rule, h: Tensor, value: Tensor, row: Tensor | None = None) -> Ev
 
     `row` as in `Local`. In the dtype of h and value.
     """
-    key = key_of(rule, h.square().sum(-1))
+    key = key_of(rule, h.square().sum(-1), h)
     u = event_value(rule, value, key.norm, row)
     return Event(u, h * key.scale[..., None], key.scale if rule.bias else None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .episode_state import Address, EpisodeState, key_of
 from .files import write_tensors
@@ -81,7 +81,8 @@ def _rule(linear: PlasticLinear) -> dict[str, Any]:
     options = {name: getattr(rule, name) for name in names if isinstance(getattr(rule, name), plain)}
     # rates per row are a tuple, which JSON reads back as a list
     known = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    return {"rule": type(rule).__name__} | known | {name: _digest(x) for name, x in tensors_of(rule).items()}
+    tensors = tensors_of(rule) | (dict(rule.named_parameters()) if isinstance(rule, nn.Module) else {})
+    return {"rule": type(rule).__name__} | known | {name: _digest(x) for name, x in tensors.items()}
 
 
 def _digest(number: Tensor) -> str:

@@ -22,7 +22,7 @@ ORDER = [
         "numbers",
         "kernels",
     ),  # the ground floor
-    *("rules", "families", "rope", "windows", "config_json", "config", "state", "carried", "cache", "model"),
+    *("learned", "rules", "families", "rope", "windows", "config_json", "config", "state", "carried", "cache", "model"),
     *(
         "bpe",
         "spm",
@@ -45,7 +45,7 @@ ORDER = [
     *("waiting", "feed"),
     *("generation", "lanes", "probe", "snapshot", "episode", "exchange"),
     *("attach", "comparison", "reach", "context", "ridge"),
-    *("report", "perplexity", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
+    *("learn", "report", "perplexity", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form

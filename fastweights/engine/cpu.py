@@ -21,7 +21,7 @@ from ..kernels.decode import FAST, put
 from ..model import Llama
 from ..passes import Tokens
 from ..plastic import PlasticLinear
-from ..rules import Key, Local, event_value, key_of, value_of
+from ..rules import Key, Local, event_value, key_of, modulation_of, value_of
 from ..state import EventLog
 from ..state.events import Events
 from ..state.factors import BUFFERS
@@ -192,15 +192,19 @@ class Groups:
 
     def write(self, tokens: Tokens) -> None:
         """Writes this token's events: C puts them into their slots if every log has one free, else Python does."""
-        keys: dict[int, Key] = {}  # by rule
+        keys: dict[int, Key] = {}  # by rule, of all linears
         events = []
         for group in self.groups:
             rule = group.linears[0].rule
-            if id(rule) not in keys:
-                keys[id(rule)] = key_of(rule, self.square_LB1)
-            scale_LB1, norm_LB1 = keys[id(rule)]
-            norm_NB1 = None if norm_LB1 is None else norm_LB1[group.here]
-            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_LB1[group.here]))
+            if modulation_of(rule) is not None:
+                scale_NB1, norm_NB1 = key_of(rule, self.square_LB1[group.here], group.h_NB1I)
+                scale_NB1 = scale_NB1.contiguous()
+            else:
+                if id(rule) not in keys:
+                    keys[id(rule)] = key_of(rule, self.square_LB1)
+                scale_LB1, norm_LB1 = keys[id(rule)]
+                scale_NB1, norm_NB1 = scale_LB1[group.here], None if norm_LB1 is None else norm_LB1[group.here]
+            events.append((group.value(tokens.positions.position_BT, norm_NB1), scale_NB1))
         slots = [facts.slot for facts in self.facts]
         if None not in slots and self._put(events, slots):
             for linear in self.linears:

@@ -23,7 +23,7 @@ from ..model import Llama
 from ..numbers import as_float, tensors_of
 from ..passes import Tokens
 from ..plastic import PlasticLinear
-from ..rules import Rule, twin_event, twin_of
+from ..rules import Rule, modulation_of, twin_event, twin_of
 from ..state import EventLog
 from ..watch import Watch
 from .fused import arrivals, layers_of, rope_of, strange, token, unable
@@ -113,6 +113,8 @@ class Cuda:
         if not _same(rules, self.rules):
             if any(map(tensors_of, rules)):
                 return "a rule has numbers that are tensors, which may change in place"
+            if any(modulation_of(rule) is not None for rule in rules):
+                return "a rule modulates its events"
             if not all(rule.neuron_local and twin_of(rule) for rule in rules):
                 return "a rule is not neuron-local, or has no Triton kernel"
         if self.strange[0] is not watch:
