@@ -1,5 +1,5 @@
-/* The scan (scan.py) in float32. On a CPU with AVX-512: one block of tokens, by a rule that is known here. On any CPU:
-   whether a sweep has settled. Built by cpu.py. */
+/* The scan (scan.py) and its adjoint (adjoint.py) in float32. On a CPU with AVX-512: one block of tokens, of the scan by a
+   rule that is known here. On any CPU: whether a sweep has settled. Built by cpu.py. */
 #include "cpu.h"
 
 #ifdef __AVX512F__
@@ -80,6 +80,44 @@ static void neurons(const ScanArguments *p, long o, long n) {
 void scan_block(const ScanArguments *p, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (long o = 0; o < p->O; o += ACROSS) neurons(p, o, p->O - o < ACROSS ? p->O - o : ACROSS);
+}
+/* The adjoint: ā = c + slope ⊙ b, b_t += Σ_{r>t} G_rt ā_r, from the last token of the block to the first. */
+typedef struct {
+  const float *c, *slope; /* [T, O], T ≤ MOST; c is null where nothing came from above */
+  const float *G;         /* [T, T]; only what lies below its diagonal is read */
+  float *b, *above;       /* [T, O]: b has all that comes from after the block; above is ā */
+  long c_t, slope_t, G_t, b_t, above_t, T, O; /* strides; each O lies together */
+} AdjointArguments;
+
+/* Neurons o to o + n, n ≤ ACROSS, TALL tokens at a time. What later tokens give back is added as one tile. */
+static void back(const AdjointArguments *p, long o, long n) {
+  lanes above[MOST][WIDE] = {0}, c[WIDE] = {0}, slope[WIDE] = {0}, b[WIDE] = {0}, sum[TALL][WIDE];
+  for (long t1 = p->T; t1 > 0; t1 -= TALL) {
+    long rows = t1 < TALL ? t1 : TALL, t0 = t1 - rows, end = p->T;
+    if (rows == TALL) {
+      tile(sum, p->G + t1 * p->G_t + t0, 1, p->G_t, (float *)above[t1], ACROSS, p->T - t1, WIDE);
+      end = t1;
+    } else
+      memset(sum, 0, sizeof sum);
+    for (long t = t1 - 1; t >= t0; t--) {
+      memcpy(b, p->b + t * p->b_t + o, n * sizeof(float));
+      memcpy(slope, p->slope + t * p->slope_t + o, n * sizeof(float));
+      if (p->c) memcpy(c, p->c + t * p->c_t + o, n * sizeof(float));
+      for (int j = 0; j < WIDE; j++) {
+        lanes more = sum[t - t0][j];
+        for (long r = t + 1; r < end; r++) more += p->G[r * p->G_t + t] * above[r][j];
+        b[j] += more;
+        above[t][j] = c[j] + slope[j] * b[j];
+      }
+      memcpy(p->b + t * p->b_t + o, b, n * sizeof(float));
+      memcpy(p->above + t * p->above_t + o, above[t], n * sizeof(float));
+    }
+  }
+}
+
+void adjoint_block(const AdjointArguments *p, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long o = 0; o < p->O; o += ACROSS) back(p, o, p->O - o < ACROSS ? p->O - o : ACROSS);
 }
 #endif
 
