@@ -18,6 +18,7 @@ from .episode import Episode
 from .episode_state import Address
 from .kernels import values
 from .model import Llama
+from .numbers import tensors_of
 from .plastic import PlasticLinear, plastic_linears, weight_norm
 from .rules import Rule, check_rule, twin_of
 from .state import OVERFLOW, EventLog
@@ -196,16 +197,17 @@ def _budget(model: Llama, address: Address, share: float | None, over: str) -> B
 
 def _backend(backend: str, model: Llama, rule: Rule, factor_dtype: torch.dtype) -> str:
     known, cuda = twin_of(rule) is not None, model.device.type == "cuda"
+    named = type(rule).__name__ + (" with numbers that are tensors" if tensors_of(rule) else "")
     match backend:
         case "torch":
             return "torch"
         case "auto":
             if cuda and not known and rule.neuron_local:
-                warnings.warn(f"{type(rule).__name__} has no Triton twin: it runs on torch", stacklevel=4)
+                warnings.warn(f"{named} has no Triton twin: it runs on torch", stacklevel=4)
             return "triton" if cuda and known and factor_dtype != torch.float64 else "torch"
         case "triton":
             if not known:
-                raise ValueError(f"backend='triton': {type(rule).__name__} has no Triton twin, use 'torch'")
+                raise ValueError(f"backend='triton': {named} has no Triton twin, use 'torch'")
             if model.dtype == torch.float64:
                 raise ValueError("backend='triton' computes in float32: use 'torch' for a float64 model")
             if factor_dtype == torch.float64:

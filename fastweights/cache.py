@@ -199,11 +199,12 @@ class KVCache:
     def _store(self, part: str, layer: int, new_BKTE: Tensor, positions: Positions) -> Tensor:
         buffer = getattr(self, part)[layer]
         stored = buffer[:, :, : positions.end]
-        earlier = None if self.graphs is None else self.graphs.get((part, layer))
-        if not new_BKTE.requires_grad and earlier is None:
+        if not new_BKTE.requires_grad and self.graphs is None:
             self._write(buffer, new_BKTE, positions)
             return stored
-        # The graph must not see a buffer that later tokens overwrite: the gradient flows through a copy.
+        # The graph, which may be that of the queries alone, must not see a buffer that later tokens overwrite: the
+        # gradient flows through a copy.
+        earlier = None if self.graphs is None else self.graphs.get((part, layer))
         with torch.no_grad():
             self._write(buffer, new_BKTE.detach(), positions)
         copy = [stored, stored.new_zeros(*stored.shape[:2], 1, stored.shape[3])]
@@ -211,7 +212,7 @@ class KVCache:
             copy[:1] = [earlier[:, :, : positions.end], stored[:, :, earlier.shape[2] :]]
         whole = torch.cat(copy, dim=2)
         self._write(whole, new_BKTE, positions)
-        if self.graphs is not None:
+        if self.graphs is not None and whole.requires_grad:
             self.graphs[part, layer] = whole[:, :, :-1]
         return whole[:, :, :-1]
 

@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens of this pass, S tokens of earlier ones, R slots
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,8 +65,10 @@ class Carried:
         """With the events of one pass as well; write is on the CPU."""
         counts_B1 = torch.tensor(self.counts, device="cpu")[:, None]
         index_BT = (counts_B1 + write_BT.cumsum(1) - 1).masked_fill(~write_BT, -1)
-        more = {"U_BSO": u_BTO, "K_BSI": k_BTI, "bias_BS": bias_BT, "index_BS": index_BT}
-        parts = {name: [getattr(self, name), new] for name, new in more.items() if new is not None}
-        joined = {name: torch.cat([x for x in pair if x is not None], 1) for name, pair in parts.items()}
+        more: tuple[Tensor | None, ...] = (u_BTO, k_BTI, bias_BT, index_BT)
+        if self.U_BSO is not None:
+            earlier = (self.U_BSO, self.K_BSI, self.bias_BS, self.index_BS)
+            pairs = zip(earlier, more, strict=True)
+            more = tuple(None if x is None or y is None else torch.cat((x, y), 1) for x, y in pairs)
         counts = [n + c for n, c in zip(self.counts, write_BT.sum(1).tolist(), strict=True)]
-        return replace(self, counts=counts, **joined)
+        return Carried(self.state, counts, *more)

@@ -56,7 +56,8 @@ class Reader:
         watch = self.engine.check()
         positions = state.cache.positions((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, CPU)
         for address, linear in self.linears.items():
-            linear.renew(state.logs[address])
+            if linear.learned:
+                linear.renew(state.logs[address])
         write_BT = written(update, ids_BT, positions.position_BT, generated)
         if positions.real_BT is not None:
             write_BT = write_BT & positions.real_BT
@@ -155,8 +156,8 @@ class Reader:
             rule, asked = linear.rule, f"feed(graph={graph!r}): {linear.name}"
             if not rule.neuron_local:
                 raise ValueError(
-                    f"{asked} has the gradient rule {type(rule).__name__}, whose events are not differentiated: expected "
-                    "neuron-local rules"
+                    f"{asked} has the gradient rule {type(rule).__name__}, whose events are not differentiated: "
+                    "expected neuron-local rules"
                 )
             if linear.budget is not None:
                 raise ValueError(
@@ -164,8 +165,8 @@ class Reader:
                 )
             if not log.keeps_all(state.per_delta(tokens.counts)):
                 raise ValueError(
-                    f"{asked} would overflow (rank {log.rank}, overflow={log.overflow!r}), and what is lost then is not "
-                    'differentiated: attach with a larger rank or overflow="grow"'
+                    f"{asked} would overflow (rank {log.rank}, overflow={log.overflow!r}), and what is lost then is "
+                    'not differentiated: attach with a larger rank or overflow="grow"'
                 )
 
     def _check_room(self, tokens: Tokens) -> bool:

@@ -37,7 +37,7 @@ def spread(number: Number, like: Tensor, row: Tensor | None = None) -> Any:
 
 
 def plain(name: str, number: Any) -> Any:
-    """A number as a float, or a rate as a tuple of one per row, if it is that; a tensor that asks for gradients stays."""
+    """As a float, or a rate as a tuple of one per row, where it is that; a tensor that asks for a gradient stays."""
     if isinstance(number, Tensor) and (number.requires_grad or number.dim() > (name == "rate")):
         return number
     number = number.tolist() if hasattr(number, "tolist") else number

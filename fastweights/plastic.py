@@ -61,10 +61,12 @@ class PlasticLinear(nn.Module):
 
     base: nn.Linear
     rule: Rule
+    learned: bool  # the rule has numbers that are tensors
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "rule":  # one that is a module is no part of the model: its parameters are not among the model's
             object.__setattr__(self, name, value)
+            self.learned = bool(tensors_of(value))
         else:
             super().__setattr__(name, value)
 
@@ -106,8 +108,6 @@ class PlasticLinear(nn.Module):
         Raises:
             ValueError: one makes no sense any more, or events were written under another decay.
         """
-        if not tensors_of(self.rule):
-            return
         check_rule(self.rule)
         decay = as_float(self.rule.decay)
         if decay != log.decay and max(log.event_counts):
@@ -297,7 +297,8 @@ class PlasticLinear(nn.Module):
             row_BC = None if there.row_BT is None else there.row_BT[:, part]
             target_BCO = target_at(target, there.position_BT[:, part], row_BC)
             target_BCO = target_BCO.to(a_BCO.device, torch.float32, non_blocking=True).expand(a_BCO.shape)
-        return Known(twin.name, self.activation.name, twin.rate, twin.gamma, self.rule.clip, target=target_BCO)
+        clip = None if self.rule.clip is None else as_float(self.rule.clip)
+        return Known(twin.name, self.activation.name, twin.rate, twin.gamma, clip, target=target_BCO)
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""

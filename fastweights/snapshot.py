@@ -16,6 +16,7 @@ from torch import Tensor
 from .episode_state import Address, EpisodeState, key_of
 from .files import write_tensors
 from .model import Llama
+from .numbers import tensors_of
 from .plastic import PlasticLinear
 
 FORMAT = "fastweights episode 2"
@@ -79,7 +80,14 @@ def _rule(linear: PlasticLinear) -> dict[str, Any]:
     names = [f.name for f in fields(rule)] if hasattr(rule, "__dataclass_fields__") else []  # type: ignore[arg-type]
     options = {name: getattr(rule, name) for name in names if isinstance(getattr(rule, name), plain)}
     # rates per row are a tuple, which JSON reads back as a list
-    return {"rule": type(rule).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    known = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return {"rule": type(rule).__name__} | known | {name: _digest(x) for name, x in tensors_of(rule).items()}
+
+
+def _digest(number: Tensor) -> str:
+    """Tells the tensors of two rules apart."""
+    values = number.detach().double().cpu().contiguous().numpy()
+    return f"{list(number.shape)} {hashlib.sha256(values.tobytes()).hexdigest()}"
 
 
 def _listed(rules: dict[str, dict]) -> str:

@@ -20,6 +20,7 @@ from ..kernels.place import Turns, launch_place
 from ..kernels.query import Where
 from ..kernels.step import Factors, Plastic, StepInputs, StepRule
 from ..model import Llama
+from ..numbers import as_float, tensors_of
 from ..passes import Tokens
 from ..plastic import PlasticLinear
 from ..rules import Rule, twin_event, twin_of
@@ -107,8 +108,11 @@ class Cuda:
         if self.model.binding.taps:
             return "edits or a capture run on the modules"
         rules = self._rules()
-        if not _same(rules, self.rules) and not all(rule.neuron_local and twin_of(rule) for rule in rules):
-            return "a rule is not neuron-local, or has no Triton kernel"
+        if not _same(rules, self.rules):
+            if any(map(tensors_of, rules)):
+                return "a rule has numbers that are tensors, which may change in place"
+            if not all(rule.neuron_local and twin_of(rule) for rule in rules):
+                return "a rule is not neuron-local, or has no Triton kernel"
         if self.strange[0] is not watch:
             self.strange = watch, strange(self.model, watch)
         if self.strange[1] is not None:
@@ -268,7 +272,8 @@ class Cuda:
             bad_B=self.bad_LB[number],
         )
         factors = Factors(log.U_BRO, log.K_BRI, log.bias_BR if rule.bias else None, log.birth_BR)
-        return Plastic(factors, inputs, StepRule(twin.name, linear.activation.name, rule.mu, rule.clip, _event))
+        mu, clip = (None if number is None else as_float(number) for number in (rule.mu, rule.clip))
+        return Plastic(factors, inputs, StepRule(twin.name, linear.activation.name, mu, clip, _event))
 
 
 def _event(rule: StepRule, a_BO: Tensor, frozen_BO: Tensor, norm_B: Tensor, inputs: StepInputs) -> Tensor:
