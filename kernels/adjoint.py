@@ -83,7 +83,9 @@ def scan_with_graph(
     made_BTO = value(own_BTO, 0, own_BTO.shape[1])
     if whole.written is not None:
         made_BTO = made_BTO.masked_fill(~whole.written[..., None], 0)
-    return _Scanned.apply(a_BTO, G_BTT, made_BTO, slope(made_BTO, own_BTO), (solved_BTO, u_BTO), backend)
+    return _Scanned.apply(
+        a_BTO, G_BTT, made_BTO, slope(made_BTO, own_BTO), (solved_BTO, u_BTO), (backend, whole.precision)
+    )
 
 
 def slope(u_BTO: Tensor, a_BTO: Tensor) -> Tensor:
@@ -98,11 +100,11 @@ class _Scanned(torch.autograd.Function):
     """(a, u) as the scan gave them. `made` is u as autograd knows it, given a: on the way back it gets b."""
 
     @staticmethod
-    def forward(ctx: Any, A, G, made, slope, scanned, backend):
+    def forward(ctx: Any, A, G, made, slope, scanned, how):
         a, u = scanned
         ctx.save_for_backward(G, slope, u)
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
+        ctx.how = how
         return a, u
 
     @staticmethod
@@ -111,17 +113,23 @@ class _Scanned(torch.autograd.Function):
         G, slope, u = ctx.saved_tensors
         if c is None and d is None:
             return None, None, None, None, None, None
-        above, b = adjoint(c, d, slope, G, ctx.backend)
+        above, b = adjoint(c, d, slope, G, *ctx.how)
         for_G = products_below(above, u) if ctx.needs_input_grad[1] else None
         return above, for_G, b, None, None, None
 
 
 def adjoint(
-    c_BTO: Tensor | None, d_BTO: Tensor | None, slope_BTO: Tensor, G_BTT: Tensor, backend: str = "torch"
+    c_BTO: Tensor | None,
+    d_BTO: Tensor | None,
+    slope_BTO: Tensor,
+    G_BTT: Tensor,
+    backend: str = "torch",
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """ā and b [B, T, O], all in float32, or for torch in float64.
 
-    None for c or d: nothing comes from there. Only what lies below the diagonal of G is used.
+    None for c or d: nothing comes from there. Only what lies below the diagonal of G is used. precision: of Triton's
+    products, as `Gram.precision`.
     """
     if d_BTO is None:
         b_BTO = torch.zeros_like(slope_BTO, memory_format=torch.contiguous_format)
@@ -131,7 +139,7 @@ def adjoint(
         case "torch":
             return adjoint_chunked_(b_BTO, c_BTO, slope_BTO, G_BTT), b_BTO
         case "triton":
-            return launch_(b_BTO, c_BTO, slope_BTO, G_BTT), b_BTO
+            return launch_(b_BTO, c_BTO, slope_BTO, G_BTT, precision), b_BTO
         case _:
             raise ValueError(f'adjoint() got backend {backend!r}, expected "torch" or "triton"')
 

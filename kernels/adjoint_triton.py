@@ -80,6 +80,10 @@ def _back(
         tl.debug_barrier()  # the next chunk loads ā as other threads stored it
 
 
+# of _later: as scan.PRODUCT, but a transposed Gram takes more registers
+LATER = PRODUCT | {"tf32": PRODUCT["tf32"] | {"BK": 16}}
+
+
 @on_its_gpu
 def launch_(b: Tensor, c: Tensor | None, slope: Tensor, G: Tensor, precision: str = "ieee") -> Tensor:
     """ā, given d in the place of b [B, T, O], contiguous; b is finished there.
@@ -91,7 +95,7 @@ def launch_(b: Tensor, c: Tensor | None, slope: Tensor, G: Tensor, precision: st
     above, (B, T, O) = torch.empty_like(b), b.shape
     c = torch.zeros_like(b) if c is None else c
     c, slope, G = (x if x.stride(2) == 1 else x.contiguous() for x in (c, slope, G))
-    tile = PRODUCT[precision]
+    tile = LATER[precision]
     for t1 in range(T, 0, -OUTER):
         t0 = max(0, t1 - OUTER)
         if t1 < T:
