@@ -4,7 +4,8 @@
 
 Dherin et al. 2025 (arXiv 2507.16003, Theorem 2.2): let A(C, x) be what a linear W reads at the query token x behind
 the context C, and A(x) what it reads without C. Then with ΔW = W (A(C, x) − A(x)) A(x)ᵀ / ‖A(x)‖² the linear gives
-without the context what it gave with it. This script checks that, and then asks how far it carries in a whole model.
+without the context what it gave with it. This script checks that, asks how far it carries in a whole model, and ends
+with what a Llama's block needs: `fw.context_patch`.
 """
 
 import torch
@@ -17,8 +18,9 @@ SITES = ["mlp_norm", "gate", "up", "mlp_out", "resid_post", "logits"]
 
 SUMMARY = """
 The algebra of one linear is exact, and so is the MLP's output. The block is not: the residual stream beside
-the MLP still lacks the context, and patches of gate and up cannot give it back. That takes a third rank-1
-event at down_proj of every layer, made in order on the stream already patched; it is not part of this script.
+the MLP still lacks what attention took from the context, and no change of gate and up can give it back,
+because nothing of it goes through them. A third rank-1 event, at down_proj, can: it adds what the stream lacks.
+Layer by layer on the stream already patched, three events are the whole context, for this one token.
 A token that sees itself alone is an extreme case as well: models park their attention on the first token, and
 a token without any other becomes such a first token, with a stream far longer than any that follows. The
 change belongs to this token: that it would serve others is not what the theorem claims."""
@@ -90,8 +92,24 @@ def main(layer=5):
         + f"   {says(informed)!r}"
     )
 
+    # The events of `context_patch` are computed in order, each on the stream that the ones before it have patched.
+    patch = fw.context_patch(model, ids[:query], ids[query:])
+    print(f"\nthree events in every layer: {len(patch.norms)} for this token, none larger than", end=" ")
+    print(f"{max(float(norm) for norm in patch.norms.values()):.1%} of its W; relative error of the logits")
+    linears = ("gate_proj", "up_proj", "down_proj")
+    events = {}
+    for kept in ((), linears[:1], linears[:2], linears[2:], linears):
+        logits = patch.replay(lambda token, address, kept=kept: address[1] in kept)
+        events[kept] = relative(logits[-1], patch.reference_logits)
+        choice = tokenizer.tokens([int(logits[-1].argmax())])[0]
+        print(f"  {', '.join(kept) or 'none':32}{events[kept]:9.0e}   {choice!r}")
+    logits = patch.replay(lambda token, address: address != (layer, "up_proj"))
+    without = relative(logits[-1], patch.reference_logits)
+    print(f"  {f'all but up_proj of layer {layer}':32}{without:9.0e}")
+    fw.detach(model)
+
     print(SUMMARY)
-    return {"position": position, "algebra": algebra, "errors": errors}
+    return {"position": position, "algebra": algebra, "errors": errors, "events": events, "without": without}
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from .anatomy import Anatomy, anatomy
 from .attach import attach, detach
+from .comparison import Comparison
+from .context import Patch, context_patch
 from .episode import Episode
 from .episode_state import EpisodeState as Snapshot
 from .generation import Step
 from .inputs import token_ids
+from .perplexity import Perplexity, perplexity
 from .probes.align import Alignment, align
 from .probes.capture import capture, edited
 from .probes.edits import Edit, ablate, patch, project_out, steer
@@ -15,7 +18,8 @@ from .probes.linear import LinearProbe, linear_probe, slerp
 from .probes.sites import SITES
 from .probes.trace import Trace
 from .report.pictures import heat_map
-from .rules import Delta, GradientAscent, Hebbian, LocalLeastSquares
+from .ridge import RidgePatch, ridge_patch
+from .rules import ContextPatch, Delta, GradientAscent, Hebbian, LocalLeastSquares
 from .sae import SAE, load_sae
 from .sampling import Sampling
 from .state.drift import Drift
@@ -30,6 +34,8 @@ __all__ = [
     "SITES",
     "Alignment",
     "Anatomy",
+    "Comparison",
+    "ContextPatch",
     "Delta",
     "Drift",
     "Edit",
@@ -40,6 +46,9 @@ __all__ = [
     "LinearProbe",
     "LocalLeastSquares",
     "Moment",
+    "Patch",
+    "Perplexity",
+    "RidgePatch",
     "Sampling",
     "Scores",
     "Snapshot",
@@ -51,6 +60,7 @@ __all__ = [
     "anatomy",
     "attach",
     "capture",
+    "context_patch",
     "decompose",
     "detach",
     "edited",
@@ -61,8 +71,10 @@ __all__ = [
     "load_sae",
     "ov",
     "patch",
+    "perplexity",
     "project_out",
     "rank",
+    "ridge_patch",
     "save",
     "slerp",
     "steer",

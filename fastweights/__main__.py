@@ -1,4 +1,4 @@
-"""Command line: `fastweights demo`, `run`, `generate`, `info`, `bench`."""
+"""Command line: `fastweights demo`, `run`, `generate`, `eval-ppl`, `lens`, `patch`, `info`, `bench`."""
 
 from __future__ import annotations
 
@@ -140,11 +140,7 @@ def generate(options: argparse.Namespace) -> None:
 
     from . import Episode, attach
 
-    if not options.layers:
-        left_out = vars(_parser().parse_args(["generate", ""]))
-        for name in (*PLASTIC, "over_budget", "drift"):
-            if getattr(options, name) != left_out[name]:
-                raise ValueError(f"--{name.replace('_', '-')} needs --layers: without, nothing is plastic")
+    _check_plastic(options, ["generate", ""], "over_budget", "drift")
     rule = _rule(options) if options.layers else None
     model, tokenizer = _load(options)
     if rule is not None:
@@ -191,6 +187,47 @@ def generate(options: argparse.Namespace) -> None:
         }
         whole |= {"drift": episode.drift().to_list()} if options.drift else {}
         print(json.dumps({**whole, "model": _name(options)}))
+
+
+def eval_ppl(options: argparse.Namespace) -> None:
+    from . import perplexity
+    from .files import write_text
+    from .progress import bar
+
+    _check_plastic(options, ["eval-ppl", ""], "gamma", "over_budget")
+    rule = _rule(options) if options.layers else None
+    if options.tokens is not None and options.tokens < 2:
+        raise ValueError(f"--tokens {options.tokens}: expected 2 or more")
+    _check_folder(options.out)
+    model, tokenizer = _load(options)
+    names, texts = zip(*options.texts, strict=True)
+    with bar("reading") as show:
+        found = perplexity(
+            model,
+            [tokenizer.encode(text)[: options.tokens] for text in texts],
+            rule,
+            _layers(options.layers, model) if options.layers else None,
+            linears=options.linears,
+            rank=options.rank,
+            overflow=options.overflow,
+            budget=options.budget,
+            over_budget=options.over_budget,
+            length=options.length,
+            stride=options.stride,
+            reset=options.reset,
+            names=names,
+            progress=show,
+        )
+    whole = {**found.to_dict(options.buckets), "model": _name(options)}
+    print(found.table(options.buckets))
+    if options.out:
+        folder = Path(options.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        found.picture(folder / "perplexity.png", options.buckets)
+        write_text(folder / "perplexity.json", json.dumps(whole))
+        print(f"\nsaved to {folder}: perplexity.json, perplexity.png")
+    if options.json:
+        print(json.dumps(whole))
 
 
 def lens(options: argparse.Namespace) -> None:
@@ -251,6 +288,35 @@ def lens(options: argparse.Namespace) -> None:
         print(json.dumps({**whole, **settings, "ids": ids, "tokens": tokenizer.tokens(ids), "model": _name(options)}))
 
 
+def patch(options: argparse.Namespace) -> None:
+    from . import Episode, context_patch, report
+    from .progress import bar
+
+    if options.tokens < 0:
+        raise ValueError(f"--tokens {options.tokens}: expected 0 or more")
+    _check_folder(options.out)
+    model, tokenizer = _load(options)
+    context_ids = tokenizer.encode(options.context)
+    query_ids = tokenizer.encode(options.query, add_special_tokens=False)
+    for what, ids in (("context", context_ids), ("query", query_ids)):
+        if not ids:
+            raise ValueError(f"--{what} is empty: expected at least one token")
+    if options.tokens:
+        steps = Episode(model).generate([*context_ids, *query_ids], options.tokens)
+        query_ids += [int(step.token_ids[0]) for step in steps]
+    layers = None if options.layers is None else _layers(options.layers, model)
+    with bar("patching") as show:
+        made = context_patch(model, context_ids, query_ids, layers, show)
+    whole = {**made.to_dict(), "tokens": tokenizer.tokens(query_ids)}
+    whole["said"] = {run: tokenizer.tokens(ids) for run, ids in whole["choices"].items()}
+    print(report.patch_table(whole))
+    settings = {"model": _name(options), "context": options.context, "query": options.query}
+    if options.out:
+        _save_patch(whole, {**settings, "dtype": str(model.dtype)[6:]}, Path(options.out))
+    if options.json:
+        print(json.dumps({**whole, **settings}))
+
+
 def info(options: argparse.Namespace) -> None:
     from . import Episode, anatomy
 
@@ -302,6 +368,14 @@ def _surgery(options: argparse.Namespace, model, tokenizer, **settings):
     return replace(record, settings={"model": _name(options), **record.settings})
 
 
+def _check_plastic(options: argparse.Namespace, bare: list[str], *names: str) -> None:
+    """Refuses flags of plasticity where no layer is plastic; bare: the command without any."""
+    left_out = vars(_parser().parse_args(bare))
+    for name in (*PLASTIC, *names) if not options.layers else ():
+        if getattr(options, name) != left_out[name]:
+            raise ValueError(f"--{name.replace('_', '-')} needs --layers: without, nothing is plastic")
+
+
 def _check_folder(path: str | None) -> None:
     if path and Path(path).exists() and not Path(path).is_dir():
         raise ValueError(f"--out {path} is a file, expected a folder")
@@ -310,6 +384,19 @@ def _check_folder(path: str | None) -> None:
 def _save(record, folder: Path) -> None:
     names = record.save(folder)
     print(f"saved to {folder}: {', '.join(names)}")
+
+
+def _save_patch(whole: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    from . import report
+    from .files import write_text
+    from .report import canvas
+
+    fig = report.patch_picture(whole)
+    page = report.patch_page(whole, settings, fig)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "report.html", page)
+    canvas.save(fig, folder / "patch.png")
+    print(f"saved to {folder}: report.html, patch.png")
 
 
 def _rule(options: argparse.Namespace):
@@ -321,13 +408,19 @@ def _rule(options: argparse.Namespace):
     for key in ("gate", "target"):
         if key in given and key not in takes.get(options.rule, ()):
             raise ValueError(f"--{key} does not belong to --rule {options.rule}")
+    if getattr(options, "gamma", None) is not None and options.rule != "local-least-squares":
+        raise ValueError(f"--gamma does not belong to --rule {options.rule}")
     match options.rule:
         case "hebbian":
             return Hebbian(rate=options.rate, **given)
         case "local-least-squares":
-            return LocalLeastSquares(gamma=options.rate, **given)
+            many = isinstance(options.rate, tuple)
+            gamma = options.rate if not many else 1.0 if options.gamma is None else options.gamma
+            return LocalLeastSquares(gamma=gamma, rate=options.rate if many else 1.0, **given)
         case "delta":
-            return Delta(beta=options.rate, **{**given, "target": _target(given.get("target"))})
+            given["target"] = _target(given.get("target"))
+            beta = {"beta": 1.0, "rate": options.rate} if isinstance(options.rate, tuple) else {"beta": options.rate}
+            return Delta(**beta, **given)
         case _:
             return GradientAscent(rate=options.rate, **given)
 
@@ -369,7 +462,18 @@ def _layers(given: list[int] | str, model) -> list[int]:
 def _parser() -> Parser:
     from . import __version__
 
-    return parser_of({"demo": demo, "run": run, "generate": generate, "lens": lens, "info": info}, __version__)
+    return parser_of(
+        {
+            "demo": demo,
+            "run": run,
+            "generate": generate,
+            "eval-ppl": eval_ppl,
+            "lens": lens,
+            "patch": patch,
+            "info": info,
+        },
+        __version__,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from .activations import phi_of
 from .episode import Episode
-from .episode_state import Address
+from .episode_state import Address, EpisodeState
+from .exchange import export_peft, import_peft, merge
 from .kernels import values
 from .model import Llama
 from .numbers import tensors_of
@@ -23,6 +25,7 @@ from .plastic import PlasticLinear, plastic_linears, weight_norm
 from .rules import Rule, check_rule, twin_of
 from .state import OVERFLOW, EventLog
 from .state.budget import OVER_BUDGET, Budget
+from .state.moments import Moment
 
 RULE_NAMES = ("rate", "mu", "decay", "clip", "bias", "neuron_local", "value")
 
@@ -60,6 +63,86 @@ class FastWeights:
         """exp of the entropy of the normalised singular values of ΔW (Roy & Vetterli 2007)."""
         return self._log(layer, linear, episode, row).effective_rank(row)
 
+    # ---- to other libraries and back
+
+    def export_peft(
+        self,
+        folder: str | Path,
+        episode: Episode | None = None,
+        row: int = 0,
+        moment: int | Moment | None = None,
+        rank: int | None = None,
+    ) -> dict[Address, tuple[float, float]]:
+        """Writes the fast weights of one row of an episode as a LoRA, which PEFT loads onto the unchanged checkpoint.
+
+        Every plastic linear of the model is in it, also those of other `attach` calls, with a rank of its own; one
+        without events has rank 1, of zeros. A fast bias is a `lora_bias`. Gradient events that wait are not in it.
+
+        Args:
+            folder: appears whole or not at all; an adapter that is there is replaced.
+            moment: an event number or an `fw.Moment`; None: as they are now.
+            rank: most terms per linear, the best that there are; None: as many as are needed.
+
+        Returns:
+            (error_2, error_F) of each linear, by (layer, name): bounds on ‖ΔW − ΔW as written‖, 0 where no term was
+            left out. What the log itself has lost is `error`.
+
+        Raises:
+            ValueError: a row, moment or rank that does not exist, or a folder that holds something else.
+
+        Example:
+            fast.export_peft("adapter")
+            peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/name"), "adapter")
+        """
+        state = self._state(episode)
+        with state.alone(changes=False):
+            return export_peft(self.model, state, folder, row, moment, rank)
+
+    def import_peft(self, folder: str | Path) -> None:
+        """Sets what every row of every episode that is made from now on begins with: a LoRA, in PEFT's form.
+
+        It becomes events 1 to r of every plastic linear of the model, r the largest rank (zeros stand first where a
+        linear has fewer). ΔW after event r is the LoRA, and moment 0 the model without it. Decay and overflow treat
+        them as any events; `undo` does not go below them, and `reset` goes back to them. Another call replaces the
+        LoRA of the linears that it names. Episodes that exist stay as they are.
+
+        Raises:
+            ValueError, FileNotFoundError: what fast weights cannot represent, such as targets that are not plastic
+                here, DoRA or modules_to_save; shapes of another model; ranks that do not fit; files that are damaged
+                or a pickle. Nothing changes then.
+
+        Example:
+            fast.import_peft("adapter")
+            fw.Episode(model).events  # r
+        """
+        import_peft(self.model, folder)
+
+    def merge(
+        self, episode: Episode | None = None, row: int = 0, moment: int | Moment | None = None
+    ) -> dict[str, Tensor]:
+        """The model's state dict with the fast weights of one row of an episode added; the model does not change.
+
+        W + ΔW and b + Δb are added in the precision of the log, float32 or float64, and rounded once to the weights'
+        dtype. Names and shapes are those of `model.state_dict()`; what is not plastic is the model's own tensors.
+
+        Raises:
+            ValueError: a row or moment that does not exist; a fast bias where the model has none to add it to.
+
+        Example:
+            fw.save(model, "merged", tokenizer, state=fast.merge())
+        """
+        state = self._state(episode)
+        with state.alone(changes=False):
+            return merge(self.model, state, row, moment)
+
+    def _state(self, episode: Episode | None) -> EpisodeState:
+        if episode is not None and episode.model is not self.model:
+            raise ValueError("that episode is of another model")
+        state = self.model.binding.last if episode is None else episode.state
+        if state is None:
+            raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
+        return state
+
     def _log(self, layer: int, linear: str, episode: Episode | None, row: int) -> EventLog:
         depth = len(self.model.model.layers)
         layer = layer + depth if -depth <= layer < 0 else layer
@@ -68,9 +151,7 @@ class FastWeights:
                 f"layer {layer} {linear!r} is not plastic here; plastic are "
                 f"{', '.join(f'{address[0]} {address[1]}' for address in self.linears)}"
             )
-        state = self.model.binding.last if episode is None else episode.state
-        if state is None:
-            raise ValueError("no episode of this model is alive: create fw.Episode(model) first")
+        state = self._state(episode)
         if (layer, linear) not in state.logs:
             raise ValueError(
                 f"layers.{layer}.mlp.{linear} was made plastic after that episode was made: make a new one"

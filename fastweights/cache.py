@@ -114,12 +114,16 @@ class KVCache:
 
     Args:
         max_length: places to allocate once. None: start small and double up to `max_position_embeddings`.
+
+    Attributes:
+        lengths: places in use, per row.
+        first: the first place of each row that its tokens see; 0 but for rows that begin at a later position.
     """
 
     def __init__(self, config: LlamaConfig, batch_size: int, max_length: int | None, dtype, device):
         self.longest = config.max_position_embeddings
         self.limit = self.longest if max_length is None else max_length
-        self.lengths = [0] * batch_size
+        self.lengths, self.first = [0] * batch_size, [0] * batch_size
         places = min(256, self.limit) if max_length is None else max_length
         shape = (batch_size, config.num_key_value_heads, places + 1, config.head_dim)
         # zeros, not empty: padding queries may look at a place that nothing has been written to
@@ -164,7 +168,7 @@ class KVCache:
         rows, tokens = shape
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
-        start = self.lengths[0] if len(set(self.lengths)) == 1 else None
+        start = self.lengths[0] if len(set(self.lengths)) == 1 and not any(self.first) else None
         if attention_mask is None and start is not None:
             end = start + tokens
             position_BT = torch.arange(start, end, device=device).expand(rows, tokens)
@@ -176,7 +180,10 @@ class KVCache:
             real_BT = attention_mask.to(device=device, dtype=torch.bool)
         position_BT = (lengths_B1 + real_BT.cumsum(1) - 1) * real_BT
         end = int(max(int(position_BT.max()) + 1, *self.lengths))
-        visible = torch.arange(end, device=device) <= position_BT[:, None, :, None]
+        place_S = torch.arange(end, device=device)
+        visible = place_S <= position_BT[:, None, :, None]
+        if any(self.first):
+            visible = visible & (place_S >= torch.tensor(self.first, device=device)[:, None, None, None])
         return Positions(position_BT, real_BT, None, end, visible)
 
     def append(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -232,12 +239,23 @@ class KVCache:
             counts = positions.real_BT.sum(1).tolist()
             self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
+    def begin_at(self, position: int) -> None:
+        """Lets the empty rows begin at a later position; nobody ever sees the places before it.
+
+        Raises:
+            ValueError: there is no such place; nothing changes then.
+        """
+        assert not any(self.lengths), "the rows are empty"
+        self.reserve(position)
+        self.lengths, self.first = ([position] * len(self.lengths) for _ in range(2))
+
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forgets the tokens after `lengths`. Their places become zero: not even NaN may shine through a mask."""
         for buffer in (*self.keys, *self.values):
             for row, length in enumerate(lengths):
                 buffer[row, :, length:] = 0
         self.lengths = list(lengths)
+        self.first = [min(pair) for pair in zip(self.first, lengths, strict=True)]
 
     # ---- copies
 
@@ -249,7 +267,8 @@ class KVCache:
         """A copy, of the places in use, whose row n is row `chosen[n]` of this one."""
         other = object.__new__(KVCache)
         other.longest, other.limit = self.longest, self.limit
-        other.lengths, other.graphs = [self.lengths[row] for row in chosen], None
+        other.lengths, other.first = ([each[row] for row in chosen] for each in (self.lengths, self.first))
+        other.graphs = None
         end, every = max(other.lengths), list(chosen) == list(range(len(self.lengths)))
         index = torch.tensor(list(chosen), device=self.keys[0].device)
 
@@ -268,14 +287,14 @@ class KVCache:
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for buffer, copy in zip(mine, theirs, strict=True):
                 buffer[:, :, :end], buffer[:, :, end:] = copy[:, :, :end], 0
-        self.lengths = list(other.lengths)
+        self.lengths, self.first = list(other.lengths), list(other.first)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that moves: tensors (the places in use), and values that JSON holds exactly."""
         end, tensors = self.length, dict[str, Tensor]()
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors |= {f"keys.{layer}": k[:, :, :end], f"values.{layer}": v[:, :, :end]}
-        return tensors, {"lengths": list(self.lengths)}
+        return tensors, {"lengths": list(self.lengths)} | ({"first": list(self.first)} if any(self.first) else {})
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Takes over, bit for bit, what `state_dict` gave."""
@@ -285,6 +304,7 @@ class KVCache:
             for layer, buffer in enumerate(buffers):
                 buffer[:, :, :end], buffer[:, :, end:] = tensors[f"{name}.{layer}"], 0
         self.lengths = list(meta["lengths"])
+        self.first = list(meta.get("first", [0] * len(self.lengths)))
 
 
 def _longer(buffer: Tensor, places: int) -> Tensor:

@@ -17,7 +17,7 @@ from .feed import Reader
 from .generation import Step, generate, stops
 from .inputs import Ids, Mask, Update, tokens
 from .model import Llama
-from .plastic import plastic_linears, weight_norm
+from .plastic import new_logs, plastic_linears, weight_norm
 from .probe import probe
 from .probes.capture import bind
 from .probes.edits import Edit
@@ -62,7 +62,7 @@ class Episode:
         for plastic in linears.values():
             plastic.check_rows(batch_size, bool(shared))
         self.model, self.max_length = model, max_length
-        logs = {address: linear.new_log(1 if shared else batch_size) for address, linear in linears.items()}
+        logs = new_logs(linears, 1 if shared else batch_size)
         cache = model.new_cache(batch_size, max_length)
         self.state = EpisodeState(cache, logs, RowGenerator(batch_size), bool(shared))
         self.reader = Reader(model, self.state)
@@ -400,6 +400,11 @@ class Episode:
                 for row, count in enumerate(log.event_counts):
                     if count < events:
                         raise ValueError(f"undo({events}): {log.name} has {count} events in row {row}")
+                    if count - events < log.began:
+                        raise ValueError(
+                            f"undo({events}): {log.name} has {count} events in row {row}, of which it began with "
+                            f"{log.began} (import_peft)"
+                        )
                     if count - events < log.oldest_exact_moment(row):
                         raise ValueError(
                             f"undo({events}): {log.name} cannot go back behind event {log.oldest_exact_moment(row)} of "

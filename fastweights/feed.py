@@ -20,6 +20,7 @@ from .plastic import PlasticLinear
 from .probes.capture import check_events
 from .probes.places import Reading
 from .probes.taps import Bound, Taps
+from .rules import ContextPatch
 from .state.budget import OneByOne
 from .waiting import settle
 from .watch import Watch
@@ -61,6 +62,8 @@ class Reader:
         write_BT = written(update, ids_BT, positions.position_BT, generated)
         if positions.real_BT is not None:
             write_BT = write_BT & positions.real_BT
+        if self.linears and all(isinstance(linear.rule, ContextPatch) for linear in self.linears.values()):
+            write_BT = torch.zeros_like(write_BT)
         check_targets(self.linears, state.batch_size, positions.position_BT, write_BT)
         tokens = Tokens(ids_BT, positions, write_BT, logits, bool(graph))
         self._check_graph(tokens, graph)

@@ -72,6 +72,23 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text")
     command.set_defaults(command=commands["generate"])
 
+    many = [common, _plastic_options(overflow="compress", many=True)]
+    command = subparsers.add_parser("eval-ppl", parents=many, help="perplexity of long texts, frozen against plastic")
+    command.add_argument("texts", type=_named_text, nargs="+", metavar="TEXT", help=TEXT)
+    command.add_argument("--layers", type=_some_layers, help="make these layers plastic: 11,12,13, or all")
+    command.add_argument("--length", type=int, help="tokens of a window; left out: the positions that the model has")
+    command.add_argument("--stride", type=int, help="new tokens of a window; left out: --length")
+    command.add_argument(
+        "--reset",
+        choices=("window", "text", "never"),
+        default="text",
+        help="where events are forgotten; left out: text",
+    )
+    command.add_argument("--tokens", type=int, help="read this many tokens of each text; left out: all")
+    command.add_argument("--buckets", type=_numbers, help="positions where buckets begin; left out: 0,64,128,256, …")
+    command.add_argument("--out", metavar="FOLDER", help="save perplexity.json and perplexity.png here")
+    command.set_defaults(command=commands["eval-ppl"])
+
     command = subparsers.add_parser("lens", parents=[common], help="what every layer would say after a text")
     command.add_argument("text", type=_text, help=TEXT)
     command.add_argument("--top", type=int, default=5, help="tokens to show per layer; left out: 5")
@@ -85,6 +102,16 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     command.add_argument("--out", metavar="FOLDER", help="write report.html here")
     command.set_defaults(command=commands["lens"])
 
+    command = subparsers.add_parser("patch", parents=[common], help="a context as rank-1 changes of the weights")
+    command.add_argument("--context", type=_text, required=True, help=TEXT)
+    command.add_argument("--query", type=_text, required=True, help=f"stands right behind the context: {TEXT}")
+    command.add_argument("--layers", type=_some_layers, help="patch these layers: 11,12,13; left out: all")
+    command.add_argument(
+        "--tokens", type=int, default=0, help="tokens that the model goes on to say, which are patched as well"
+    )
+    command.add_argument("--out", metavar="FOLDER", help="save report.html and patch.png here")
+    command.set_defaults(command=commands["patch"])
+
     command = subparsers.add_parser("info", parents=[common], help="what a checkpoint is, and a text's token ids")
     command.add_argument("--text", type=_text, help=f"show the ids and tokens of this: {TEXT}")
     command.set_defaults(command=commands["info"])
@@ -93,13 +120,19 @@ def parser_of(commands: Mapping[str, Callable], version: str) -> Parser:
     return parser
 
 
-def _plastic_options(overflow: str) -> Parser:
-    """The flags of `attach` and of the rule."""
+def _plastic_options(overflow: str, many: bool = False) -> Parser:
+    """The flags of `attach` and of the rule; `many`: with any number of rates, and gamma by itself."""
     plastic = Parser(add_help=False)
     plastic.add_argument("--linears", type=_names, help="left out: all of the MLP")
     rules = ("hebbian", "local-least-squares", "delta", "gradient-ascent")
     plastic.add_argument("--rule", choices=rules, default="hebbian", help="left out: hebbian")
-    plastic.add_argument("--rate", type=float, default=0.01, help="rate; gamma of local-least-squares, beta of delta")
+    if many:
+        help_ = "rates, one per row of a batch: 0.001,0.01; of local-least-squares and delta the step towards a*"
+        plastic.add_argument("--rate", type=_rates, default=(0.01,), help=help_)
+        plastic.add_argument("--gamma", type=float, help="of local-least-squares: a* = a + gamma · z; left out: 1")
+    else:
+        help_ = "rate; gamma of local-least-squares, beta of delta"
+        plastic.add_argument("--rate", type=float, default=0.01, help=help_)
     plastic.add_argument("--mu", type=float, help="added to the squared norm of the key's input")
     plastic.add_argument("--decay", type=float, help="share of the fast weights lost at each event")
     plastic.add_argument("--clip", type=float, help="largest norm of one row of one event")
@@ -126,6 +159,22 @@ def _text(value: str) -> str:
         return Path(value[1:]).read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"cannot read {value.removeprefix('@')}: {error}") from None
+
+
+def _named_text(value: str) -> tuple[str, str]:
+    """A text and what to call it: its file's name, or its beginning."""
+    text = _text(value)
+    return (Path(value[1:]).name if value.startswith("@") else " ".join(text[:24].split())), text
+
+
+def _rates(value: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(number) for number in _names(value))
+    except ValueError:
+        rates = ()
+    if not rates:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected numbers like 0.001,0.01")
+    return rates
 
 
 def _names(value: str) -> list[str]:

@@ -176,12 +176,14 @@ class GgufFile:
     def _stops(self) -> tuple[int, ...]:
         """Every id that ends a text or a turn: what the metadata names, then what llama.cpp knows by its text."""
         named = [self._special(key) for key in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
-        known = {token: i for i, token in enumerate(self._get("tokenizer.ggml.tokens", [])) if token in _ENDS}
+        tokens = self._get("tokenizer.ggml.tokens", [])
+        kinds = self._get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+        known = {token: i for i, token in enumerate(tokens) if token in _ENDS}
         parts = set()  # tokens that end a part of a turn alone, in the vocabularies that llama.cpp knows
         if known.keys() >= {"<|return|>", "<|call|>"} or known.keys() >= {"<|flush|>", "<|calls|>"}:
             parts.add(known.get("<|end|>"))
-        if known.keys() & {"<end_of_turn>", "<|tool_response>"} and known.get("</s>") not in named:
-            parts.add(known.get("</s>"))  # Gemma's vocabularies have it as HTML
+        if "</s>" in known and kinds[known["</s>"]] != CONTROL and known["</s>"] not in named:
+            parts.add(known["</s>"])  # HTML, in the vocabularies of Gemma and Qwen
         return tuple(dict.fromkeys(i for i in [*named, *known.values()] if i is not None and i not in parts))
 
     def _pre(self) -> str:

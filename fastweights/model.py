@@ -381,7 +381,7 @@ class Llama(Named):
             else:
                 positions = cache.positions(shape, attention_mask, self.device)
                 cache.reserve(positions.end)
-            if shape[1] == 1 and Llama.fast_step is not None:
+            if shape[1] == 1 and Llama.fast_step is not None and (cache is None or not any(cache.first)):
                 logits_BTV = Llama.fast_step(self, input_ids, positions, cache)
         if logits_BTV is None:
             taps = [call.what for call in self.binding.taps]  # edits and captures of this thread

@@ -104,5 +104,10 @@ def as_float(number: Any) -> float:
     return float(number.detach()) if isinstance(number, Tensor) else cast(float, number)
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two numbers are one and the same: equal, or the same tensor."""
+    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
+
+
 def _finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < float("inf")

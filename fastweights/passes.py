@@ -47,7 +47,7 @@ class SharedKeys:
 
     h_BTI: Tensor  # the input itself, before any cast; with its graph where a pass has one
     version: int  # of h, which an edit in place raises
-    form: tuple  # mu, decay, clip and bias of the rule
+    form: tuple  # (mu, bias, decay, clip) of the rule
     k_BTI: Tensor
     scale_BT: Tensor  # k = scale · h
     bias_BT: Tensor | None

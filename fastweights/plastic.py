@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Known, scan
 from .model import Llama
-from .numbers import NUMBERS, as_float, by_row, check_form, tensors_of
+from .numbers import NUMBERS, as_float, by_row, check_form, same, tensors_of
 from .passes import Pass, SharedKeys
 from .rules import Local, Rule, check_rule, event_value, key_of, target_at, twin_of, value_of
 from .state import EventLog
@@ -58,6 +59,7 @@ class PlasticLinear(nn.Module):
         self.budget, self.factor_dtype = budget, factor_dtype
         self.rule = rule
         self.binding = binding
+        self.adapter: Events | None = None  # [1, events] float64: what ΔW of every new log begins with, see `initial`
 
     base: nn.Linear
     rule: Rule
@@ -84,6 +86,25 @@ class PlasticLinear(nn.Module):
         )
         place = (self.factor_dtype, self.weight.device)
         return EventLog(self.name, *size, *policy, *place, self.archive, self.budget)
+
+    def initial(self, events: int) -> Events:
+        """The adapter as the first `events` [1, events] of a log; zeros stand before it where it has fewer.
+
+        Decay loses a share of ΔW at each of them, so the values are as much larger: their sum is the adapter.
+        """
+        U, K, bias = (
+            torch.zeros(1, events, *width, dtype=torch.float64, device="cpu")
+            for width in ((self.out_features,), (self.in_features,), ())
+        )
+        if self.adapter is not None:
+            count = self.adapter.write_BT.shape[1]
+            age_T1 = torch.arange(count - 1, -1, -1, dtype=torch.float64, device="cpu")[:, None]
+            left_T1 = (1 - as_float(self.rule.decay)) ** age_T1
+            U[:, -count:], K[:, -count:] = self.adapter.U_BTO / left_T1, self.adapter.K_BTI
+            bias[:, -count:] = 0 if self.adapter.bias_BT is None else self.adapter.bias_BT
+        U, K, bias = (factor.to(self.weight.device, self.factor_dtype) for factor in (U, K, bias))
+        every = torch.ones(1, events, dtype=torch.bool, device="cpu")
+        return Events(U, K, bias if self.rule.bias else None, every, all_written=True)
 
     def check_rows(self, rows: int, shared: bool) -> None:
         """Refuses numbers that are not one per row of an episode, and what a shared ΔW cannot have."""
@@ -113,7 +134,7 @@ class PlasticLinear(nn.Module):
         if decay != log.decay and max(log.event_counts):
             raise ValueError(
                 f"{self.name}: the rule's decay is {decay:g} now, but the {max(log.event_counts)} events of this "
-                f"episode decay by {log.decay:g}: expected the same until reset()"
+                f"episode decay by {log.decay:g}: expected the same until reset() (with an adapter, in a new episode)"
             )
         for part in log.parts:
             part.decay = decay
@@ -302,14 +323,12 @@ class PlasticLinear(nn.Module):
 
     def _keys(self, now: Pass, h_BTI: Tensor, dtype: torch.dtype) -> SharedKeys:
         """The keys of this input: those of the linear before if it read the same, and nobody could edit it since."""
-        rule, shared = self.rule, now.keys
-        # a tensor is the same number if it is the same object
-        numbers = (id(n) if isinstance(n, Tensor) else n for n in (rule.mu, rule.decay, rule.clip))
-        form = (*numbers, rule.bias)
+        rule, form, shared = self.rule, (self.rule.mu, self.rule.bias, self.rule.decay, self.rule.clip), now.keys
         version = 0 if h_BTI.is_inference() else h_BTI._version
         if (
             shared is not None
-            and (shared.h_BTI.data_ptr(), shared.version, shared.form) == (h_BTI.data_ptr(), version, form)
+            and (shared.h_BTI.data_ptr(), shared.version) == (h_BTI.data_ptr(), version)
+            and all(map(same, shared.form, form))
             and not touched(self)
         ):
             return shared
@@ -334,6 +353,20 @@ def plastic_linears(model: Llama) -> dict[Address, PlasticLinear]:
             if type(linear := linears.get(name)) is PlasticLinear:  # an MLP of one's own may have others
                 found[layer, name] = linear
     return found
+
+
+def new_logs(linears: Mapping[Address, PlasticLinear], rows: int) -> dict[Address, EventLog]:
+    """An empty log for each linear; where one has an adapter, all begin with as many events as the largest of them.
+
+    So event n is the same moment in every linear.
+    """
+    logs = {address: linear.new_log(rows) for address, linear in linears.items()}
+    first = max(
+        (linear.adapter.write_BT.shape[1] for linear in linears.values() if linear.adapter is not None), default=0
+    )
+    for address, log in logs.items() if first else ():
+        log.begin(linears[address].initial(first))
+    return logs
 
 
 def weight_norm(linear: nn.Linear | PlasticLinear) -> float:

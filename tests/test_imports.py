@@ -43,8 +43,9 @@ ORDER = [
     *("episode_state", "passes", "plastic", "backward"),
     "engine",
     *("waiting", "feed"),
-    *("generation", "lanes", "probe", "snapshot", "episode"),
-    *("attach", "report", "record", "surgery", "__init__", "benchmarks", "__main__"),
+    *("generation", "lanes", "probe", "snapshot", "episode", "exchange"),
+    *("attach", "comparison", "reach", "context", "ridge"),
+    *("report", "perplexity", "record", "surgery", "harness", "__init__", "benchmarks", "__main__"),
 ]
 GROUND = ORDER[: ORDER.index("kernels")]  # import nothing of ours
 # attributes of torch, numpy and Python that begin with an underscore and have no public form

@@ -41,6 +41,8 @@ class Cpu:
     def refuses(self, tokens: Tokens, watch: Watch) -> str | None:
         if not tokens.single:
             return "the pass has more than one token of each row"
+        if any(self.state.cache.first):
+            return "a row begins at a later position, and the places before it are never seen"
         if (reason := refusal(self.model, self.state.batch_size, watch)) is not None:
             return reason
         if self.state.shared and self.state.batch_size > 1 and self.linears:

@@ -105,6 +105,8 @@ class Cuda:
             return self.unable
         if not tokens.single:
             return "the pass has more than one token of each row"
+        if any(self.state.cache.first):
+            return "a row begins at a later position, and the places before it are never seen"
         if self.model.binding.taps:
             return "edits or a capture run on the modules"
         rules = self._rules()

@@ -10,11 +10,24 @@ from typing import Any
 
 from ..files import write_text
 from .canvas import encoded
-from .page import lens_page, record_page
-from .pictures import draw, heat_map
-from .text import Recorded, lens_table, paragraph, table
+from .page import lens_page, patch_page, record_page
+from .pictures import draw, heat_map, patch_picture
+from .text import Recorded, lens_table, paragraph, patch_sentence, patch_table, table
 
-__all__ = ["draw", "heat_map", "lens_page", "lens_table", "paragraph", "record_page", "table", "write"]
+__all__ = [
+    "draw",
+    "heat_map",
+    "lens_page",
+    "lens_table",
+    "paragraph",
+    "patch_page",
+    "patch_picture",
+    "patch_sentence",
+    "patch_table",
+    "record_page",
+    "table",
+    "write",
+]
 
 
 def write(record: Recorded | Mapping[str, Any], folder: str | Path) -> list[str]:

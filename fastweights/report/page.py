@@ -11,9 +11,9 @@ from html import escape
 from typing import Any
 
 from .canvas import svg
-from .pictures import draw
+from .pictures import draw, patch_picture
 from .style import STYLE
-from .text import Recorded, outcome, plain, where
+from .text import Recorded, outcome, patch_sentence, plain, where
 
 Top = Sequence[Sequence[Any]]  # (token, log-probability), the likeliest first
 
@@ -113,6 +113,54 @@ def lens_page(
         _section("Settings", _settings(settings)) if settings else "",
     ]
     return document("fastweights lens", parts)
+
+
+def patch_page(whole: Mapping[str, Any], settings: Mapping[str, Any], fig: Any = None) -> str:
+    """The page of a context patch, as HTML.
+
+    Args:
+        whole: what `patch_table` takes.
+        settings: whatever else is to be told, name by name; its "context" and "query" are shown as texts.
+        fig: its picture, as `patch_picture` gives it; None: it is drawn.
+
+    Raises:
+        ImportError: without matplotlib (`pip install "fastweights[report]"`).
+    """
+    texts = [
+        f"<h3>{name.title()}</h3><blockquote dir=auto>{shown(settings[name])}</blockquote>"
+        for name in ("context", "query")
+        if name in settings
+    ]
+    rows = []
+    for n, piece in enumerate(whole["tokens"]):
+        said = (f"<td>{token(whole['said'][run][n])}</td>" for run in ("reference", "unpatched", "patched"))
+        rows.append(f"<th scope=row>{whole['start'] + n}</th><td>{token(piece)}</td>" + "".join(said))
+    names = list(whole["norms"])
+    changed = [
+        f"<th scope=row>{shown(name)}</th>{_number(max(whole['norms'][name]), '.4f')}"
+        f"{_number(sum(whole['norms'][name]) / len(whole['norms'][name]), '.4f')}"
+        for name in names
+    ]
+    last = whole["layer_error"][0]
+    words = (
+        f"Two lines over {len(last)} layers, on a logarithmic scale: the relative error of the stream without events "
+    )
+    words += f"and with them. {patch_sentence(whole)}"
+    caption = (
+        "The largest over the query tokens. Each event is an outer product u kᵀ, made for one token and one linear."
+    )
+    head = ["position", "query token", "next, with the context", "without", "without, with events"]
+    sizes = _table("sizes of the events", ["linear", "largest ‖ΔW‖ / ‖W‖", "mean"], changed, numbers=True)
+    parts = [
+        f"<h1>A context as events</h1><p class=under>{shown(settings.get('model', ''))}</p>",
+        f"<p class=result>{shown(patch_sentence(whole))}</p>",
+        _section("What was asked", *texts),
+        _section("Layer by layer", _figure(svg(fig or patch_picture(whole), "patch", words), caption)),
+        _section("Token by token", _table("first choices", head, rows)),
+        _section("The events", f"<details><summary>{_count(len(names), 'linear')}</summary>{sizes}</details>"),
+        _section("Settings", _settings({key: value for key, value in settings.items() if key != "query"})),
+    ]
+    return document("fastweights patch", parts)
 
 
 def document(title: str, parts: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import canvas
-from .text import Recorded, plain
+from .text import Recorded, most, plain
 
 
 def heat_map(
@@ -84,6 +84,39 @@ def heat_map(
             axes.set_xlabel(f"{x}\n{said}")
         if path is not None:
             canvas.save(fig, Path(path))
+    return fig
+
+
+def patch_picture(whole: Mapping[str, Any]):
+    """The error of the stream behind each layer, with the events of a context patch and without them: a Figure.
+
+    Args:
+        whole: what `Patch.to_dict()` gives.
+
+    Raises:
+        ImportError: without matplotlib (`pip install "fastweights[report]"`).
+    """
+    with canvas.style():
+        fig = canvas.figure(6.6, 3.4)
+        axes = fig.add_subplot()
+        lines = (("without events", "unpatched_layer_error", 1), ("with events", "layer_error", 0))
+        layers = range(len(whole["layer_error"][0]))
+        for name, key, colour in lines:
+            # an error of 0 has no place on this axis: it is drawn at the bottom
+            errors = [max(error, 1e-17) for error in most(whole[key])]
+            axes.plot(layers, errors, color=canvas.COLOURS[colour], lw=1.7, marker="o", markersize=3, label=name)
+        free = [layer for layer in layers if layer not in whole["layers"]]
+        for layer in free:
+            axes.axvspan(layer - 0.5, layer + 0.5, color=canvas.GRID, alpha=0.4, lw=0)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda error, _: f"{error:.0e}")
+        axes.set_title("The stream without the context, against the one with it")
+        axes.set(xlabel="layer" + (" (grey: not patched)" if free else ""), ylabel="‖difference‖ / ‖stream‖")
+        axes.set_xlim(-0.5, len(layers) - 0.5)
+        axes.grid(axis="y")
+        axes.tick_params(labelsize=canvas.TICK, length=2)
+        canvas.name_ticks(axes.xaxis, [str(layer) for layer in layers], 5.4, turned=False)
+        fig.legend(loc="outside lower left", ncols=2)
     return fig
 
 

@@ -110,6 +110,60 @@ def lens_table(
     return "\n".join(lines)
 
 
+def patch_table(whole: Mapping[str, Any], rows: int = 24) -> str:
+    """A context patch: a line per layer, a line per query token, and a sentence.
+
+    Args:
+        whole: `Patch.to_dict()`, with "tokens" [T], the pieces of the query, and "said", those of its "choices".
+        rows: at most this many query tokens, evenly chosen.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    linears = list(dict.fromkeys(name.split(".", 1)[1] for name in whole["norms"]))
+    layers = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("layer", "with events", "without", *linears):
+        layers.add_column(name, justify="right")
+    errors = zip(most(whole["layer_error"]), most(whole["unpatched_layer_error"]), strict=True)
+    for layer, (patched, unpatched) in enumerate(errors):
+        norms = [whole["norms"].get(f"{layer}.{name}") for name in linears]
+        sizes = ("" if norm is None else f"{max(norm):.3f}" for norm in norms)
+        layers.add_row(str(layer), f"{patched:.1e}", f"{unpatched:.3f}", *sizes)
+    each = Table(box=None, pad_edge=False, header_style="bold")
+    each.add_column("position", justify="right")
+    for name in ("query token", "next, with the context", "without", "without, with events"):
+        each.add_column(name)
+    for n in _spread(len(whole["tokens"]), rows):
+        said = (repr(whole["said"][run][n]) for run in ("reference", "unpatched", "patched"))
+        each.add_row(str(whole["start"] + n), repr(whole["tokens"][n]), *said)
+    text = io.StringIO()
+    console = Console(file=text, width=10_000, highlight=False, markup=False)
+    console.print(layers)
+    text.write("the stream behind each layer: ‖without the context − with it‖ / ‖with it‖; the events: ‖ΔW‖ / ‖W‖\n")
+    if len(whole["tokens"]) > 1:
+        text.write("(all of these the largest over the query tokens)\n")
+    text.write("\n")
+    console.print(each)
+    return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), "", patch_sentence(whole)])
+
+
+def patch_sentence(whole: Mapping[str, Any]) -> str:
+    """What a context patch came to."""
+    count, every = len(whole["tokens"]), len(whole["layer_error"][0])
+    where_ = "all layers" if len(whole["layers"]) == every else f"{len(whole['layers'])} of {every} layers"
+    return (
+        f"{len(whole['norms']) * count} events in {where_} for {count} query token{'s' if count > 1 else ''} behind a "
+        f"context of {whole['start']}: the first choice is the context's at {whole['agreement']:.0%} "
+        f"({whole['unpatched_agreement']:.0%} without events); the largest difference of a logit is "
+        f"{whole['difference']:.2g} ({whole['unpatched_difference']:.3g})."
+    )
+
+
+def most(error_TL: Sequence[Sequence[float]]) -> list[float]:
+    """The largest over the query tokens of each layer."""
+    return [max(column) for column in zip(*error_TL, strict=True)]
+
+
 def where(whole: Mapping[str, Any], row: int) -> tuple[str, str, str]:
     """The event behind a row of the record, as text: its number, its position, its token."""
     number = whole["probed"][row]

@@ -60,6 +60,10 @@ class Events:
         U_BTO, K_BTI, write_BT = map(side_by_side, (self.U_BTO, self.K_BTI, self.write_BT))
         return Events(U_BTO, K_BTI, bias_BT, write_BT, self.all_written)
 
+    def repeated(self, rows: int) -> Events:
+        """The events of one row, for `rows` rows that begin alike."""
+        return self._each(lambda t: t.expand(rows, *t.shape[1:]))
+
     def total(self) -> Tensor:
         """The sum of all their numbers, []: not finite if one of them is not, and perhaps where they are large."""
         total = self.U_BTO.sum() + self.K_BTI.sum()

@@ -7,6 +7,7 @@ Shape suffixes: B rows, T tokens, R slots, O out, I in, M moments.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -66,6 +67,12 @@ class EventLog(Factors):
         self.archive: Factors | None = None
         if archive and overflow in ("compress", "evict"):
             self.archive = Factors(name, *size, "grow", decay, dtype, torch.device("cpu"), budget)
+        self.initial: Events | None = None  # [1, events]: what every row begins with, see `begin`
+
+    @property
+    def began(self) -> int:
+        """The number of events that every row began with."""
+        return 0 if self.initial is None else self.initial.write_BT.shape[1]
 
     @property
     def every(self) -> Factors:
@@ -88,6 +95,14 @@ class EventLog(Factors):
         return self.decay == 0 and len(set(self.event_counts)) == 1 and not full and not any(self.scaled)
 
     # ---- writing
+
+    def begin(self, events: Events) -> None:
+        """Begins with the events of one row [1, events] in every row; so does every life after a `clear`.
+
+        Only for a log without events. They are events as any other, but `undo` does not go below them.
+        """
+        self.initial = events
+        self.write(events.repeated(len(self.event_counts)))
 
     def segments(self, write_BT: Tensor, rows_per_column: int = 1) -> list[tuple[int, int]]:
         """Token ranges to read and write one after the other, so that one pass equals token by token.
@@ -311,6 +326,8 @@ class EventLog(Factors):
         super().clear()
         if self.archive is not None:
             self.archive.clear()
+        if self.initial is not None:
+            self.begin(self.initial)
 
     def rows(self, chosen: Sequence[int]) -> Self:
         other = super().rows(chosen)
@@ -321,6 +338,7 @@ class EventLog(Factors):
         super().copy_from(other)
         if self.archive is not None and isinstance(other, EventLog) and other.archive is not None:
             self.archive.copy_from(other.archive)
+        self.initial = other.initial if isinstance(other, EventLog) else None
 
     # ---- saving
 
@@ -330,6 +348,8 @@ class EventLog(Factors):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = super().state_dict()
         del meta["archive"]
+        if self.initial is not None:
+            meta["initial"] = _digest(self.initial)
         if self.archive is not None:
             saved, meta["archive"] = self.archive.state_dict()
             tensors |= {f"archive.{key}": t for key, t in saved.items()}
@@ -342,6 +362,11 @@ class EventLog(Factors):
 
     def check_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         super().check_state(tensors, {**meta, "archive": "archive" in meta})
+        if meta.get("initial") != (here := _digest(self.initial)):
+            raise ValueError(
+                f"{self.name}: the saved log began with adapter {meta.get('initial')}, but a new one begins with "
+                f"{here} (import_peft)"
+            )
         if self.archive is not None:
             self.archive.check_state(_of_archive(tensors), meta["archive"])
 
@@ -367,6 +392,16 @@ class EventLog(Factors):
         norm = torch.full((self.event_counts[row],), float("nan"), dtype=torch.float64, device="cpu")
         norm[birth_R[own_R].cpu()] = (U_RO[own_R].double().norm(dim=1) * K_RI[own_R].double().norm(dim=1)).cpu()
         return norm
+
+
+def _digest(initial: Events | None) -> str | None:
+    """Tells what logs begin with apart; None: with nothing."""
+    if initial is None:
+        return None
+    digest = hashlib.sha256()
+    for factor in (initial.U_BTO, initial.K_BTI, initial.bias_BT):
+        digest.update(b"" if factor is None else factor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _of_archive(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

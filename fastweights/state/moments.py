@@ -36,8 +36,8 @@ class Moment:
     layers: Sequence[int] | None = None
     linears: Sequence[str] | None = None
 
-    def slot_weights(self, log: EventLog, address: tuple[int, str], row: int) -> Tensor:
-        """w of every slot of one linear and row, [slots]."""
+    def slot_weights(self, log: EventLog, address: tuple[int, str], row: int, where: str = "probe(at=...)") -> Tensor:
+        """w of every slot of one linear and row, [slots]; `where` names the call in a refusal."""
         latest = log.event_counts[row]
         w_R = log.weights_at([latest if self.events is None else min(self.events, latest)], row)[0]
         if self.minus is not None:
@@ -50,7 +50,7 @@ class Moment:
         named = [*self.without, *self.scale]
         if named and min(named) <= log.oldest_event(row):
             raise ValueError(
-                f"probe(at=...) names event {min(named)}, but the oldest that {log.name} keeps by itself in row {row} "
+                f"{where} names event {min(named)}, but the oldest that {log.name} keeps by itself in row {row} "
                 f"is {log.oldest_event(row) + 1} (overflow={log.overflow!r}; attach with archive=True)"
             )
         number_R = log.moment_factors()[3][row] + 1
@@ -58,20 +58,20 @@ class Moment:
             w_R = torch.where(number_R == event, w_R * factor, w_R)
         return w_R
 
-    def check(self, latest: int, addresses: Collection[tuple[int, str]]) -> None:
+    def check(self, latest: int, addresses: Collection[tuple[int, str]], where: str = "probe(at=...)") -> None:
         """Refuses events that have not happened (`latest` events have), and layers and linears that are not plastic."""
         for name, wanted, n in (("layer", self.layers, 0), ("linear", self.linears, 1)):
             plastic = sorted({address[n] for address in addresses}, key=str)
             for one in () if wanted is None else wanted:
                 if one not in plastic:
-                    raise ValueError(f"probe(at=...) names {name} {one!r}, but plastic are {plastic}")
+                    raise ValueError(f"{where} names {name} {one!r}, but plastic are {plastic}")
         for event in (self.events, self.minus, *self.without, *self.scale):
             if event is not None and (isinstance(event, bool) or not isinstance(event, int)):
-                raise ValueError(f"probe(at=...) names event {event!r}: expected a whole number")
+                raise ValueError(f"{where} names event {event!r}: expected a whole number")
             if event is not None and not 0 <= event <= latest:
-                raise ValueError(f"probe(at=...) names event {event}, but this episode has events 0 to {latest}")
+                raise ValueError(f"{where} names event {event}, but this episode has events 0 to {latest}")
         if 0 in self.without or 0 in self.scale:
-            raise ValueError("probe(at=...) leaves out or scales event 0: events are numbered from 1")
+            raise ValueError(f"{where} leaves out or scales event 0: events are numbered from 1")
 
 
 At = str | int | Moment | Sequence[int | Moment] | Tensor
