@@ -79,20 +79,23 @@ def scan_with_graph(
     with torch.no_grad():
         whole = Whole(G_BTT.detach(), h_BTI.detach(), write_BT)
         solved_BTO, u_BTO = scan(a_BTO.detach(), whole, value, known, backend)
-    own_BTO = solved_BTO.detach().requires_grad_()
-    made_BTO = value(own_BTO, 0, own_BTO.shape[1])
-    if whole.written is not None:
-        made_BTO = made_BTO.masked_fill(~whole.written[..., None], 0)
-    return _Scanned.apply(
-        a_BTO, G_BTT, made_BTO, slope(made_BTO, own_BTO), (solved_BTO, u_BTO), (backend, whole.precision)
-    )
+
+    def event(a: Tensor) -> Tensor:
+        made = value(a, 0, a.shape[1])
+        return made if whole.written is None else made.masked_fill(~whole.written[..., None], 0)
+
+    slope_BTO, how = slope(event, solved_BTO), (backend, whole.precision)
+    # its graph does not go to a: that way goes through the slope
+    return _Scanned.apply(a_BTO, G_BTT, event(solved_BTO), slope_BTO, (solved_BTO, u_BTO), how)
 
 
-def slope(u_BTO: Tensor, a_BTO: Tensor) -> Tensor:
-    """∂u_i / ∂a_i of every entry; the graph of u stays."""
+def slope(event: Callable[[Tensor], Tensor], a_BTO: Tensor) -> Tensor:
+    """∂u_i / ∂a_i of every entry, u = event(a)."""
+    a_BTO = a_BTO.detach().requires_grad_()
+    u_BTO = event(a_BTO)
     if not u_BTO.requires_grad:  # a value that does not look at a, nor at anything else that asks for a gradient
         return torch.zeros_like(a_BTO)
-    (found,) = torch.autograd.grad(u_BTO.sum(), a_BTO, retain_graph=True, allow_unused=True, materialize_grads=True)
+    (found,) = torch.autograd.grad(u_BTO.sum(), a_BTO, allow_unused=True, materialize_grads=True)
     return found
 
 

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 WAYS = ["torch", "c", "float64"] + (["triton"] if INTERPRETED or ON_GPU else [])
-SHAPES = [(1, 1, 5), (2, 7, 48), (1, 35, 200), (1, 128, 49), (2, 131, 17), (1, 300, 33)]  # B, T, O
+SHAPES = [(1, 1, 5), (2, 7, 48), (1, 35, 200), (1, 128, 33), (2, 131, 17), (1, 300, 18)]  # B, T, O
 NAN = float("nan")
 
 warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
@@ -73,7 +73,7 @@ def test_every_way_is_the_loop_over_tokens(shape, name, monkeypatch):
 @pytest.mark.parametrize("name", WAYS)
 def test_strides_are_free_and_what_nothing_comes_from_may_be_none(name, monkeypatch):
     backend, to = way(name, monkeypatch)
-    c, d, slope, G = example(1, 131, 33)
+    c, d, slope, G = example(2, 37, 33)
     c, zero = c[..., :1].expand_as(c), torch.zeros_like(c)  # what the gradient of a sum looks like
     mine = (c.to(**to), d.mT.contiguous().mT.to(**to), slope.to(**to), G.mT.contiguous().to(**to).mT)
     check(name, adjoint.adjoint(*mine, backend), token_by_token(c, d, slope, G))

@@ -132,25 +132,8 @@ def step_linear(plastic, made=False, bias=False):
     return frozen._replace(**factors, **token, rate=WORD, gamma=WORD, R="i32", mu="fp32", clip="fp32", **strides)
 
 
-ODD = (
-    "T",
-    "t1",
-    "R",
-    "B",
-    "H",
-    "KH",
-    "per",
-    "rows",
-    "rate_sb",
-    "rate_so",
-    "gamma_sb",
-    "gamma_so",
-    "bias_sb",
-    "birth_sb",
-    "w_sb",
-    "w_st",
-)
-ODD += ("write_sb", "norm_sb")
+ODD = ("T", "t1", "R", "B", "H", "KH", "per", "rows", "bias_sb", "birth_sb", "w_sb", "w_st")
+ODD += ("rate_sb", "rate_so", "gamma_sb", "gamma_so", "write_sb", "norm_sb")
 
 
 @pytest.mark.parametrize("target", TARGETS)
