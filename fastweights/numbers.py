@@ -92,6 +92,13 @@ def check_form(rule: str, name: str, number: Number, rows: int, out_features: in
         raise ValueError(f"{rule} has {shape[0]} {name}s, one per row, but this episode has batch {rows}")
 
 
+def by_row(number: Number) -> bool:
+    """Whether there may be more than one of it over the rows."""
+    if isinstance(number, Tensor):
+        return number.dim() == 1 or (number.dim() == 2 and len(number) > 1)
+    return isinstance(number, tuple)
+
+
 def as_float(number: Any) -> float:
     """One number as a float, without its graph."""
     return float(number.detach()) if isinstance(number, Tensor) else cast(float, number)

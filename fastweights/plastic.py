@@ -18,7 +18,7 @@ from .kernels.linear import linear
 from .kernels.read import read
 from .kernels.scan import Known, scan
 from .model import Llama
-from .numbers import NUMBERS, as_float, check_form, same, tensors_of
+from .numbers import NUMBERS, as_float, by_row, check_form, same, tensors_of
 from .passes import Pass, SharedKeys
 from .rules import Local, Rule, check_rule, event_value, key_of, modulation_of, target_at, twin_of, value_of
 from .state import EventLog
@@ -305,11 +305,11 @@ class PlasticLinear(nn.Module):
 
     def kernel_form(self, now: Pass, a_BCO: Tensor, part: slice) -> Known | None:
         """The rule as the scan's kernels know it, for these tokens; None: they do not."""
-        twin, target_BCO = twin_of(self.rule), None
+        twin, target_BCO = twin_of(self.rule, learned=True), None
         if twin is None or self.activation.name not in values.ACTIVATIONS:
             return None
         # in C a rate belongs to a row of the batch, not to a row of a column
-        if self.backend == "torch" and now.row_BT is not None and isinstance(self.rule.rate, tuple):
+        if self.backend == "torch" and now.row_BT is not None and (by_row(twin.rate) or by_row(twin.gamma)):
             return None
         target = getattr(self.rule, "target", None)
         if isinstance(target, Tensor):

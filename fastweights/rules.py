@@ -81,23 +81,32 @@ class Twin(NamedTuple):
 
     name: str
     rate: Number
-    gamma: float = 1.0
+    gamma: Number = 1.0
 
 
-def twin_of(rule: Rule) -> Twin | None:
+def twin_of(rule: Rule, learned: bool = False) -> Twin | None:
     """How the kernels know this rule; None: they do not, and it runs on torch.
 
     None as well for a subclass that overrides `value`: the kernels of its base class would compute something else. And
     for a rule with a number that is a tensor: whoever learns it changes it in place, and kernels keep what they read.
+
+    learned: for a kernel that reads the numbers anew, which may then be tensors.
     """
-    if tensors_of(rule):
+    if not learned and tensors_of(rule):
         return None
     places = [getattr(rule, "__dict__", {}), *map(vars, type(rule).__mro__)]
     known = next(("twin" in names for names in places if "twin" in names or "value" in names), False)
     return getattr(rule, "twin", None) if known else None
 
 
-def _times(rate: Number, factor: float) -> Number:
+def _times(rate: Number, factor: float | Tensor) -> Number:
+    """Of tensors, [rows] times [1, O] or [rows, O] is one number per row and neuron."""
+    if isinstance(rate, Tensor) or isinstance(factor, Tensor):
+        first, second = (torch.as_tensor(x).detach() for x in (rate, factor))
+        device = max((first, second), key=Tensor.dim).device
+        wide = max(first.dim(), second.dim()) == 2
+        first, second = (x[:, None] if wide and x.dim() == 1 else x for x in (first.to(device), second.to(device)))
+        return first * second
     return tuple(r * factor for r in rate) if isinstance(rate, tuple) else cast(float, rate) * factor
 
 
@@ -202,8 +211,8 @@ class LocalLeastSquares:
     @property
     def twin(self) -> Twin:
         if self.target == "self":
-            return Twin(self.gate, _times(self.rate, cast(float, self.gamma)))
-        return Twin(f"slow_{self.gate}", self.rate, cast(float, self.gamma))
+            return Twin(self.gate, _times(self.rate, self.gamma))
+        return Twin(f"slow_{self.gate}", self.rate, self.gamma)
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         gamma = spread(self.gamma, a, at.row)
@@ -236,7 +245,7 @@ class Delta:
 
     @property
     def twin(self) -> Twin:
-        return Twin("delta", _times(self.rate, cast(float, self.beta)))
+        return Twin("delta", _times(self.rate, self.beta))
 
     def value(self, a: Tensor, z: Tensor, at: Local) -> Tensor:
         target = target_at(self.target, at.position, at.row).to(device=a.device, dtype=a.dtype)

@@ -57,6 +57,7 @@ def library() -> ctypes.CDLL | None:
         "product_columns": [*[pointer, long] * 3, *[long] * 3, number, number],
         "attention": [pointer, pointer, number],
         "scan_block": [pointer, number],
+        "adjoint_block": [pointer, number],
         "settled": [pointer, pointer, long, long, ctypes.c_float],
         "back_float32": [*[pointer] * 4, *[long] * 3, number],
         "back_bfloat16": [*[pointer] * 4, *[long] * 3, number],

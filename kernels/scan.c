@@ -1,5 +1,5 @@
-/* The scan (scan.py) in float32. On a CPU with AVX-512: one block of tokens, by a rule that is known here. On any CPU:
-   whether a sweep has settled. Built by cpu.py. */
+/* The scan (scan.py) and its adjoint (adjoint.py) in float32. On a CPU with AVX-512: one block of tokens, of the scan by a
+   rule that is known here. On any CPU: whether a sweep has settled. Built by cpu.py. */
 #include "cpu.h"
 
 #ifdef __AVX512F__
@@ -12,7 +12,9 @@ typedef struct {
   const float *frozen, *target, *norm; /* [T, O], [T, O], [T]; null where neither rule nor clip looks */
   const unsigned char *write;          /* [T] */
   long a_t, u_t, G_t, frozen_t, target_t, T, O; /* strides; each O lies together */
-  float rate, gamma, clip;                       /* clip: inf for none */
+  const float *rate, *gamma; /* of the row: one per neuron, or one for all where rate_o is 0 */
+  long rate_o, gamma_o;
+  float clip; /* inf for none */
   int rule, phi; /* φ's number, as in cpu.h */
 } ScanArguments;
 
@@ -30,7 +32,8 @@ INLINE void gated(const int id, int gate, const float *x, float *y) {
 }
 
 /* u [ACROSS] of one token */
-static void values(const ScanArguments *p, float norm, const float *a, const float *frozen, const float *target, float *u) {
+static void values(const ScanArguments *p, const float *rate, const float *gamma, float norm, const float *a,
+                   const float *frozen, const float *target, float *u) {
   const float *x = p->rule < SLOW ? a : frozen;
   int gate = p->rule % SLOW;
   if (p->rule == DELTA)
@@ -40,8 +43,8 @@ static void values(const ScanArguments *p, float norm, const float *a, const flo
   else if (p->phi == GELU_TANH) gated(GELU_TANH, gate, x, u);
   else gated(IDENTITY, gate, x, u);
   if (p->rule >= SLOW && p->rule != DELTA)
-    for (int j = 0; j < ACROSS; j++) u[j] = p->gamma * u[j] - (a[j] - frozen[j]);
-  for (int j = 0; j < ACROSS; j++) u[j] *= p->rate;
+    for (int j = 0; j < ACROSS; j++) u[j] = gamma[j] * u[j] - (a[j] - frozen[j]);
+  for (int j = 0; j < ACROSS; j++) u[j] *= rate[j];
   if (p->clip < INFINITY)
     for (int j = 0; j < ACROSS; j++) {
       float size = fabsf(u[j]) * norm;
@@ -52,6 +55,8 @@ static void values(const ScanArguments *p, float norm, const float *a, const flo
 /* Neurons o to o + n, n ≤ ACROSS, TALL tokens at a time. What earlier tokens wrote is added as one tile. */
 static void neurons(const ScanArguments *p, long o, long n) {
   lanes u[MOST][WIDE] = {0}, a[WIDE] = {0}, frozen[WIDE] = {0}, target[WIDE] = {0}, sum[TALL][WIDE];
+  float rate[ACROSS] = {0}, gamma[ACROSS] = {0};
+  for (long j = 0; j < n; j++) rate[j] = p->rate[(o + j) * p->rate_o], gamma[j] = p->gamma[(o + j) * p->gamma_o];
   for (long t0 = 0; t0 < p->T; t0 += TALL) {
     long rows = p->T - t0 < TALL ? p->T - t0 : TALL, from = 0;
     if (rows == TALL) {
@@ -70,7 +75,7 @@ static void neurons(const ScanArguments *p, long o, long n) {
       if (p->write[t]) {
         if (p->frozen) memcpy(frozen, p->frozen + t * p->frozen_t + o, n * sizeof(float));
         if (p->target) memcpy(target, p->target + t * p->target_t + o, n * sizeof(float));
-        values(p, p->norm ? p->norm[t] : 0, (float *)a, (float *)frozen, (float *)target, (float *)u[t]);
+        values(p, rate, gamma, p->norm ? p->norm[t] : 0, (float *)a, (float *)frozen, (float *)target, (float *)u[t]);
       }
       memcpy(p->u + t * p->u_t + o, u[t], n * sizeof(float));
     }
@@ -80,6 +85,44 @@ static void neurons(const ScanArguments *p, long o, long n) {
 void scan_block(const ScanArguments *p, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (long o = 0; o < p->O; o += ACROSS) neurons(p, o, p->O - o < ACROSS ? p->O - o : ACROSS);
+}
+/* The adjoint: ā = c + slope ⊙ b, b_t += Σ_{r>t} G_rt ā_r, from the last token of the block to the first. */
+typedef struct {
+  const float *c, *slope; /* [T, O], T ≤ MOST; c is null where nothing came from above */
+  const float *G;         /* [T, T]; only what lies below its diagonal is read */
+  float *b, *above;       /* [T, O]: b has all that comes from after the block; above is ā */
+  long c_t, slope_t, G_t, b_t, above_t, T, O; /* strides; each O lies together */
+} AdjointArguments;
+
+/* Neurons o to o + n, n ≤ ACROSS, TALL tokens at a time. What later tokens give back is added as one tile. */
+static void back(const AdjointArguments *p, long o, long n) {
+  lanes above[MOST][WIDE] = {0}, c[WIDE] = {0}, slope[WIDE] = {0}, b[WIDE] = {0}, sum[TALL][WIDE];
+  for (long t1 = p->T; t1 > 0; t1 -= TALL) {
+    long rows = t1 < TALL ? t1 : TALL, t0 = t1 - rows, end = p->T;
+    if (rows == TALL) {
+      tile(sum, p->G + t1 * p->G_t + t0, 1, p->G_t, (float *)above[t1], ACROSS, p->T - t1, WIDE);
+      end = t1;
+    } else
+      memset(sum, 0, sizeof sum);
+    for (long t = t1 - 1; t >= t0; t--) {
+      memcpy(b, p->b + t * p->b_t + o, n * sizeof(float));
+      memcpy(slope, p->slope + t * p->slope_t + o, n * sizeof(float));
+      if (p->c) memcpy(c, p->c + t * p->c_t + o, n * sizeof(float));
+      for (int j = 0; j < WIDE; j++) {
+        lanes more = sum[t - t0][j];
+        for (long r = t + 1; r < end; r++) more += p->G[r * p->G_t + t] * above[r][j];
+        b[j] += more;
+        above[t][j] = c[j] + slope[j] * b[j];
+      }
+      memcpy(p->b + t * p->b_t + o, b, n * sizeof(float));
+      memcpy(p->above + t * p->above_t + o, above[t], n * sizeof(float));
+    }
+  }
+}
+
+void adjoint_block(const AdjointArguments *p, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long o = 0; o < p->O; o += ACROSS) back(p, o, p->O - o < ACROSS ? p->O - o : ACROSS);
 }
 #endif
 

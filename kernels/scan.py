@@ -30,7 +30,7 @@ from .values import (
     jit,
     kernel_of,
     on_its_gpu,
-    per_row,
+    per_neuron,
     require_triton,
     tl,
     triton,
@@ -44,8 +44,8 @@ Value = Callable[[torch.Tensor, int, int], torch.Tensor]
 class Known:
     """What a kernel needs to compute the same value for a whole prompt.
 
-    rule: a name in `values.KERNELS`. rate, gamma: floats, tuples of B or tensors [] or [B]. frozen, target: broadcast
-    to [B, T, O]. norm_BT: ‖k‖, for clip.
+    rule: a name in `values.KERNELS`. rate, gamma: floats, tuples of B or tensors [], [B], [1, O] or [B, O]. frozen,
+    target: broadcast to [B, T, O]. norm_BT: ‖k‖, for clip.
     """
 
     rule: str
@@ -107,7 +107,9 @@ class ScanArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "u", "G", "frozen", "target", "norm", "write")),
         *((name, ctypes.c_long) for name in ("a_t", "u_t", "G_t", "frozen_t", "target_t", "T", "O")),
-        *((name, ctypes.c_float) for name in ("rate", "gamma", "clip")),
+        *((name, ctypes.c_void_p) for name in ("rate", "gamma")),
+        *((name, ctypes.c_long) for name in ("rate_o", "gamma_o")),
+        ("clip", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("rule", "phi")),
     ]
 
@@ -125,7 +127,7 @@ def _in_c(a_BTO, u_BTO, gram: Gram, known: Known) -> Callable[[torch.Tensor, int
     lie_apart = any(x is not None and x.stride(2) != 1 for x in (frozen, target))
     if helper is None or not hasattr(helper, "scan_block") or lie_apart:
         return None
-    rate_B, gamma_B = (per_row(x, B, a_BTO).tolist() for x in (known.rate, known.gamma))
+    numbers = [per_neuron(x, B, O, a_BTO) for x in (known.rate, known.gamma)]
     write = gram.write.contiguous()
     kind = (math.inf if known.clip is None else known.clip, rule.in_c, IN_C[known.activation])
 
@@ -137,7 +139,8 @@ def _in_c(a_BTO, u_BTO, gram: Gram, known: Known) -> Callable[[torch.Tensor, int
             where = [0 if x is None else x.data_ptr() for x in large]
             where += [0 if norm is None else norm[b, t0:].data_ptr(), write[b, t0:].data_ptr()]
             strides = [0 if x is None else x.stride(0) for x in large]
-            arguments = ScanArguments(*where, *strides, t1 - t0, O, rate_B[b], gamma_B[b], *kind)
+            own = [x[b].data_ptr() for x in numbers] + [x.stride(1) for x in numbers]
+            arguments = ScanArguments(*where, *strides, t1 - t0, O, *own, *kind)
             helper.scan_block(ctypes.byref(arguments), torch.get_num_threads())
 
     return solve
@@ -222,7 +225,7 @@ def _earlier(
 @jit
 def _block(
     a_ptr, G_ptr, y_ptr, u_ptr, written_ptr, frozen_ptr, target_ptr, norm_ptr, rate_ptr, gamma_ptr,
-    t0, t1, T, O, G_sb, G_st, frozen_sb, frozen_st, target_sb, target_st, rate_sb, gamma_sb, clip,
+    t0, t1, T, O, G_sb, G_st, frozen_sb, frozen_st, target_sb, target_st, rate_sb, rate_so, gamma_sb, gamma_so, clip,
     RULE: tl.constexpr, PHI: tl.constexpr, FROZEN: tl.constexpr, TARGET: tl.constexpr, CLIP: tl.constexpr,
     ALL: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +238,8 @@ def _block(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     alive, tokens = n < O, t1 - t0
     m = tl.arange(0, 16)[:, None]  # rows of the smallest product: C of them are the tokens of a chunk
-    rate, gamma = tl.load(rate_ptr + b * rate_sb), tl.load(gamma_ptr + b * gamma_sb)
+    rate = tl.load(rate_ptr + b * rate_sb + n * rate_so, mask=alive, other=0.0)
+    gamma = tl.load(gamma_ptr + b * gamma_sb + n * gamma_so, mask=alive, other=0.0)
     a_ptr += b * tokens * O
     G_ptr += b * G_sb + t0
     y_ptr += (b * T + t0) * O
@@ -314,9 +318,9 @@ def launch(start_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Ten
     y_BTO = torch.empty(B, T, O, dtype=start.dtype, device=start.device)
     u_BTO = torch.empty(B, T, O, dtype=torch.float32, device=start.device)
     block_BCO = torch.empty(B, min(T, OUTER), O, dtype=torch.float32, device=start.device)
-    rate_B, gamma_B = per_row(known.rate, B, u_BTO), per_row(known.gamma, B, u_BTO)
-    norm_BT = rate_B if known.norm_BT is None else known.norm_BT.expand(B, T).float().contiguous()
-    written_BT = rate_B if gram.written is None else gram.written.to(torch.uint8).contiguous()
+    rate_BO, gamma_BO = (per_neuron(x, B, O, u_BTO) for x in (known.rate, known.gamma))
+    norm_BT = rate_BO if known.norm_BT is None else known.norm_BT.expand(B, T).float().contiguous()
+    written_BT = rate_BO if gram.written is None else gram.written.to(torch.uint8).contiguous()
     known_to_triton = {
         "RULE": rule.value,
         "PHI": known.activation,
@@ -335,9 +339,9 @@ def launch(start_BTO: torch.Tensor, gram: Gram, known: Known) -> tuple[torch.Ten
             PRECISION=gram.precision, **product_tile, **FUSED,
         )  # fmt: skip
         _block[(triton.cdiv(O, BLOCK["BN"]), B)](
-            block_BCO, G, y_BTO, u_BTO, written_BT, frozen, target, norm_BT, rate_B, gamma_B,
-            t0, t1, T, O, *G.stride()[:2], *frozen.stride()[:2], *target.stride()[:2], rate_B.stride(0),
-            gamma_B.stride(0), float(known.clip or 0), **known_to_triton, **BLOCK, **FUSED,
+            block_BCO, G, y_BTO, u_BTO, written_BT, frozen, target, norm_BT, rate_BO, gamma_BO,
+            t0, t1, T, O, *G.stride()[:2], *frozen.stride()[:2], *target.stride()[:2], *rate_BO.stride(),
+            *gamma_BO.stride(), float(known.clip or 0), **known_to_triton, **BLOCK, **FUSED,
         )  # fmt: skip
     return y_BTO, u_BTO
 

@@ -170,6 +170,12 @@ def clipped_triton(u, clip, key_norm):
 Number = torch.Tensor | float | Sequence[float]
 
 
+def per_neuron(number: Number, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """A float, a tuple of B, or a tensor [], [B], [1, O] or [B, O], as [B, O] (stride 0 where there is one number)."""
+    each = number if isinstance(number, torch.Tensor) and number.dim() == 2 else per_row(number, rows, like)[:, None]
+    return each.detach().to(like.device, like.dtype, non_blocking=True).expand(rows, width)
+
+
 def per_row(number: Number, rows: int, like: torch.Tensor) -> torch.Tensor:
     """A float, a tuple of B, or a tensor [] or [B], as [B] in like's dtype and place (stride 0 for one number)."""
     if isinstance(number, (int, float)):  # filled there: nothing to wait for

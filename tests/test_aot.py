@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastweights.kernels import elementwise, place, products, query, read, rope, scan, step, values
+from fastweights.kernels import adjoint_triton, elementwise, place, products, query, read, rope, scan, step, values
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -132,8 +132,8 @@ def step_linear(plastic, made=False, bias=False):
     return frozen._replace(**factors, **token, rate=WORD, gamma=WORD, R="i32", mu="fp32", clip="fp32", **strides)
 
 
-ODD = ("T", "t1", "R", "B", "H", "KH", "per", "rows", "rate_sb", "gamma_sb", "bias_sb", "birth_sb", "w_sb", "w_st")
-ODD += ("write_sb", "norm_sb")
+ODD = ("T", "t1", "R", "B", "H", "KH", "per", "rows", "bias_sb", "birth_sb", "w_sb", "w_st")
+ODD += ("rate_sb", "rate_so", "gamma_sb", "gamma_so", "write_sb", "norm_sb")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -181,6 +181,17 @@ def test_scan_of_earlier_blocks(precision, target, tmp_path):
     listing = check_resources(binary, target, tmp_path)
     if precision == "tf32":  # on the tensor cores
         assert re.search(r"\bH[G]?MMA\b.*TF32|v_mfma_f32_\w+xf32", listing)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_adjoint(precision, target, tmp_path):
+    """Of all blocks after one, and of the block itself."""
+    later = adjoint_triton.LATER[precision]
+    tile, warps = {size: later[size] for size in ("BM", "BN", "BK")} | {"PRECISION": precision}, later["num_warps"]
+    check_resources(compiled(adjoint_triton._later, tile, target, warps, odd=("T", "t0", "t1")), target, tmp_path)
+    tile = {size: scan.BLOCK[size] for size in ("BN", "BK", "C")} | {"PRECISION": precision}
+    check_resources(compiled(adjoint_triton._back, tile, target, 1, odd=("T", "t0", "t1")), target, tmp_path)
 
 
 def wide_loads(listing, target):

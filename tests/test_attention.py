@@ -119,7 +119,8 @@ def test_the_forms_for_a_gpu_give_the_same(shape, masked, dtype, monkeypatch):
 def test_flash_attention_is_asked_for_tokens_after_others_and_never_given_a_mask(monkeypatch):
     seen = []
 
-    def flash(q, k, v):
+    def flash(q, k, v, scale):
+        assert scale == 0.25  # 1 / √16
         seen.append(q.shape[2])
         return slow(q, k, v, k.shape[2] - q.shape[2]).transpose(1, 2)
 

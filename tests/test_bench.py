@@ -26,7 +26,7 @@ from fastweights.benchmarks import (
     whole,
 )
 from fastweights.benchmarks import record as records
-from fastweights.benchmarks.bed import ALL, Bed, byte_tokenizer
+from fastweights.benchmarks.bed import Bed, byte_tokenizer
 from fastweights.benchmarks.cases import Case
 from fastweights.benchmarks.measure import Ceiling, Check, Experiment, Trial
 from fastweights.config import LlamaConfig
@@ -174,7 +174,7 @@ def test_counts_by_hand():
     # 7 events: 7 rows of U and K read and one of each written, float32
     assert measure.plastic_decode_bytes(config, 2, ["gate_proj", "down_proj"], 7) == 2 * 2 * 4 * 8 * (24 + 52)
     # 5 tokens: 10 pairs; a Gram over D for gate and up together, one over F for down; outputs 52, 52, 24
-    assert measure.plastic_prefill_flops(config, 3, ALL, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
+    assert measure.plastic_prefill_flops(config, 3, tuple(config.family.linears), 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
     assert measure.plastic_prefill_flops(config, 1, ["up_proj"], 5) == 2 * 10 * (24 + 52)
 
 

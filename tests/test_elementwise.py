@@ -376,7 +376,7 @@ PASSES = {
 def test_a_layer_launches_no_more_than(name, monkeypatch):
     run, most = PASSES[name]
     monkeypatch.setattr(attention, "_takes_flash", lambda *given: True)
-    monkeypatch.setattr(attention, "_flash", lambda q, k, v: q + 0)
+    monkeypatch.setattr(attention, "_flash", lambda q, k, v, scale: q + 0)
     two, three = (launched(monkeypatch, depth, run) for depth in (2, 3))
     layer = three - two
     assert layer.total() <= most, layer

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from dense import F64, DenseGPT2, DenseLlama, Spec, silu, silu_slope
+from family_models import MODELS, pairs
 from tiny import CONFIG, prompt, tiny
 from torch import Tensor, nn
 
@@ -285,12 +286,61 @@ def test_another_family_and_its_only_input_linear():
     compare(fw.Episode(model, B).feed(IDS, graph=True), theirs, [rate, decay, shift, slow])
     carried = fw.Episode(model, B)
     parts = [carried.feed(ids, graph="carry") for ids in IDS.split([2, 5], 1)]
-    compare(torch.cat(parts, 1), theirs_again(dense, model, config, own), [rate, decay, shift, slow])
+    compare(torch.cat(parts, 1), theirs, [rate, decay, shift, slow])
 
 
-def theirs_again(dense, model, config, own):
-    rows = [DenseGPT2(dict(model.named_parameters()), config, own) for _ in dense]
-    return theirs_of(rows)
+@pytest.mark.parametrize("name", MODELS)
+def test_central_differences_in_every_family(name):
+    """All linears of the MLP; the way along a random direction of three numbers, and the same of a carried split."""
+    model = pairs(name)[0].to(F64)
+    ids, numbers = torch.randint(131, (B, 9), generator=torch.Generator().manual_seed(0)), (0.02, 0.1, 0.5)
+    rate, decay, mu = leaves = [leaf(number) for number in numbers]
+    fw.attach(model, layers=[0, 1], rule=fw.Hebbian(rate=rate, decay=decay, mu=mu, bias=True), overflow="grow")
+
+    def life(graph, *parts):
+        episode = fw.Episode(model, B)
+        return loss_of(torch.cat([episode.feed(part, graph=graph) for part in ids.split(parts, 1)], 1))
+
+    def moved(by):
+        with torch.no_grad():
+            for number, value in zip(leaves, numbers, strict=True):
+                number.fill_(value * (1 + by))
+        return life(False, 9)
+
+    difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    plain, whole, carried = moved(0.0), life(True, 9), life("carry", 2, 1, 6)
+    torch.testing.assert_close(whole.detach(), plain, **CLOSE)
+    found, split = (torch.autograd.grad(loss, leaves) for loss in (whole, carried))
+    along = sum(gradient * value for gradient, value in zip(found, numbers, strict=True))
+    torch.testing.assert_close(difference, along, rtol=1e-6, atol=1e-6)
+    for one, other in zip(found, split, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_a_state_that_was_folded_before_is_a_constant():
+    """Against central differences of the same feed from the same snapshot."""
+    rate, decay = leaf(0.3), 0.05
+    model = tiny()
+    fw.attach(model, layers=[1, 2], rule=fw.Hebbian(rate=rate, decay=decay), linears=LINEARS, rank=4)
+    episode, ids = fw.Episode(model, B), prompt(B, 4, seed=4)
+    episode.feed(prompt(B, 14, seed=3))
+    assert max(error for log in episode.logs.values() for error in log.certificate(0)) > 0
+    before = episode.snapshot()
+
+    def fed(by):
+        episode.restore(before)
+        with torch.no_grad():
+            rate.add_(by)
+            out = episode.feed(ids)
+            rate.sub_(by)
+        return loss_of(out)
+
+    out = fed(0.0)
+    episode.restore(before)
+    loss = loss_of(episode.feed(ids, graph=True))
+    torch.testing.assert_close(loss.detach(), out, **CLOSE)
+    (found,) = torch.autograd.grad(loss, rate)
+    torch.testing.assert_close((fed(1e-5) - fed(-1e-5)) / 2e-5, found, rtol=1e-6, atol=1e-6)
 
 
 def test_edits_are_made_in_a_graph_as_without_one_and_gradients_go_through_them():
@@ -323,15 +373,18 @@ def test_central_differences_through_the_public_calls(shared):
     """A long prompt: chunks and halves of the way back; and rows that share one ΔW."""
     ids, numbers = prompt(B, 70), {"rate": 0.1, "mu": 0.3, "decay": 0.02}
 
-    def life(graph, ids=ids, **changed):
+    def life(graph, parts=(70,), **changed):
         rule = fw.LocalLeastSquares(target="slow", gamma=numbers["rate"], bias=True, **{**numbers, **changed})
-        model = plastic((rule,), linears=None)
-        return fw.Episode(model, B, shared=shared).feed(ids, graph=graph)
+        episode = fw.Episode(plastic((rule,), linears=None), B, shared=shared)
+        return torch.cat([episode.feed(part, graph=graph) for part in ids.split(parts, 1)], 1)
 
     leaves = {name: leaf(value) for name, value in numbers.items()}
     out = life(True, **leaves)
     found = torch.autograd.grad(loss_of(out), list(leaves.values()))
     torch.testing.assert_close(out.detach(), life(False), rtol=1e-11, atol=1e-11)
+    split = torch.autograd.grad(loss_of(life("carry", (34, 1, 35), **leaves)), list(leaves.values()))
+    for one, other in zip(found, split, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-8)
     for (name, value), gradient in zip(numbers.items(), found, strict=True):
         up, down = (loss_of(life(False, **{name: value + step})) for step in (1e-5, -1e-5))
         torch.testing.assert_close((up - down) / 2e-5, gradient, rtol=1e-6, atol=1e-6)
@@ -551,9 +604,19 @@ def test_a_saved_episode_knows_the_tensors_of_its_rule(tmp_path):
 # ---- memory
 
 
+def test_a_graph_holds_as_many_tensors_for_many_tokens_as_for_few():
+    held = []
+    for tokens in (3, 80):
+        episode, kept = fw.Episode(plastic(hebbian(rate=leaf(0.1), decay=leaf(0.1)))), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.shape) or x, lambda x: x):
+            episode.feed(prompt(1, tokens), graph=True)
+        held.append(len(kept))
+    assert held[0] == held[1]
+
+
 def test_memory_is_flat_over_steps_of_learning():
     case = hebbian(rate=leaf(0.4), decay=leaf(0.1))
-    model = plastic(case)
+    model = plastic(case, layers=0, model=tiny(num_hidden_layers=1))
     episode, optimizer = fw.Episode(model, B), torch.optim.SGD(pieces(case[2]), 1e-6)
     counts, gone = [], []
     for step in range(50):
