@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .activations import GATES, gated, slow_value
 from .files import read_json, write_tensors, write_text
-from .numbers import Number, as_float, spread
+from .numbers import Number, Twin, as_float, spread
 
 FORMAT = "fastweights rule 1"
 FILES = ("rule.json", "rule.safetensors")
@@ -91,6 +91,15 @@ class Plasticity(nn.Module):
         along = F.normalize(h, dim=-1) @ self.weight.to(h.device, h.dtype)
         return 2 * (along + self.shift.to(h.device, h.dtype)).sigmoid()
 
+    @property
+    def twin(self) -> Twin:
+        """As the kernels know it that read numbers anew."""
+        rate, gamma, gate = self.rate, self.gamma, self.form["gate"]
+        assert isinstance(rate, Tensor)
+        if isinstance(gamma, Tensor):
+            return Twin(f"slow_{gate}", rate.detach(), gamma.detach())
+        return Twin(gate, rate.detach() * gamma)
+
     def value(self, a: Tensor, z: Tensor, at: Any) -> Tensor:
         gamma, gate = spread(self.gamma, a, at.row), self.form["gate"]
         if self.form["target"] == "slow":
@@ -102,7 +111,7 @@ class Learned(nn.Module):
     """Rules for some linears of a model, with parameters that begin as a rule set by hand, bit for bit or to rounding.
 
     It is given to `attach` like any rule; each linear takes its own part. Outside of `feed(graph=...)` its numbers are
-    those that the parameters have then, on torch: no kernel knows them.
+    those that the parameters have then; the scan of a prompt in C and by Triton takes them, the fused steps do not.
 
     Args:
         rule: `Hebbian` or `LocalLeastSquares` with plain numbers. A decay of 0 stays 0, one above 0 is learned.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ ONE = ("mu", "decay", "clip")  # of which there is one for all rows and neurons
 
 # a float; a tuple of one per row, of a rate; a tensor [], [rows], [1, O] or [rows, O]
 Number = float | Sequence[float] | Tensor
+
+
+class Twin(NamedTuple):
+    """A rule as the kernels know it: u = rate · value, by the value that has this name in `kernels.values.KERNELS`."""
+
+    name: str
+    rate: Number
+    gamma: Number = 1.0
 
 
 def spread(number: Number, like: Tensor, row: Tensor | None = None) -> Any:

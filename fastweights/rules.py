@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .activations import GATES, Activation, gated, slow_value
 from .learned import load as load
-from .numbers import NUMBERS, Number, as_float, check_number, nonzero, plain, spread, tensors_of
+from .numbers import NUMBERS, Number, Twin, as_float, check_number, nonzero, plain, spread, tensors_of
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,6 @@ class PerLinear(Protocol):
     """A rule for each linear, see `Learned`."""
 
     def for_linear(self, layer: int, name: str, in_features: int, out_features: int) -> Rule: ...
-
-
-class Twin(NamedTuple):
-    """A rule as the kernels know it: u = rate · value, by the value that has this name in `kernels.values.KERNELS`."""
-
-    name: str
-    rate: Number
-    gamma: Number = 1.0
 
 
 def twin_of(rule: Rule, learned: bool = False) -> Twin | None:

@@ -101,6 +101,18 @@ def test_a_learned_rule_is_the_naive_loop_with_and_without_a_graph_and_so_are_it
     assert all(float(gradient.abs().max()) > 1e-6 for gradient in ours)
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_learned_rule_in_float32_is_that_in_float64(name):
+    ids = prompt(2, 40)
+    outs = []
+    for dtype in (torch.float64, torch.float32):
+        model = tiny(dtype)
+        learned = moved(model, BY_HAND[name])
+        fw.attach(model, learned.layers, learned, learned.linears, overflow="grow")
+        outs.append(fw.Episode(model, 2).feed(ids).double())
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=2e-4)
+
+
 @dataclass(frozen=True)
 class Weighed(fw.Hebbian):
     """A rule that the kernels know, weighed by a function of its input."""
