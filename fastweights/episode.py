@@ -167,8 +167,8 @@ class Episode:
 
         Raises:
             ValueError: for tokens, masks, updates or edits that do not fit and for events with a non-finite factor;
-                the episode is as it was before. With a graph also for gradient rules, budgets and
-                events that overflow a log; and without "carry" while a graph is carried.
+                the episode is as it was before. With a graph also for gradient rules, budgets and events that overflow
+                a log. Without "carry" while a graph is carried.
         """
         ids_BT, mask_BT = tokens(input_ids, attention_mask, self.batch_size, self.model.config.vocab_size)
         if logits not in ("all", "last"):

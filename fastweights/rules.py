@@ -91,7 +91,7 @@ def twin_of(rule: Rule, learned: bool = False) -> Twin | None:
     return getattr(rule, "twin", None) if known else None
 
 
-def _times(rate: Number, factor: float | Tensor) -> Number:
+def _times(rate: Number, factor: Number) -> Number:
     """Of tensors, [rows] times [1, O] or [rows, O] is one number per row and neuron."""
     if isinstance(rate, Tensor) or isinstance(factor, Tensor):
         first, second = (torch.as_tensor(x).detach() for x in (rate, factor))
@@ -99,7 +99,8 @@ def _times(rate: Number, factor: float | Tensor) -> Number:
         wide = max(first.dim(), second.dim()) == 2
         first, second = (x[:, None] if wide and x.dim() == 1 else x for x in (first.to(device), second.to(device)))
         return first * second
-    return tuple(r * factor for r in rate) if isinstance(rate, tuple) else cast(float, rate) * factor
+    one = cast(float, factor)
+    return tuple(r * one for r in rate) if isinstance(rate, tuple) else cast(float, rate) * one
 
 
 def _check(rule: Rule) -> None:

@@ -214,8 +214,8 @@ def _in_c(above, b, c, slope, G) -> Callable[[int, int], None] | None:
     def solve(t0: int, t1: int) -> None:
         assert t1 - t0 <= MOST_TOKENS
         for row in range(len(b)):
-            parts = [x if x is None else x[row, t0:t1] for x in (c, slope, G, b, above)]
-            parts[2] = parts[2][:, t0:]
+            parts = [x if x is None else x[row, t0:t1] for x in (c, slope, b, above)]
+            parts.insert(2, G[row, t0:t1, t0:])
             where, strides = ([0 if x is None else of(x) for x in parts] for of in (Tensor.data_ptr, _stride))
             arguments = AdjointArguments(*where, *strides, t1 - t0, b.shape[2])
             helper.adjoint_block(ctypes.byref(arguments), torch.get_num_threads())

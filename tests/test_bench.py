@@ -174,7 +174,8 @@ def test_counts_by_hand():
     # 7 events: 7 rows of U and K read and one of each written, float32
     assert measure.plastic_decode_bytes(config, 2, ["gate_proj", "down_proj"], 7) == 2 * 2 * 4 * 8 * (24 + 52)
     # 5 tokens: 10 pairs; a Gram over D for gate and up together, one over F for down; outputs 52, 52, 24
-    assert measure.plastic_prefill_flops(config, 3, tuple(config.family.linears), 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
+    every = tuple(config.family.linears)
+    assert measure.plastic_prefill_flops(config, 3, every, 5) == 3 * 2 * 10 * (24 + 52 + 52 + 52 + 24)
     assert measure.plastic_prefill_flops(config, 1, ["up_proj"], 5) == 2 * 10 * (24 + 52)
 
 
