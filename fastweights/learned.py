@@ -98,7 +98,7 @@ class Plasticity(nn.Module):
         assert isinstance(rate, Tensor)
         if isinstance(gamma, Tensor):
             return Twin(f"slow_{gate}", rate.detach(), gamma.detach())
-        return Twin(gate, rate.detach() * gamma)
+        return Twin(gate, rate.detach() * as_float(gamma))
 
     def value(self, a: Tensor, z: Tensor, at: Any) -> Tensor:
         gamma, gate = spread(self.gamma, a, at.row), self.form["gate"]
