@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from test_weights import add_tokenizer
 from transformers import AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
 import fastweights as fw
-from fastweights import config, config_json, families
 from fastweights.config import LlamaConfig
+from fastweights.families import FAMILIES
 
 T = 13
 IDS = torch.arange(2 * T).reshape(2, T) * 11 % 131
@@ -186,13 +187,11 @@ def test_other_spellings_of_a_checkpoint_give_the_same_model(spelling, tmp_path)
     close(fw.load(tmp_path)[0](IDS), theirs(IDS).logits)
 
 
+@mock.patch.dict(FAMILIES)
 @torch.no_grad()
-def test_the_readmes_row_of_a_family_of_ones_own_is_starcoder2(tmp_path, monkeypatch):
+def test_the_readmes_row_of_a_family_of_ones_own_is_starcoder2(tmp_path):
     page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (row,) = re.findall(r"```python\n(from fastweights\.families.*?)```", page, re.S)
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    for module in (config, config_json):
-        monkeypatch.setattr(module, "FAMILIES", families.FAMILIES)
     exec(row, {})
     sizes = {key: value for key, value in SHAPE.items() if key not in ("rms_norm_eps", "rope_theta", "head_dim")}
     torch.manual_seed(0)
@@ -205,6 +204,10 @@ def test_the_readmes_row_of_a_family_of_ones_own_is_starcoder2(tmp_path, monkeyp
     fast, episode = fw.attach(model, [1], fw.Hebbian()), fw.Episode(model, 2)
     close(torch.cat([episode.feed(ids, update="none") for ids in IDS.split([12, 1], 1)], 1), theirs(IDS).logits)
     assert (episode.path, [name for _, name in fast.linears]) == ("cpu", ["c_fc", "c_proj"])
+    trace = episode.probe(IDS, sites=["act", "model.layers.2.mlp.c_fc"])
+    close(trace["act", 2], torch.nn.functional.gelu(trace["up", 2], approximate="tanh"))
+    with pytest.raises(ValueError, match="did you mean 'mlp_out'"):
+        episode.probe(IDS, sites="mlp_outt")
     fw.save(model, tmp_path / "ours")
     close(Starcoder2ForCausalLM.from_pretrained(tmp_path / "ours")(IDS).logits, theirs(IDS).logits)
 

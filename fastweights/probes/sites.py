@@ -197,7 +197,14 @@ def _names(family: Family) -> Names:
     return Names(whole, {"blocks": lens, path("model.layers"): blocks}, apart)
 
 
-NAMES = {family.architecture: _names(family) for family in FAMILIES.values()}
+NAMES: dict[str, Names] = {}  # by architecture, made when first asked: a family may come later
+
+
+def names_in(family: Family) -> Names:
+    """The names of a family's modules."""
+    if family.architecture not in NAMES:
+        NAMES[family.architecture] = _names(family)
+    return NAMES[family.architecture]
 
 
 def names_of(sites: Any) -> list[Any]:
@@ -219,7 +226,7 @@ def site_of(name: Any, family: Family | None = None) -> tuple[Site, int | None]:
     if name in TABLE:
         return TABLE[name], None
     for each in FAMILIES.values() if family is None else (family,):
-        if (found := NAMES[each.architecture].find(name)) is not None:
+        if (found := names_in(each).find(name)) is not None:
             return TABLE[found[0]], found[1]
     raise ValueError(f"site {name!r} {_why(name, family)}")
 
@@ -230,10 +237,10 @@ def _why(name: str, family: Family | None) -> str:
     if norm is not None:
         return f"is taken before the norm's weight: expected {OTHER[norm[1]]!r}, which is taken after it"
     for each in FAMILIES.values() if family is None else (family,):
-        if (hint := NAMES[each.architecture].hint(name)) is not None:
+        if (hint := names_in(each).hint(name)) is not None:
             return hint
     for each in FAMILIES.values():
-        if family is not None and (found := NAMES[each.architecture].find(name)) is not None:
+        if family is not None and (found := names_in(each).find(name)) is not None:
             site = f"{found[0]!r}" if found[1] is None else f"{found[0]!r} of layer {found[1]}"
             return f"is a name in {each.title}, and this model is of the family {family.title}: expected {site}"
     near = difflib.get_close_matches(name, SITES, 1, 0.8)
