@@ -45,7 +45,7 @@ class Decoder:
         transformers = _transformers()
         self.peer, self.static, self.length, self.steps = peer, static, prompt_BT.shape[1], steps
         self.cache: Any
-        if static and any(kind != "full_attention" for kind in getattr(peer.config, "layer_types", None) or ()):
+        if static and getattr(peer.config, "sliding_window", None) is not None:
             raise Unavailable("a static cache of windows does not go back to the end of the prompt")
         if static:
             self.cache = transformers.StaticCache(config=peer.config, max_cache_len=self.length + steps)
